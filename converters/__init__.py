@@ -1,0 +1,1 @@
+"""One room per destination of an adapter."""

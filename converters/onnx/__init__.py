@@ -1,0 +1,1 @@
+"""ONNX: export once with slots, then pack adapters for them."""

@@ -1,0 +1,135 @@
+"""The in-memory adapter that every reader produces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from loraport.fingerprint import BaseFingerprint
+from loraport.scaling import lora_scaling
+from loraport.update import LowRankUpdate
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ModuleKind(StrEnum):
+    """What kind of module an adapter's tensors belong to; decides their shapes."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    CONV = "conv"
+
+
+@dataclass(frozen=True, eq=False)
+class LoraModule:
+    """One adapted module, as trained.
+
+    Attributes:
+        kind: Decides the shapes below.
+        lora_A: linear ``[r, in]``; embedding ``[r, vocab]``; conv ``[r, in, *kernel]``.
+        lora_B: linear ``[out, r]``; embedding ``[dim, r]``; conv ``[out, r, 1, ...]``.
+        alpha: ``lora_alpha`` of this module.
+        use_rslora: Rank-stabilised scaling.
+        fan_in_fan_out: The base weight is stored ``[in, out]`` (transformers' ``Conv1D``).
+        lora_B_bias: ``[out]``, bias of ``lora_B`` (PEFT's ``lora_bias``).
+        magnitude: ``[out]``, DoRA's magnitude vector (Liu et al. 2024, arXiv:2402.09353).
+    """
+
+    kind: ModuleKind
+    lora_A: torch.Tensor  # noqa: N815  the field's name for it
+    lora_B: torch.Tensor  # noqa: N815  the field's name for it
+    alpha: float
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    lora_B_bias: torch.Tensor | None = None  # noqa: N815  the field's name for it
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rank, read off ``lora_A``."""
+        return int(self.lora_A.shape[0])
+
+    @property
+    def scaling(self) -> float:
+        """Factor on ``B (A x)``."""
+        return lora_scaling(self.rank, self.alpha, use_rslora=self.use_rslora)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return this module's tensors by field name, absent ones left out."""
+        named = {
+            "lora_A": self.lora_A,
+            "lora_B": self.lora_B,
+            "lora_B_bias": self.lora_B_bias,
+            "magnitude": self.magnitude,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def lower(self, base_weight: torch.Tensor | None = None) -> LowRankUpdate:
+        """Return the canonical form of this module's update.
+
+        Args:
+            base_weight: The base's weight as stored; only variants whose update depends on
+                it (DoRA) need it.
+
+        Raises:
+            LoraportError: If the variant needs ``base_weight`` and it is missing.
+        """
+        from loraport.variants import lower
+
+        return lower(self, base_weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """A parameter of the base that the adapter stores anew.
+
+    Attributes:
+        tensor: The whole parameter, or its rows ``[n, dim]`` where ``rows`` is given.
+        rows: Row numbers ``tensor`` replaces (trainable tokens), or ``None`` for all.
+    """
+
+    tensor: torch.Tensor
+    rows: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Everything one adapter says, whatever format it came from.
+
+    Attributes:
+        modules: Module path → its low-rank tensors.
+        replacements: Parameter path → what it is replaced with.
+        base_model: Name or path of the base, as the adapter's own file gives it.
+        base_fingerprint: Content hashes of the base weights it was trained on, where known.
+        training: Facts about the training that do not change the maths (dropout, task type).
+    """
+
+    modules: Mapping[str, LoraModule]
+    replacements: Mapping[str, Replacement] = field(default_factory=dict)
+    base_model: str | None = None
+    base_fingerprint: BaseFingerprint | None = None
+    training: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        sizes = [
+            tensor.nbytes
+            for module in self.modules.values()
+            for tensor in module.tensors().values()
+        ]
+        return sum(sizes) + sum(item.tensor.nbytes for item in self.replacements.values())
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors."""
+        counts = [
+            tensor.numel()
+            for module in self.modules.values()
+            for tensor in module.tensors().values()
+        ]
+        return sum(counts) + sum(item.tensor.numel() for item in self.replacements.values())

@@ -1,0 +1,212 @@
+"""Lazy access to safetensors checkpoints, in one file or many shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraport.errors import LoraportError, Problems
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_SUFFIX = ".safetensors.index.json"
+_MAX_HEADER = 100 << 20  # the limit the safetensors library sets itself
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies, without reading it.
+
+    Attributes:
+        file: The safetensors file.
+        dtype: The format's name for it, e.g. ``"BF16"``.
+        shape: Its shape.
+        start: Offset of its first byte in the file.
+        nbytes: Its length in bytes.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class Checkpoint:
+    """A safetensors checkpoint whose tensors are read one by one, on demand.
+
+    Args:
+        path: A ``.safetensors`` file, an index file, or a directory that holds either.
+
+    Raises:
+        LoraportError: If there is no such checkpoint, a shard is missing, or a header is
+            damaged; all problems at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = tuple(_shards(path))
+        self.metadata: dict[str, str] = {}
+        self._tensors: dict[str, TensorInfo] = {}
+        problems = Problems()
+        for file in self.files:
+            try:
+                tensors, metadata = read_header(file)
+            except LoraportError as error:
+                problems.add(str(file), "a readable safetensors header", str(error))
+                continue
+            for name in self._tensors.keys() & tensors.keys():
+                problems.add(
+                    name, "one tensor of this name", f"it in {self._tensors[name].file} and {file}"
+                )
+            self._tensors.update(tensors)
+            self.metadata.update(metadata)
+        for name in sorted(_indexed(path).keys() - self._tensors.keys()):
+            problems.add(name, "the tensor that the index lists", "none in any shard")
+        problems.raise_if_any(f"checkpoint {path} cannot be read")
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there is a tensor of this name."""
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the tensor names in file order."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return where a tensor lies.
+
+        Raises:
+            LoraportError: If there is none of this name.
+        """
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise LoraportError(
+                f"tensor {name!r}: expected it in {self.path}, got {len(self)} other tensors"
+            ) from None
+
+    def load(self, name: str) -> torch.Tensor:
+        """Read one tensor into memory.
+
+        Raises:
+            LoraportError: If there is none of this name or its bytes cannot be read.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        info = self.info(name)
+        try:
+            with safe_open(info.file, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise LoraportError(f"tensor {name!r} of {info.file}: {error}") from error
+        return tensor
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Read a safetensors header: tensors by name, and the metadata.
+
+    The header's length is checked before anything is allocated, tensors must lie inside
+    the file, and a key that occurs twice is refused.
+
+    Raises:
+        LoraportError: If the file is not a sound safetensors file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise LoraportError(
+                    f"expected a header that fits the file, got length {length} "
+                    f"in a file of {size} bytes; the file is damaged or not safetensors"
+                )
+            raw = stream.read(length)
+    except OSError as error:
+        raise LoraportError(f"cannot be read: {error.strerror or error}") from error
+    try:
+        header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError("not an object")
+        metadata = header.pop("__metadata__", {})
+        tensors = {
+            name: _tensor_info(file, name, entry, 8 + length, size)
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise LoraportError(f"expected a safetensors header, got: {error}") from error
+    return tensors, dict(metadata)
+
+
+def _tensor_info(file: Path, name: str, entry: Any, data: int, size: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    whole = all(isinstance(value, int) and value >= 0 for value in (begin, end, *shape))
+    if not whole or begin > end or data + end > size:
+        raise ValueError(
+            f"tensor {name!r} at {begin}..{end} outside the file's {size - data} bytes"
+        )
+    return TensorInfo(file, str(entry["dtype"]), shape, data + begin, end - begin)
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"keys that occur twice: {', '.join(twice)}")
+    return result
+
+
+def _shards(path: Path) -> list[Path]:
+    if path.is_file() and not path.name.endswith(INDEX_SUFFIX):
+        return [path]
+    index = _index_file(path)
+    if index is None:
+        single = path / "model.safetensors"
+        if single.is_file():
+            return [single]
+        raise LoraportError(
+            f"{path}: expected a safetensors checkpoint (model.safetensors or "
+            f"model{INDEX_SUFFIX}), got none; convert pickled checkpoints first"
+        )
+    names = sorted(set(_indexed(path).values()))
+    problems = Problems()
+    for name in names:
+        if Path(name).name != name:
+            problems.add(name, "a file name without a directory", "a path", "repair the index")
+        elif not (index.parent / name).is_file():
+            problems.add(name, f"the shard in {index.parent}", "no such file", "fetch it again")
+    problems.raise_if_any(f"checkpoint {path}: shards are missing")
+    return [index.parent / name for name in names]
+
+
+def _index_file(path: Path) -> Path | None:
+    if path.name.endswith(INDEX_SUFFIX):
+        return path
+    found = path / f"model{INDEX_SUFFIX}"
+    return found if found.is_file() else None
+
+
+def _indexed(path: Path) -> Mapping[str, str]:
+    """Return tensor name → shard file name; empty where there is no index."""
+    index = _index_file(path)
+    if index is None:
+        return {}
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        if not all(isinstance(value, str) for value in weight_map.values()):
+            raise TypeError("shard names are not strings")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise LoraportError(
+            f"{index}: expected an index with a weight_map, got {error!r}"
+        ) from error
+    return dict(weight_map)

@@ -1,0 +1,111 @@
+"""Every name that a module or its adapter tensors go by, in one place.
+
+The internal name of a module is its path in the PyTorch model, as
+``model.named_modules()`` gives it (``model.layers.0.self_attn.q_proj``). All other
+names (PEFT keys, ONNX graph inputs, other formats' tensors) are derived here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+PEFT_PREFIX = "base_model.model."
+
+
+class Part(StrEnum):
+    """What a tensor is to its module; the value is PEFT's key after the module path."""
+
+    LORA_A = "lora_A.weight"
+    LORA_B = "lora_B.weight"
+    LORA_B_BIAS = "lora_B.bias"
+    EMBEDDING_A = "lora_embedding_A"
+    EMBEDDING_B = "lora_embedding_B"
+    MAGNITUDE = "lora_magnitude_vector"
+    TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+
+
+@dataclass(frozen=True)
+class PeftKey:
+    """A key of ``adapter_model.safetensors``, understood.
+
+    Attributes:
+        module_path: The adapted module.
+        part: What the tensor is; ``None`` for a stored parameter of the model itself.
+        parameter: Full parameter path where ``part`` is ``None``, else empty.
+    """
+
+    module_path: str
+    part: Part | None
+    parameter: str = ""
+
+
+# Older PEFT versions wrote these; they mean the same tensors.
+_PART_ALIASES = {
+    "lora_magnitude_vector.weight": Part.MAGNITUDE,
+    "trainable_tokens_delta": Part.TOKEN_ROWS,
+}
+_PARTS = {**{part.value: part for part in Part}, **_PART_ALIASES}
+
+
+def parse_peft_key(key: str) -> PeftKey | None:
+    """Split a PEFT key, or return ``None`` if it is not one.
+
+    >>> parse_peft_key("base_model.model.fc.lora_A.weight")
+    PeftKey(module_path='fc', part=<Part.LORA_A: 'lora_A.weight'>, parameter='')
+    """
+    if not key.startswith(PEFT_PREFIX):
+        return None
+    rest = key.removeprefix(PEFT_PREFIX)
+    for suffix in sorted(_PARTS, key=len, reverse=True):
+        if rest.endswith("." + suffix):
+            return PeftKey(rest.removesuffix("." + suffix), _PARTS[suffix])
+    if "lora_" in rest or not re.fullmatch(r"[^.]+(\.[^.]+)*", rest):
+        return None
+    return PeftKey(rest.rpartition(".")[0], None, rest)
+
+
+def peft_key(module_path: str, part: Part) -> str:
+    """Return the key of one adapter tensor in PEFT's layout."""
+    return f"{PEFT_PREFIX}{module_path}.{part.value}"
+
+
+def peft_parameter_key(parameter: str) -> str:
+    """Return the key of a stored parameter of the model itself (a replacement)."""
+    return PEFT_PREFIX + parameter
+
+
+def weight_name(module_path: str) -> str:
+    """Return the state-dict name of a module's weight."""
+    return f"{module_path}.weight"
+
+
+def bias_name(module_path: str) -> str:
+    """Return the state-dict name of a module's bias."""
+    return f"{module_path}.bias"
+
+
+def slot_a(slot: str) -> str:
+    """Return the graph input that takes a slot's ``A`` ``[in, r]``."""
+    return f"{slot}.lora_A"
+
+
+def slot_b(slot: str) -> str:
+    """Return the graph input that takes a slot's ``B`` ``[r, out]``, scaling folded in."""
+    return f"{slot}.lora_B"
+
+
+def packed_slot(module_paths: tuple[str, ...]) -> str:
+    """Name the slot that several modules share because their weights are packed side by side.
+
+    >>> packed_slot(("h.0.attn.q_proj", "h.0.attn.k_proj"))
+    'h.0.attn.q_proj+k_proj'
+    """
+    first = module_paths[0]
+    if len(module_paths) == 1:
+        return first
+    parents = {path.rpartition(".")[0] for path in module_paths}
+    if len(parents) > 1:
+        return "+".join(module_paths)
+    return "+".join([first, *(path.rpartition(".")[2] for path in module_paths[1:])])

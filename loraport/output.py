@@ -1,0 +1,135 @@
+"""Outputs that appear whole or not at all.
+
+Everything is written under a temporary name beside its destination and renamed
+when complete, so a killed or failed command never leaves something half-written
+under the final name. Temporary names carry the writer's process id; those of
+dead processes are swept away by the next writer of the same output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from loraport.errors import LoraportError
+
+_PARTIAL = re.compile(r"^\.(?P<name>.+)\.partial-(?P<pid>\d+)$")
+
+
+def refuse_existing(path: Path, *, force: bool) -> None:
+    """Refuse to overwrite ``path`` unless ``force``.
+
+    Raises:
+        LoraportError: If ``path`` exists and ``force`` is false.
+    """
+    if os.path.lexists(path) and not force:
+        raise LoraportError(f"{path} already exists; choose another output or pass --force")
+
+
+@contextlib.contextmanager
+def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary path that becomes ``path`` when the block succeeds.
+
+    Raises:
+        LoraportError: If ``path`` exists and ``force`` is false.
+    """
+    refuse_existing(path, force=force)
+    if path.is_dir():
+        raise LoraportError(f"{path} is a directory; a file is to be written there")
+    partial = _partial_name(path)
+    try:
+        yield partial
+        _sync(partial)
+        # Looked at again: another process may have written it meanwhile.
+        refuse_existing(path, force=force)
+        partial.replace(path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory that becomes ``path`` when the block succeeds.
+
+    With ``force`` an existing directory is replaced as a whole; it is removed
+    only after its successor stands under the final name.
+
+    Raises:
+        LoraportError: If ``path`` exists and ``force`` is false, or is not a directory.
+    """
+    refuse_existing(path, force=force)
+    if path.exists() and not path.is_dir():
+        raise LoraportError(f"{path} is a file; a directory is to be written there")
+    partial = _partial_name(path)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for entry in partial.rglob("*"):
+            if entry.is_file():
+                _sync(entry)
+        refuse_existing(path, force=force)
+        if path.exists():
+            replaced = path.with_name(f".{path.name}.replaced.partial-{os.getpid()}")
+            path.rename(replaced)
+            try:
+                partial.rename(path)
+            except OSError:
+                replaced.rename(path)
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            partial.rename(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial_name(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed writers of ``path`` left behind."""
+    for entry in path.parent.iterdir():
+        match = _PARTIAL.match(entry.name)
+        if match is None or match["name"] not in (path.name, f"{path.name}.replaced"):
+            continue
+        if _alive(int(match["pid"])):
+            continue
+        if match["name"] != path.name and not path.exists():
+            # Killed between the two renames: the old output is the only one there is.
+            entry.rename(path)
+        elif entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or directory to disk, so that the rename never outruns the data."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

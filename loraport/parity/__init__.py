@@ -1,0 +1,1 @@
+"""Parity: the same numbers from PyTorch and from ONNX Runtime."""

@@ -1,0 +1,198 @@
+"""Read an adapter in PEFT's layout."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
+from loraport.checkpoint import Checkpoint
+from loraport.errors import LoraportError, Problems
+from loraport.fingerprint import BaseFingerprint
+from loraport.naming import Part, parse_peft_key, peft_key, weight_name
+from loraport.peft_layout.config import LoraSettings, read_config
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
+FINGERPRINT_KEY = "loraport.base_fingerprint"
+
+
+def is_peft(path: Path) -> bool:
+    """Tell whether ``path`` is a directory in PEFT's layout."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def read_peft(path: Path) -> Adapter:
+    """Read an adapter directory.
+
+    Targets are taken from the tensor keys, not from ``target_modules``. Every tensor must be
+    claimed, be finite and have the shape its partners and the configuration ask for.
+
+    Args:
+        path: Directory with ``adapter_config.json`` and ``adapter_model.safetensors`` (or
+            ``adapter_model.bin``, read without executing pickled code).
+
+    Raises:
+        LoraportError: All problems of the adapter at once.
+    """
+    settings = read_config(path / CONFIG_FILE)
+    tensors, metadata = _read_tensors(path)
+    problems = Problems()
+    parts: dict[str, dict[Part, torch.Tensor]] = defaultdict(dict)
+    replacements: dict[str, Replacement] = {}
+    for key, tensor in tensors.items():
+        _check_values(key, tensor, problems)
+        parsed = parse_peft_key(key)
+        if parsed is None:
+            problems.add(key, "a key of PEFT's LoRA layout", f"a tensor {_shape(tensor)}")
+        elif parsed.part is None:
+            replacements[parsed.parameter] = Replacement(tensor)
+        elif parsed.part is Part.TOKEN_ROWS:
+            rows = _token_rows(parsed.module_path, tensor, settings, problems)
+            replacements[weight_name(parsed.module_path)] = Replacement(tensor, rows)
+        else:
+            parts[parsed.module_path][parsed.part] = tensor
+    modules = {}
+    for module_path, found in parts.items():
+        module = _module(module_path, found, settings, problems)
+        if module is not None:
+            modules[module_path] = module
+    if not parts and not replacements:
+        problems.add(str(path / WEIGHTS_FILE), "adapter tensors", "none")
+    problems.raise_if_any(f"adapter {path} cannot be read")
+    stored = metadata.get(FINGERPRINT_KEY)
+    return Adapter(
+        modules=modules,
+        replacements=replacements,
+        base_model=settings.base_model,
+        base_fingerprint=BaseFingerprint.from_json(stored) if stored else None,
+        training=settings.training,
+    )
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    weights = path / WEIGHTS_FILE
+    if weights.is_file():
+        checkpoint = Checkpoint(weights)
+        return {name: checkpoint.load(name) for name in checkpoint}, checkpoint.metadata
+    pickled = path / PICKLED_FILE
+    if not pickled.is_file():
+        raise LoraportError(f"adapter {path}: expected {WEIGHTS_FILE}, got no such file")
+    import pickle
+
+    import torch
+
+    try:
+        loaded = torch.load(pickled, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise LoraportError(f"{pickled}: expected plain tensors, got: {error}") from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(value, torch.Tensor) for value in loaded.values()
+    ):
+        raise LoraportError(f"{pickled}: expected a dictionary of tensors")
+    return loaded, {}
+
+
+def _module(
+    path: str, found: dict[Part, torch.Tensor], settings: LoraSettings, problems: Problems
+) -> LoraModule | None:
+    embedding = Part.EMBEDDING_A in found or Part.EMBEDDING_B in found
+    part_a, part_b = (
+        (Part.EMBEDDING_A, Part.EMBEDDING_B) if embedding else (Part.LORA_A, Part.LORA_B)
+    )
+    complete = True
+    for part in (part_a, part_b):
+        if part not in found:
+            problems.add(peft_key(path, part), "the partner of the other matrix", "no such tensor")
+            complete = False
+    if not complete:
+        return None
+    lora_a, lora_b = found[part_a], found[part_b]
+    if lora_a.dim() < 2 or lora_b.dim() < 2:
+        problems.add(path, "matrices A and B", f"A {_shape(lora_a)} and B {_shape(lora_b)}")
+        return None
+    _check_shapes(path, found, part_a, part_b, settings, problems)
+    kind = ModuleKind.EMBEDDING if embedding else ModuleKind.LINEAR
+    return LoraModule(
+        kind=ModuleKind.CONV if lora_a.dim() > 2 else kind,
+        lora_A=lora_a,
+        lora_B=lora_b,
+        alpha=settings.ranks.alpha(path),
+        use_rslora=settings.use_rslora,
+        fan_in_fan_out=settings.fan_in_fan_out and not embedding,
+        lora_B_bias=found.get(Part.LORA_B_BIAS),
+        magnitude=found.get(Part.MAGNITUDE),
+    )
+
+
+def _check_shapes(
+    path: str,
+    found: dict[Part, torch.Tensor],
+    part_a: Part,
+    part_b: Part,
+    settings: LoraSettings,
+    problems: Problems,
+) -> None:
+    lora_a, lora_b = found[part_a], found[part_b]
+    rank = settings.ranks.rank(path)
+    if lora_a.shape[0] != rank:
+        problems.add(
+            peft_key(path, part_a),
+            f"{rank} rows, the rank that {CONFIG_FILE} gives this module",
+            _shape(lora_a),
+            "r and rank_pattern must fit the tensors",
+        )
+    if lora_b.shape[1] != lora_a.shape[0]:
+        problems.add(
+            peft_key(path, part_b), f"{lora_a.shape[0]} columns, the rank of A", _shape(lora_b)
+        )
+    if lora_b[0, 0].numel() != 1 or lora_b.dim() != lora_a.dim():
+        problems.add(peft_key(path, part_b), "a 1x1 kernel of A's dimensions", _shape(lora_b))
+    for part, wanted in (
+        (Part.MAGNITUDE, settings.use_dora),
+        (Part.LORA_B_BIAS, settings.lora_bias),
+    ):
+        tensor = found.get(part)
+        if tensor is None and wanted:
+            problems.add(peft_key(path, part), f"it, as {CONFIG_FILE} says", "no such tensor")
+        elif tensor is not None and not wanted:
+            problems.add(
+                peft_key(path, part), f"no such tensor, as {CONFIG_FILE} says", _shape(tensor)
+            )
+        elif tensor is not None and tensor.numel() not in (
+            lora_b.shape[0],
+            lora_a.flatten(1).shape[1],
+        ):
+            problems.add(peft_key(path, part), f"[{lora_b.shape[0]}]", _shape(tensor))
+
+
+def _token_rows(
+    path: str, tensor: torch.Tensor, settings: LoraSettings, problems: Problems
+) -> tuple[int, ...]:
+    rows = settings.token_indices.get("", ())
+    for name, indices in settings.token_indices.items():
+        if name and (path == name or path.endswith("." + name)):
+            rows = indices
+    if tensor.dim() != 2 or tensor.shape[0] != len(rows):
+        problems.add(
+            peft_key(path, Part.TOKEN_ROWS),
+            f"{len(rows)} rows, as trainable_token_indices lists",
+            _shape(tensor),
+        )
+    return rows
+
+
+def _check_values(key: str, tensor: torch.Tensor, problems: Problems) -> None:
+    if not tensor.is_floating_point():
+        problems.add(key, "a floating-point tensor", str(tensor.dtype))
+    elif not tensor.float().isfinite().all():
+        problems.add(key, "finite values", "NaN or infinity", "the training diverged; train again")
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(list(tensor.shape))

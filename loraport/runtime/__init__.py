@@ -1,0 +1,1 @@
+"""Run a bundle with ONNX Runtime and swap its adapters."""

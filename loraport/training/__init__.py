@@ -1,0 +1,1 @@
+"""Train LoRA adapters on any torch module."""
