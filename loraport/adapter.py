@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from loraport.fingerprint import BaseFingerprint
@@ -112,24 +111,20 @@ class Adapter:
     replacements: Mapping[str, Replacement] = field(default_factory=dict)
     base_model: str | None = None
     base_fingerprint: BaseFingerprint | None = None
-    training: Mapping[str, Any] = MappingProxyType({})
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
-        sizes = [
-            tensor.nbytes
-            for module in self.modules.values()
-            for tensor in module.tensors().values()
-        ]
-        return sum(sizes) + sum(item.tensor.nbytes for item in self.replacements.values())
+        return sum(tensor.nbytes for tensor in self._tensors())
 
     @property
     def parameters(self) -> int:
         """Number of elements of all tensors."""
-        counts = [
-            tensor.numel()
-            for module in self.modules.values()
-            for tensor in module.tensors().values()
-        ]
-        return sum(counts) + sum(item.tensor.numel() for item in self.replacements.values())
+        return sum(tensor.numel() for tensor in self._tensors())
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        for module in self.modules.values():
+            yield from module.tensors().values()
+        for replacement in self.replacements.values():
+            yield replacement.tensor

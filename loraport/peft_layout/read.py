@@ -153,22 +153,26 @@ def _check_shapes(
         )
     if lora_b[0, 0].numel() != 1 or lora_b.dim() != lora_a.dim():
         problems.add(peft_key(path, part_b), "a 1x1 kernel of A's dimensions", _shape(lora_b))
-    for part, wanted in (
-        (Part.MAGNITUDE, settings.use_dora),
-        (Part.LORA_B_BIAS, settings.lora_bias),
-    ):
-        tensor = found.get(part)
-        if tensor is None and wanted:
+    _check_vector(path, Part.MAGNITUDE, found, settings.use_dora, lora_b.shape[0], problems)
+    _check_vector(path, Part.LORA_B_BIAS, found, settings.lora_bias, lora_b.shape[0], problems)
+
+
+def _check_vector(
+    path: str,
+    part: Part,
+    found: dict[Part, torch.Tensor],
+    wanted: bool,
+    length: int,
+    problems: Problems,
+) -> None:
+    tensor = found.get(part)
+    if tensor is None:
+        if wanted:
             problems.add(peft_key(path, part), f"it, as {CONFIG_FILE} says", "no such tensor")
-        elif tensor is not None and not wanted:
-            problems.add(
-                peft_key(path, part), f"no such tensor, as {CONFIG_FILE} says", _shape(tensor)
-            )
-        elif tensor is not None and tensor.numel() not in (
-            lora_b.shape[0],
-            lora_a.flatten(1).shape[1],
-        ):
-            problems.add(peft_key(path, part), f"[{lora_b.shape[0]}]", _shape(tensor))
+    elif not wanted:
+        problems.add(peft_key(path, part), f"none, as {CONFIG_FILE} says", _shape(tensor))
+    elif tensor.numel() != length:
+        problems.add(peft_key(path, part), f"[{length}]", _shape(tensor))
 
 
 def _token_rows(
