@@ -1,1 +1,77 @@
-"""The command line, the only place that knows both the core and the converters."""
+"""The command line, the only place that knows both the core and the converters.
+
+Each command is one file in this package and is imported only when it runs, so
+``loraport --help`` stays fast and imports no heavy library.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from loraport import __version__
+from loraport.errors import LoraportError
+
+# Command → the line that `loraport --help` shows. The function of the same name lives in the
+# module of the same name ("bundle" in loraport/cli/bundle.py).
+COMMANDS = {
+    "demo": "The whole story on a real model: train, export, swap, verify.",
+    "train": "Train a LoRA adapter on JSONL data.",
+    "inspect": "Say what an adapter, checkpoint, .onnx or bundle is.",
+    "export": "Export a model once to ONNX with slots for adapters.",
+    "add": "Pack one more adapter into a bundle; no re-export.",
+    "verify": "Prove that a bundle computes what PyTorch computes.",
+    "run": "Run a bundle with any of its adapters, or several blended.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
+        """Return the command names in the order of the story they tell."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
+        """Import one command."""
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"loraport.cli.{name}")
+        command: click.Command = getattr(module, name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="loraport")
+def cli() -> None:
+    """Take a LoRA adapter from the GPU it was trained on to every place a model runs."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 parity fails, 2 wrong usage or bad input."""
+    try:
+        code = cli.main(args=arguments, prog_name="loraport", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except LoraportError as error:
+        click.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except OSError as error:
+        # A full disk, a missing permission: the user's to mend, not a bug of ours.
+        click.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
