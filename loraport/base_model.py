@@ -148,9 +148,11 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
 def fingerprint_model(model: torch.nn.Module, module_paths: list[str]) -> BaseFingerprint:
     """Fingerprint the weights of some modules of a loaded model."""
 
+    import torch
+
     def weight(path: str) -> torch.Tensor:
         found = model.get_submodule(path).weight
-        assert not callable(found)
+        assert isinstance(found, torch.Tensor)
         return found
 
     return fingerprint(module_paths, weight)

@@ -1,1 +1,6 @@
 """Run a bundle with ONNX Runtime and swap its adapters."""
+
+from loraport.runtime.generation import Sampling, generate
+from loraport.runtime.model import Lane, Runtime, Selection
+
+__all__ = ["Lane", "Runtime", "Sampling", "Selection", "generate"]

@@ -1,0 +1,50 @@
+"""Export a decoder language model with ONNX Runtime GenAI's model builder.
+
+The builder makes the base graph: fused attention, KV cache, packed QKV, int4 weights. It runs
+in a process of its own, so its memory goes back when it is done and its prints stay apart.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+from loraport.errors import LoraportError
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int4")
+_ERROR_LINES = 8
+
+
+def build_with_genai(base: Path, out: Path, *, precision: str, provider: str) -> None:
+    """Write ``model.onnx`` with its data, ``genai_config.json`` and the tokenizer into ``out``.
+
+    Args:
+        base: Model directory in the Hugging Face layout.
+        out: An existing, empty directory.
+        precision: One of `PRECISIONS`.
+        provider: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        LoraportError: If the builder is not installed or fails; its last lines are shown.
+    """
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        raise LoraportError(
+            "export of a decoder language model: expected ONNX Runtime GenAI's model builder, "
+            "got no such package; pip install 'loraport[genai]'"
+        )
+    # The builder's cache is for downloads of its own; ours are already local.
+    cache = out / ".builder-cache"
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    command += ["--input", str(base), "--output", str(out), "--precision", precision]
+    command += ["--execution_provider", provider, "--cache_dir", str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if cache.is_dir():
+        cache.rmdir()
+    if done.returncode != 0 or not (out / "model.onnx").is_file():
+        lines = [line for line in done.stderr.splitlines() if line.strip()][-_ERROR_LINES:]
+        raise LoraportError(
+            f"ONNX Runtime GenAI's model builder could not export {base} as {precision}:\n  "
+            + "\n  ".join(lines)
+        )

@@ -1,0 +1,26 @@
+"""The operators that can carry a slot: one file each, with one function ``find_site(node)``.
+
+Adding an operator is adding its file and its line in `OPERATORS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+
+from converters.onnx.operators import gemm, matmul, matmul_nbits
+from converters.onnx.site import Site
+
+OPERATORS: Mapping[tuple[str, str], Callable[[ir.Node], Site | None]] = {
+    ("", "MatMul"): matmul.find_site,
+    ("", "Gemm"): gemm.find_site,
+    ("com.microsoft", "MatMulNBits"): matmul_nbits.find_site,
+}
+
+
+def find_site(node: ir.Node) -> Site | None:
+    """Return the site a node offers, or ``None`` if a slot cannot go there."""
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    operator = OPERATORS.get((domain, node.op_type))
+    return operator(node) if operator else None

@@ -1,0 +1,69 @@
+"""Export any torch module with ``torch.onnx.export(dynamo=True)``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from loraport.errors import LoraportError
+
+DATA_FILE = "model.onnx.data"
+
+
+def export_module(
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    out: Path,
+    *,
+    dynamic: Mapping[str, Mapping[int, str]],
+) -> None:
+    """Write ``model.onnx`` and its data file into ``out``.
+
+    Args:
+        module: In evaluation mode; on the CPU.
+        inputs: An example of every tensor argument of ``forward`` by name. Dynamic dimensions
+            should be larger than 1 in the example, else they are taken for constants.
+        out: An existing directory.
+        dynamic: Input name → dimension → name of that dimension.
+
+    Raises:
+        LoraportError: If torch cannot export the module.
+    """
+    dimensions: dict[str, Any] = {}
+    shapes = {
+        name: {
+            index: dimensions.setdefault(label, torch.export.Dim(label))
+            for index, label in dynamic.get(name, {}).items()
+        }
+        for name in inputs
+    }
+    noise = io.StringIO()
+    exporter_log = logging.getLogger("torch.onnx")
+    level = exporter_log.level
+    exporter_log.setLevel(logging.ERROR)
+    try:
+        # The exporter prints its progress and warns of its own deprecations.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(noise):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module, kwargs=dict(inputs), dynamic_shapes=shapes, dynamo=True, verbose=False
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise LoraportError(
+            f"torch.onnx.export of {type(module).__name__} failed: {first}"
+        ) from error
+    finally:
+        exporter_log.setLevel(level)
+    if program is None:
+        raise LoraportError(f"torch.onnx.export of {type(module).__name__} gave no model")
+    ir.save(program.model, out / "model.onnx", external_data=DATA_FILE)

@@ -1,0 +1,212 @@
+"""``manifest.json``: what is in a bundle, and how to tell that it is intact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from loraport.bundle.slots import SlotTable
+from loraport.errors import LoraportError, Problems
+from loraport.fingerprint import BaseFingerprint
+from loraport.output import new_file
+
+MANIFEST_FILE = "manifest.json"
+SCHEMA_VERSION = 1
+MODEL_FILE = "model.onnx"
+REQUIRED_MODEL_FILE = "model.required.onnx"
+
+
+@dataclass(frozen=True)
+class BundledAdapter:
+    """One adapter of a bundle.
+
+    Attributes:
+        ranks: Slot name → rank of its tensors; slots it leaves alone are absent.
+        scalings: Module path → the scaling that was folded into ``B``.
+        source_sha256: Content hash of the adapter it was packed from.
+        file: ``.onnx_adapter`` path inside the bundle.
+        tensors: ``.safetensors`` path inside the bundle, the same tensors.
+    """
+
+    ranks: Mapping[str, int]
+    scalings: Mapping[str, float]
+    source_sha256: str
+    file: str
+    tensors: str
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """Inputs and the outputs they must give, for runners to check themselves against.
+
+    Attributes:
+        adapters: Adapter name → strength; empty for the base.
+        file: ``.safetensors`` inside the bundle: ``input.NAME`` and ``output.NAME`` tensors.
+    """
+
+    adapters: Mapping[str, float]
+    file: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A bundle's table of contents.
+
+    Attributes:
+        base_name: What the base calls itself.
+        fingerprint: Content hashes of the base weights that slots sit on.
+        precision: How the base's weights are stored, e.g. ``"fp32"`` or ``"int4"``.
+        slots: The slot table.
+        unslotted: Module path → why it has no slot.
+        adapters: By name.
+        golden: By case name.
+        tolerance: Largest allowed absolute difference of an output from its golden value.
+        files: Path inside the bundle → sha256 of its content.
+        made_by: Tool and version.
+    """
+
+    base_name: str
+    fingerprint: BaseFingerprint
+    precision: str
+    slots: SlotTable
+    unslotted: Mapping[str, str]
+    adapters: Mapping[str, BundledAdapter] = field(default_factory=dict)
+    golden: Mapping[str, GoldenCase] = field(default_factory=dict)
+    tolerance: float = 0.0
+    files: Mapping[str, str] = field(default_factory=dict)
+    made_by: str = ""
+
+    def with_files(self, directory: Path, paths: list[str]) -> Manifest:
+        """Return the manifest with these files' hashes taken anew."""
+        hashes = {path: file_sha256(directory / path) for path in paths}
+        return replace(self, files=dict(sorted({**self.files, **hashes}.items())))
+
+    def require_adapter(self, name: str) -> BundledAdapter:
+        """Return an adapter's entry.
+
+        Raises:
+            LoraportError: If the bundle has none of this name.
+        """
+        try:
+            return self.adapters[name]
+        except KeyError:
+            known = ", ".join(self.adapters) or "none"
+            raise LoraportError(
+                f"adapter {name!r}: expected one of the bundle's ({known}); "
+                "add it with loraport add"
+            ) from None
+
+    def to_json(self) -> str:
+        """Return the file's text."""
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "made_by": self.made_by,
+            "base": {"name": self.base_name, "fingerprint": json.loads(self.fingerprint.to_json())},
+            "precision": self.precision,
+            "model": MODEL_FILE,
+            "model_required": REQUIRED_MODEL_FILE,
+            "slots": self.slots.to_json(),
+            "unslotted": dict(self.unslotted),
+            "adapters": {name: vars(adapter) for name, adapter in self.adapters.items()},
+            "golden": {name: vars(case) for name, case in self.golden.items()},
+            "tolerance": self.tolerance,
+            "files": dict(self.files),
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """Read the file's text.
+
+        Raises:
+            LoraportError: If it is no manifest of this version, or a path leaves the bundle.
+        """
+        try:
+            document = json.loads(text)
+            version = document["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise LoraportError(
+                    f"{MANIFEST_FILE}: expected schema version {SCHEMA_VERSION}, got {version!r}; "
+                    "use the loraport that wrote the bundle, or a newer one"
+                )
+            manifest = cls._from_document(document)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise LoraportError(f"{MANIFEST_FILE}: expected a manifest, got: {error!r}") from error
+        manifest._refuse_outside_paths()
+        return manifest
+
+    @classmethod
+    def _from_document(cls, document: Mapping[str, Any]) -> Manifest:
+        base = document["base"]
+        return cls(
+            base_name=str(base["name"]),
+            fingerprint=BaseFingerprint.from_json(json.dumps(base["fingerprint"])),
+            precision=str(document["precision"]),
+            slots=SlotTable.from_json(document["slots"]),
+            unslotted=dict(document["unslotted"]),
+            adapters={
+                name: BundledAdapter(**entry) for name, entry in document["adapters"].items()
+            },
+            golden={name: GoldenCase(**entry) for name, entry in document["golden"].items()},
+            tolerance=float(document["tolerance"]),
+            files=dict(document["files"]),
+            made_by=str(document["made_by"]),
+        )
+
+    def _refuse_outside_paths(self) -> None:
+        problems = Problems()
+        paths = [*self.files, *(case.file for case in self.golden.values())]
+        paths += [path for entry in self.adapters.values() for path in (entry.file, entry.tensors)]
+        for path in paths:
+            parts = PurePosixPath(path)
+            if parts.is_absolute() or ".." in parts.parts or "\\" in path or ":" in path:
+                problems.add(path, "a path inside the bundle", "one that leaves it")
+        problems.raise_if_any(f"{MANIFEST_FILE} names files outside the bundle")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read a bundle's manifest.
+
+    Raises:
+        LoraportError: If ``directory`` is no bundle.
+    """
+    try:
+        text = (directory / MANIFEST_FILE).read_bytes()
+    except OSError as error:
+        raise LoraportError(
+            f"bundle {directory}: expected a directory with {MANIFEST_FILE}, got: {error.strerror}"
+        ) from error
+    return Manifest.from_json(text)
+
+
+def write_manifest(manifest: Manifest, directory: Path) -> None:
+    """Write a bundle's manifest; it replaces the old one in one step."""
+    with new_file(directory / MANIFEST_FILE, force=True) as partial:
+        partial.write_text(manifest.to_json())
+
+
+def check_files(manifest: Manifest, directory: Path) -> None:
+    """Compare every file with its hash.
+
+    Raises:
+        LoraportError: Naming every file that is missing or differs.
+    """
+    problems = Problems()
+    for path, expected in manifest.files.items():
+        if not (directory / path).is_file():
+            problems.add(path, "the file the manifest lists", "no such file")
+            continue
+        got = file_sha256(directory / path)
+        if got != expected:
+            problems.add(path, f"sha256 {expected[:12]}", got[:12], "copy the bundle again")
+    problems.raise_if_any(f"bundle {directory} is not intact")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

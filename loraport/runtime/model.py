@@ -1,0 +1,218 @@
+"""Run a bundle: one session, many adapters, several threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loraport.bundle.manifest import MODEL_FILE, Manifest, check_files, read_manifest
+from loraport.errors import LoraportError, Problems
+from loraport.runtime.resident import (
+    ResidentAdapter,
+    as_numpy,
+    blend_packed,
+    make_resident,
+    read_packed,
+)
+from loraport.runtime.session import open_session
+
+# One adapter by name, several with strengths, or the base.
+Selection = str | Mapping[str, float] | None
+
+
+class Lane:
+    """A session with one selection of adapters bound, for use by one thread at a time.
+
+    The slots are bound once, when the lane is made; a run binds only the model's own inputs.
+    Made by `Runtime.lane`.
+    """
+
+    def __init__(self, session: Any, resident: ResidentAdapter | None, device: str) -> None:
+        self._session = session
+        self._resident = resident  # kept alive: the binding only points at its memory
+        self._device = device
+        self._binding = session.io_binding()
+        slots = resident.values if resident is not None else {}
+        for name, value in slots.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._inputs = {entry.name for entry in session.get_inputs()}
+        self._outputs = [entry.name for entry in session.get_outputs()]
+
+    def run_on_device(
+        self, inputs: Mapping[str, Any], outputs: Iterable[str] | None = None
+    ) -> dict[str, Any]:
+        """Run once and leave the outputs on the session's device.
+
+        Args:
+            inputs: Every input of the model, as array or ``OrtValue``.
+            outputs: Names of the outputs wanted; all unless told.
+
+        Returns:
+            Output name → ``OrtValue``.
+
+        Raises:
+            LoraportError: If an input is missing, unknown or refused by the model.
+        """
+        self._check_inputs(inputs)
+        binding = self._binding
+        for name, value in inputs.items():
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            else:
+                binding.bind_ortvalue_input(name, value)
+        names = list(outputs) if outputs is not None else self._outputs
+        binding.clear_binding_outputs()
+        for name in names:
+            binding.bind_output(name, self._device)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises classes of its own without a common base
+            first = str(error).strip().splitlines()[0]
+            raise LoraportError(f"the model refuses these inputs: {first}") from error
+        return dict(zip(names, binding.get_outputs(), strict=True))
+
+    def run(
+        self, inputs: Mapping[str, Any], outputs: Iterable[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run once; see `run_on_device`. The outputs are arrays on the CPU."""
+        values = self.run_on_device(inputs, outputs)
+        return {name: as_numpy(value) for name, value in values.items()}
+
+    def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        if inputs.keys() == self._inputs:
+            return
+        problems = Problems()
+        for name in sorted(self._inputs - inputs.keys()):
+            problems.add(name, "an array for this input", "none")
+        for name in sorted(inputs.keys() - self._inputs):
+            problems.add(
+                name, f"one of the inputs {', '.join(sorted(self._inputs)[:8])}", "another"
+            )
+        problems.raise_if_any("the model's inputs and those given differ")
+
+
+class Runtime:
+    """A bundle opened with ONNX Runtime.
+
+    Adapters stay resident on the session's device, so choosing another is a dictionary look-up.
+    Any number of threads may run different adapters at once: each thread has lanes of its own.
+
+    Args:
+        bundle: The bundle's directory.
+        provider: ``"cpu"`` or ``"cuda"``.
+        threads: Threads inside operators; ONNX Runtime's choice unless told.
+        check: Compare every file with its hash first.
+
+    Raises:
+        LoraportError: If the bundle is damaged or the provider is not to be had.
+    """
+
+    def __init__(
+        self,
+        bundle: Path | str,
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        check: bool = True,
+    ) -> None:
+        self.directory = Path(bundle)
+        self.manifest: Manifest = read_manifest(self.directory)
+        if check:
+            check_files(self.manifest, self.directory)
+        self._device = provider
+        self.session = open_session(self.directory / MODEL_FILE, provider=provider, threads=threads)
+        self._packed: dict[str, Mapping[str, Any]] = {}
+        self._resident: dict[tuple[tuple[str, float], ...], ResidentAdapter] = {}
+        self._lock = threading.Lock()
+        self._threads = threading.local()
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the bundle's adapters."""
+        return list(self.manifest.adapters)
+
+    def refresh(self) -> None:
+        """Read the manifest again, so that adapters added since are known."""
+        self.manifest = read_manifest(self.directory)
+
+    def load(self, selection: Selection) -> ResidentAdapter | None:
+        """Make a selection resident; ``None`` for the base.
+
+        Raises:
+            LoraportError: If an adapter is unknown or does not fit, or a strength is no
+                finite number.
+        """
+        key = _key(selection)
+        if not key:
+            return None
+        with self._lock:
+            found = self._resident.get(key)
+            if found is None:
+                table = self.manifest.slots
+                parts = [(self._read(name), strength) for name, strength in key]
+                found = make_resident(blend_packed(parts, table), self._device)
+                self._resident[key] = found
+        return found
+
+    def unload(self, selection: Selection) -> None:
+        """Forget a selection; its memory goes when the last lane that uses it does."""
+        key = _key(selection)
+        with self._lock:
+            self._resident.pop(key, None)
+            for name, _ in key:
+                self._packed.pop(name, None)
+            # Lanes of other threads drop theirs when they next look.
+            self._threads = threading.local()
+
+    def lane(self, selection: Selection = None) -> Lane:
+        """Return a new lane for a selection, to be used by one thread at a time."""
+        return Lane(self.session, self.load(selection), self._device)
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        adapter: Selection = None,
+        outputs: Iterable[str] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Run the model once with a selection of adapters; safe from several threads.
+
+        Args:
+            inputs: Every input of the model by name, without the slots.
+            adapter: A name, names with strengths, or ``None`` for the base.
+            outputs: Names of the outputs wanted; all unless told.
+
+        Raises:
+            LoraportError: If the adapter is unknown or the inputs do not fit.
+        """
+        return self._lane_of_this_thread(adapter).run(inputs, outputs)
+
+    def _lane_of_this_thread(self, selection: Selection) -> Lane:
+        if not hasattr(self._threads, "lanes"):
+            self._threads.lanes = {}
+        lanes: dict[tuple[tuple[str, float], ...], Lane] = self._threads.lanes
+        key = _key(selection)
+        if key not in lanes:
+            lanes[key] = self.lane(selection)
+        return lanes[key]
+
+    def _read(self, name: str) -> Mapping[str, Any]:
+        if name not in self._packed:
+            entry = self.manifest.require_adapter(name)
+            self._packed[name] = read_packed(self.directory / entry.tensors, self.manifest.slots)
+        return self._packed[name]
+
+
+def _key(selection: Selection) -> tuple[tuple[str, float], ...]:
+    """Return a selection as pairs of name and strength; empty for the base."""
+    if selection is None:
+        return ()
+    if isinstance(selection, str):
+        return ((selection, 1.0),)
+    for name, strength in selection.items():
+        if not np.isfinite(strength):
+            raise LoraportError(f"strength of {name!r}: expected a finite number, got {strength}")
+    return tuple((name, float(strength)) for name, strength in selection.items())

@@ -1,0 +1,50 @@
+"""ONNX Runtime sessions, by provider."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loraport.errors import LoraportError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_ERRORS_ONLY = 3
+
+
+def open_session(model: Path, *, provider: str = "cpu", threads: int | None = None) -> Any:
+    """Open an ``onnxruntime.InferenceSession``.
+
+    Args:
+        model: The ``.onnx`` file.
+        provider: ``"cpu"`` or ``"cuda"``.
+        threads: Threads inside operators; ONNX Runtime's choice unless told.
+
+    Raises:
+        LoraportError: If the model cannot be opened or the provider is not to be had; a
+            session never falls back to another provider unnoticed.
+    """
+    import onnxruntime
+
+    if provider not in PROVIDERS:
+        raise LoraportError(f"provider: expected one of {', '.join(PROVIDERS)}, got {provider!r}")
+    wanted = PROVIDERS[provider]
+    if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        # Finds the CUDA and cuDNN libraries that PyTorch brings.
+        onnxruntime.preload_dlls()
+    options = onnxruntime.SessionOptions()
+    # The runtime warns of every overridable initializer; slots are overridable on purpose.
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(str(model), options, providers=[wanted])
+    except Exception as error:  # onnxruntime raises classes of its own without a common base
+        first = str(error).strip().splitlines()[0]
+        raise LoraportError(f"{model}: ONNX Runtime cannot open it: {first}") from error
+    if wanted not in session.get_providers():
+        available = ", ".join(onnxruntime.get_available_providers())
+        raise LoraportError(
+            f"provider {provider}: expected {wanted}, got {', '.join(session.get_providers())}; "
+            f"available here: {available}"
+        )
+    return session
