@@ -19,6 +19,7 @@ from loraport.errors import LoraportError
 COMMANDS = {
     "demo": "The whole story on a real model: train, export, swap, verify.",
     "train": "Train a LoRA adapter on JSONL data.",
+    "convert": "Write an adapter in another format: PEFT, MLX, GGUF, kohya, .onnx_adapter.",
     "inspect": "Say what an adapter, checkpoint, .onnx or bundle is.",
     "export": "Export a model once to ONNX with slots for adapters.",
     "add": "Pack one more adapter into a bundle; no re-export.",

@@ -1,0 +1,94 @@
+"""Every adapter format there is, found by looking: a new format is one new file.
+
+A format is a module directly in this package with an attribute ``FORMAT``
+(`converters.format.AdapterFormat`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import converters
+from converters.format import AdapterFormat, FormatContext
+from loraport.adapter import Adapter
+from loraport.errors import LoraportError
+from loraport.output import refuse_existing
+
+
+@functools.cache
+def adapter_formats() -> Mapping[str, AdapterFormat]:
+    """Return every format by name, in alphabetical order of their files."""
+    formats: dict[str, AdapterFormat] = {}
+    for module in pkgutil.iter_modules(converters.__path__, f"{converters.__name__}."):
+        if module.ispkg or module.name == __name__:
+            continue
+        found = getattr(importlib.import_module(module.name), "FORMAT", None)
+        if isinstance(found, AdapterFormat):
+            formats[found.name] = found
+    return formats
+
+
+def detect_format(path: Path) -> AdapterFormat:
+    """Return the format of the adapter at ``path``, judged by its content.
+
+    Raises:
+        LoraportError: If there is nothing at ``path``, or it is in no known format.
+    """
+    if not path.exists():
+        raise LoraportError(f"adapter {path}: expected a file or directory, got none there")
+    for candidate in adapter_formats().values():
+        if candidate.detect(path):
+            return candidate
+    known = "; ".join(f"{name}: {known.summary}" for name, known in adapter_formats().items())
+    raise LoraportError(
+        f"adapter {path}: expected one of the known formats ({known}), got none of them; "
+        "check the path, and that the files are whole"
+    )
+
+
+def read_adapter(path: Path | str, *, base: str | None = None) -> Adapter:
+    """Read an adapter in any format.
+
+    Args:
+        path: File or directory.
+        base: The base model, for formats that need it to tell module names.
+
+    Raises:
+        LoraportError: If it cannot be read; all problems at once.
+    """
+    path = Path(path)
+    return detect_format(path).read(path, FormatContext(base=base))
+
+
+def write_adapter(
+    adapter: Adapter,
+    path: Path | str,
+    format_name: str,
+    *,
+    base: str | None = None,
+    force: bool = False,
+) -> None:
+    """Write an adapter in the named format; the output appears whole or not at all.
+
+    Args:
+        adapter: What to write.
+        path: The new file or directory.
+        format_name: One of `adapter_formats`.
+        base: The base model, for formats that need its names or head counts.
+        force: Replace an existing output.
+
+    Raises:
+        LoraportError: If there is no such format, it cannot hold the adapter (everything it
+            cannot hold is named), or ``path`` exists.
+    """
+    chosen = adapter_formats().get(format_name)
+    if chosen is None:
+        known = ", ".join(adapter_formats())
+        raise LoraportError(f"format {format_name!r}: expected one of {known}")
+    path = Path(path)
+    refuse_existing(path, force=force)
+    chosen.write(adapter, path, FormatContext(base=base, force=force))
