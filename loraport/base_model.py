@@ -104,6 +104,8 @@ def load_model(
     import torch
     import transformers
 
+    # Local weights load in moments; the library's bar would only clutter the log.
+    transformers.utils.logging.disable_progress_bar()
     directory = resolve_base(base)
     architecture = (read_model_config(directory).get("architectures") or ["AutoModel"])[0]
     model_class = getattr(transformers, architecture, transformers.AutoModel)
@@ -131,15 +133,19 @@ def load_causal_lm(
 
 
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
-    """Load a base's tokenizer.
+    """Load the tokenizer of a base or of a bundle.
+
+    Args:
+        base: See `resolve_base`; or any directory that holds a tokenizer.
 
     Raises:
         LoraportError: If it has none.
     """
     from transformers import AutoTokenizer
 
+    directory = Path(base) if Path(base).is_dir() else resolve_base(base)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_base(base))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise LoraportError(f"base {base}: its tokenizer cannot be loaded: {error}") from error
     return tokenizer
@@ -147,7 +153,6 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
 
 def fingerprint_model(model: torch.nn.Module, module_paths: list[str]) -> BaseFingerprint:
     """Fingerprint the weights of some modules of a loaded model."""
-
     import torch
 
     def weight(path: str) -> torch.Tensor:

@@ -17,6 +17,9 @@ from pathlib import Path
 
 from loraport.errors import LoraportError
 
+# Some writers create files that only their owner may read; outputs get the usual mode.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
 _PARTIAL = re.compile(r"^\.(?P<name>.+)\.partial-(?P<pid>\d+)$")
 
 
@@ -43,7 +46,7 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     partial = _partial_name(path)
     try:
         yield partial
-        _sync(partial)
+        _finish(partial)
         # Looked at again: another process may have written it meanwhile.
         refuse_existing(path, force=force)
         partial.replace(path)
@@ -71,7 +74,7 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
         yield partial
         for entry in partial.rglob("*"):
             if entry.is_file():
-                _sync(entry)
+                _finish(entry)
         refuse_existing(path, force=force)
         if path.exists():
             replaced = path.with_name(f".{path.name}.replaced.partial-{os.getpid()}")
@@ -122,6 +125,13 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _finish(file: Path) -> None:
+    """Give a complete file the usual mode and flush it to disk."""
+    if not file.is_symlink():
+        file.chmod(0o666 & ~_UMASK)
+    _sync(file)
 
 
 def _sync(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Which modules of the base a site computes.
 
-Rules, in this order; the first whose answer fits the site's shape and, where the weight is
-stored in floating point, its values, wins:
+Rules, in this order; the first whose answer fits the site's shape and its values (nearly, where
+the site's weight is quantized) wins:
 
 1. the module path that ``torch.onnx.export`` records on its nodes;
 2. the node's own name, as ONNX Runtime GenAI's builder writes it; a packed name
@@ -29,6 +29,10 @@ _PACKED = {
     "qkv_proj": (("q_proj", "k_proj", "v_proj"), ("query", "key", "value")),
     "gate_up_proj": (("gate_proj", "up_proj"),),
 }
+
+# Relative distance of a quantized weight from its original: 4-bit blocks stay below 0.2, where
+# unrelated weights are at 1.4.
+_QUANTIZATION_DISTANCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Matcher:
                 yield "the node's name", tuple(modules[0] for modules in found)
 
     def _by_value(self, site: Site) -> Match | None:
-        if site.weight is None:
+        if site.quantized:
             return None
         weight = site.weight()
         if not self._by_first_row:
@@ -112,15 +116,21 @@ def _misfit(site: Site, candidate: Match) -> str | None:
     ):
         inputs = candidate[0].in_features
         return f"the node maps {site.in_features} to {site.out_features}, not {inputs} to {outputs}"
-    if site.weight is None:
-        return None
     weight = site.weight()
+    same = _near if site.quantized else _equal
     start = 0
     for module in candidate:
-        if not _equal(module.weight, weight[:, start : start + module.out_features]):
+        if not same(module.weight, weight[:, start : start + module.out_features]):
             return f"the node's weight is not {module.path}'s"
         start += module.out_features
     return None
+
+
+def _near(module_weight: torch.Tensor, weight: np.ndarray) -> bool:
+    """Tell whether ``[in, out]`` is a rounding of ``[out, in]``, by their relative distance."""
+    ours = module_weight.float()
+    theirs = torch.from_numpy(np.ascontiguousarray(weight.T).astype(np.float32))
+    return bool((ours - theirs).norm() <= _QUANTIZATION_DISTANCE * ours.norm())
 
 
 def _equal(module_weight: torch.Tensor, weight: np.ndarray) -> bool:

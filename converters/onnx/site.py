@@ -20,8 +20,8 @@ class Site:
         in_features: Last dimension of ``x``.
         out_features: Last dimension of ``y``.
         dtype: Element type of the activations, and so of the slot.
-        weight: Gives the weight as ``[in, out]`` where it is stored in floating point,
-            else ``None``.
+        weight: Gives the weight as ``[in, out]``, dequantized if need be.
+        quantized: The stored weight is a rounding of the base's.
     """
 
     node: ir.Node
@@ -30,4 +30,5 @@ class Site:
     in_features: int
     out_features: int
     dtype: ir.DataType
-    weight: Callable[[], np.ndarray] | None = None
+    weight: Callable[[], np.ndarray]
+    quantized: bool = False

@@ -1,22 +1,72 @@
-"""``com.microsoft.MatMulNBits``: a block-quantized weight ``[N, K]`` with scales."""
+"""``com.microsoft.MatMulNBits``: a block-quantized weight ``[N, K]`` with scales.
+
+``w = (q - zero_point) * scale`` per block of ``block_size`` along ``K``; ``q`` is packed from the
+low bits up. Source: ONNX Runtime's ContribOperators documentation.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from converters.onnx.site import Site
 
 
 def find_site(node: ir.Node) -> Site | None:
-    """Return the site, or ``None`` where the scales' type is unknown."""
-    x, scales = node.inputs[0], node.inputs[2]
-    if x is None or scales is None or scales.dtype is None:
+    """Return the site, or ``None`` where the weight is no constant or is laid out unusually."""
+    x, packed, scales = node.inputs[0], node.inputs[1], node.inputs[2]
+    if x is None or packed is None or scales is None:
+        return None
+    if packed.const_value is None or scales.const_value is None or scales.dtype is None:
+        return None
+    zero_points = node.inputs[3] if len(node.inputs) > 3 else None
+    permuted = len(node.inputs) > 4 and node.inputs[4] is not None
+    if permuted or (zero_points is not None and zero_points.const_value is None):
         return None
     return Site(
         node=node,
         x=x,
         y=node.outputs[0],
-        in_features=int(node.attributes.get_int("K", 0)),
-        out_features=int(node.attributes.get_int("N", 0)),
+        in_features=node.attributes.get_int("K", 0),
+        out_features=node.attributes.get_int("N", 0),
         dtype=scales.dtype,
+        weight=lambda: dequantize(node),
+        quantized=True,
     )
+
+
+def dequantize(node: ir.Node) -> np.ndarray:
+    """Return the node's weight as float32 ``[K, N]``."""
+    bits = node.attributes.get_int("bits", 4)
+    block = node.attributes.get_int("block_size", 32)
+    rows, columns = node.attributes.get_int("N", 0), node.attributes.get_int("K", 0)
+    blocks = -(-columns // block)
+    packed, scales = _constant(node, 1), _constant(node, 2)
+    values = _unpack(packed.reshape(rows, -1), bits)[:, : blocks * block]
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        stored = _constant(node, 3)
+        integers = stored.dtype == np.uint8
+        zeros = _unpack(stored.reshape(rows, -1), bits)[:, :blocks] if integers else stored
+        zeros = zeros.reshape(rows, blocks, 1).astype(np.float32)
+    else:
+        zeros = np.full((rows, blocks, 1), float(1 << (bits - 1)), np.float32)
+    scaled = values.reshape(rows, blocks, block).astype(np.float32) - zeros
+    scaled *= scales.reshape(rows, blocks, 1).astype(np.float32)
+    weight: np.ndarray = scaled.reshape(rows, blocks * block)[:, :columns].T
+    return weight
+
+
+def _constant(node: ir.Node, index: int) -> np.ndarray:
+    value = node.inputs[index]
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Return the ``bits``-wide numbers of each row of bytes, low bits first."""
+    if bits == 8:
+        return packed
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    spread = (packed[..., None] >> shifts) & ((1 << bits) - 1)
+    return spread.reshape(packed.shape[0], -1)

@@ -1,0 +1,119 @@
+"""Add packed adapters to a bundle."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from converters.onnx.pack import PackedAdapter, pack
+from loraport.adapter import Adapter
+from loraport.bundle.golden import write_golden
+from loraport.bundle.manifest import BundledAdapter, Manifest, read_manifest, write_manifest
+from loraport.errors import LoraportError, Problems
+from loraport.output import new_file
+
+ADAPTERS_DIRECTORY = "adapters"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+
+
+def add_adapters(
+    bundle: Path,
+    adapters: Mapping[str, Adapter],
+    *,
+    force: bool = False,
+    ignore_fingerprint: bool = False,
+    progress: Callable[[str], None] = lambda text: None,  # noqa: ARG005
+) -> Manifest:
+    """Pack adapters into a bundle, without exporting anything again.
+
+    All of them are checked before the first file is written; the manifest, which makes them
+    known, is replaced last, so a bundle is whole at any moment.
+
+    Args:
+        bundle: The bundle's directory.
+        adapters: Name → adapter.
+        force: Replace adapters that are already there.
+        ignore_fingerprint: Accept adapters that were made for another base.
+        progress: Told what is being done.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        LoraportError: If a name is taken or unfit, an adapter belongs to another base, or has
+            anything that finds no slot.
+    """
+    manifest = read_manifest(bundle)
+    problems = Problems()
+    for name in adapters:
+        if not _NAME.fullmatch(name):
+            problems.add(name, "letters, digits, '.', '_' and '-'", "another name")
+        elif name in manifest.adapters and not force:
+            problems.add(name, "a new name", "one the bundle has", "choose another, or --force")
+    problems.raise_if_any("adapters cannot be added under these names")
+    packed = {}
+    for name, adapter in adapters.items():
+        if adapter.base_fingerprint is not None and not ignore_fingerprint:
+            adapter.base_fingerprint.require_same_base(
+                manifest.fingerprint, f"adapter {name!r}", f"bundle {bundle}"
+            )
+        try:
+            packed[name] = pack(adapter, manifest.slots, manifest.unslotted)
+        except LoraportError as error:
+            raise LoraportError(f"adapter {name!r}: {error}") from error
+    (bundle / ADAPTERS_DIRECTORY).mkdir(exist_ok=True)
+    entries = dict(manifest.adapters)
+    written: list[str] = []
+    for name, contents in packed.items():
+        progress(f"packing {name}")
+        entry = _write_adapter(bundle, name, contents)
+        entries[name] = entry
+        written += [entry.file, entry.tensors]
+    manifest = replace(manifest, adapters=entries).with_files(bundle, written)
+    write_manifest(manifest, bundle)
+    progress("recording golden outputs")
+    return write_golden(bundle, [*packed])
+
+
+def write_onnx_adapter(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Write tensors as a ``.onnx_adapter`` file with onnxruntime's own writer."""
+    import onnxruntime
+
+    # The values point at the arrays, which must live until the file is written.
+    arrays = {}
+    values = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.bfloat16:
+            arrays[name] = tensor.contiguous().view(torch.int16).numpy()
+            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
+                arrays[name], _BFLOAT16
+            )
+        else:
+            arrays[name] = tensor.contiguous().numpy()
+            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(arrays[name])
+    contents = onnxruntime.AdapterFormat()
+    contents.set_adapter_version(1)
+    contents.set_model_version(1)
+    contents.set_parameters(values)
+    contents.export_adapter(str(file))
+
+
+def _write_adapter(bundle: Path, name: str, packed: PackedAdapter) -> BundledAdapter:
+    entry = BundledAdapter(
+        ranks=packed.ranks,
+        scalings=packed.scalings,
+        source_sha256=packed.source_sha256,
+        file=f"{ADAPTERS_DIRECTORY}/{name}.onnx_adapter",
+        tensors=f"{ADAPTERS_DIRECTORY}/{name}.safetensors",
+    )
+    with new_file(bundle / entry.tensors, force=True) as partial:
+        save_file(dict(packed.tensors), partial)
+    with new_file(bundle / entry.file, force=True) as partial:
+        write_onnx_adapter(packed.tensors, partial)
+    return entry

@@ -1,0 +1,223 @@
+"""Export a base once, with slots, as a bundle. No adapter has any part in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from converters.onnx.genai_builder import PRECISIONS, build_with_genai
+from converters.onnx.modules import linear_modules
+from converters.onnx.slots import SlottedModel, insert_slots, require_slot_inputs
+from converters.onnx.torch_exporter import export_module
+from loraport import __version__
+from loraport.base_model import (
+    is_causal_lm,
+    load_model,
+    load_tokenizer,
+    read_model_config,
+    resolve_base,
+)
+from loraport.bundle.golden import write_base_golden
+from loraport.bundle.manifest import MODEL_FILE, REQUIRED_MODEL_FILE, Manifest, write_manifest
+from loraport.bundle.sources import record_base
+from loraport.errors import LoraportError
+from loraport.fingerprint import fingerprint
+from loraport.output import new_directory
+from loraport.parity.tolerances import tolerance_for
+
+GOLDEN_TEXT = "The port keeps its light on."
+_ENCODER_TEXTS = ("The port keeps its light on.", "Ships swap their cargo here.")
+_LEFT_OUT_HEAD = "left out, as the output head; export again with --lm-head"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a base is exported.
+
+    Attributes:
+        precision: Of the base's weights: ``fp32``, ``fp16``, ``bf16`` or ``int4``.
+        provider: Execution provider the graph is made for: ``cpu`` or ``cuda``.
+        lm_head: Put a slot beside the output head too.
+    """
+
+    precision: str = "fp32"
+    provider: str = "cpu"
+    lm_head: bool = False
+
+
+Progress = Callable[[str], None]
+
+
+def _silent(text: str) -> None:
+    del text
+
+
+def export_base(
+    base: str,
+    out: Path,
+    options: ExportOptions | None = None,
+    *,
+    force: bool = False,
+    progress: Progress = _silent,
+    finish: Callable[[Path], None] = lambda bundle: None,  # noqa: ARG005
+) -> None:
+    """Export a base model as a bundle.
+
+    A decoder language model goes through ONNX Runtime GenAI's model builder, anything else
+    through ``torch.onnx.export``.
+
+    Args:
+        base: Directory, ``.gguf`` file, hub name or ``smollm2``.
+        out: The new bundle; appears whole or not at all.
+        options: See `ExportOptions`.
+        force: Replace an existing bundle.
+        progress: Told what is being done.
+        finish: Called with the bundle while it still has its temporary name, e.g. to add
+            adapters, so that the bundle appears with them or not at all.
+
+    Raises:
+        LoraportError: If the base cannot be exported this way.
+    """
+    options = options or ExportOptions()
+    directory = resolve_base(base)
+    decoder = is_causal_lm(directory)
+    if options.precision not in PRECISIONS or (not decoder and options.precision != "fp32"):
+        allowed = PRECISIONS if decoder else ("fp32",)
+        raise LoraportError(
+            f"precision: expected one of {', '.join(allowed)} for "
+            f"{read_model_config(directory).get('architectures')}, got {options.precision!r}"
+        )
+    with new_directory(out, force=force) as bundle:
+        if decoder:
+            progress(f"building the {options.precision} graph with ONNX Runtime GenAI")
+            build_with_genai(
+                directory, bundle, precision=options.precision, provider=options.provider
+            )
+            model = load_model(str(directory))
+        else:
+            progress("exporting the graph with torch.onnx.export")
+            model = load_model(str(directory))
+            inputs = encoder_inputs(base, model)
+            dynamic = {name: {0: "batch", 1: "sequence"} for name in inputs}
+            export_module(model, inputs, bundle, dynamic=dynamic)
+            load_tokenizer(str(directory)).save_pretrained(bundle)
+        progress("putting in the slots")
+        _slot_and_describe(bundle, model, options, base_name=_base_name(base, directory))
+        record_base(bundle, str(directory))
+        progress("recording golden outputs")
+        if decoder:
+            write_base_golden(bundle, _decoder_golden_inputs(bundle))
+        else:
+            write_base_golden(bundle, {name: t.numpy() for name, t in inputs.items()})
+        finish(bundle)
+
+
+def export_torch_module(
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    out: Path,
+    *,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    base_name: str = "",
+    force: bool = False,
+) -> None:
+    """Export any torch module as a bundle with a slot on every linear layer.
+
+    Args:
+        module: What to export; put into evaluation mode.
+        inputs: An example of every tensor argument of ``forward`` by name.
+        out: The new bundle; appears whole or not at all.
+        dynamic: Input name → dimension → its name; the first dimension as ``batch`` unless told.
+        base_name: What the base calls itself.
+        force: Replace an existing bundle.
+
+    Raises:
+        LoraportError: If torch cannot export it, or it has no linear layer.
+    """
+    dynamic = dynamic if dynamic is not None else {name: {0: "batch"} for name in inputs}
+    with new_directory(out, force=force) as bundle:
+        export_module(module.eval(), inputs, bundle, dynamic=dynamic)
+        _slot_and_describe(
+            bundle, module, ExportOptions(), base_name=base_name or type(module).__name__
+        )
+        write_base_golden(bundle, {name: tensor.numpy() for name, tensor in inputs.items()})
+
+
+def encoder_inputs(base: str, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return example inputs of an encoder: two tokenized sentences."""
+    tokenizer = load_tokenizer(base)
+    encoded = tokenizer(list(_ENCODER_TEXTS), padding=True, return_tensors="pt")
+    accepted = _forward_arguments(model)
+    return {name: tensor for name, tensor in encoded.items() if name in accepted}
+
+
+def _forward_arguments(model: nn.Module) -> Iterable[str]:
+    import inspect
+
+    return inspect.signature(model.forward).parameters
+
+
+def _slot_and_describe(
+    bundle: Path, model: nn.Module, options: ExportOptions, *, base_name: str
+) -> None:
+    modules = linear_modules(model)
+    head = _head_path(model)
+
+    def exclude(path: str) -> str | None:
+        return _LEFT_OUT_HEAD if path == head and not options.lm_head else None
+
+    slotted = insert_slots(ir.load(bundle / MODEL_FILE), modules, exclude=exclude)
+    save_graphs(slotted, bundle)
+    covered = [path for path in slotted.slots.modules() if path in modules]
+    manifest = Manifest(
+        base_name=base_name,
+        fingerprint=fingerprint(covered, lambda path: _stored_weight(model, path)),
+        precision=options.precision,
+        slots=slotted.slots,
+        unslotted=slotted.unslotted,
+        tolerance=tolerance_for(options.precision, options.provider).max_abs,
+        made_by=f"loraport {__version__}",
+    )
+    files = [str(file.relative_to(bundle)) for file in sorted(bundle.rglob("*")) if file.is_file()]
+    write_manifest(manifest.with_files(bundle, files), bundle)
+
+
+def save_graphs(slotted: SlottedModel, bundle: Path) -> None:
+    """Write ``model.onnx`` and ``model.required.onnx`` over the data file that is there."""
+    ir.save(slotted.model, bundle / MODEL_FILE)
+    require_slot_inputs(slotted.model, slotted.slots)
+    ir.save(slotted.model, bundle / REQUIRED_MODEL_FILE)
+
+
+def _stored_weight(model: nn.Module, path: str) -> torch.Tensor:
+    weight = model.get_submodule(path).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def _head_path(model: nn.Module) -> str | None:
+    """Return the path of the output head, or ``None`` if the model has none."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    if head is None:
+        return None
+    return next((path for path, module in model.named_modules() if module is head), None)
+
+
+def _decoder_golden_inputs(bundle: Path) -> dict[str, np.ndarray]:
+    from loraport.runtime import Runtime
+    from loraport.runtime.generation import first_step_inputs, read_decoder
+
+    token_ids = load_tokenizer(str(bundle))(GOLDEN_TEXT)["input_ids"]
+    return first_step_inputs(Runtime(bundle, check=False), read_decoder(bundle), token_ids)
+
+
+def _base_name(base: str, directory: Path) -> str:
+    """Return how the base is called, without a path of the machine it lies on."""
+    return directory.name if Path(base).exists() else base

@@ -1,0 +1,85 @@
+"""Golden cases: inputs and the outputs they must give, kept in the bundle.
+
+A case is one ``.safetensors`` file with ``input.NAME`` and ``output.NAME`` tensors, so a
+runner in any language can check itself. The outputs are ONNX Runtime's on the CPU; that these
+are PyTorch's too is what ``loraport verify`` proves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraport.bundle.manifest import GoldenCase, Manifest, read_manifest, write_manifest
+from loraport.checkpoint import Checkpoint
+from loraport.output import new_file
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from loraport.runtime import Runtime
+
+GOLDEN_DIRECTORY = "golden"
+BASE_CASE = "base"
+BLEND_CASE = "blend"
+_INPUT = "input."
+_OUTPUT = "output."
+# A cache is a means, not a result: its outputs are left out of the files.
+_CACHE_OUTPUTS = ("present",)
+
+
+def write_base_golden(bundle: Path, inputs: Mapping[str, np.ndarray]) -> Manifest:
+    """Record the base's outputs for these inputs; adapters' cases use the same inputs."""
+    from loraport.runtime import Runtime
+
+    (bundle / GOLDEN_DIRECTORY).mkdir(exist_ok=True)
+    return _record(Runtime(bundle, check=False), {BASE_CASE: {}}, inputs)
+
+
+def write_golden(bundle: Path, names: list[str]) -> Manifest:
+    """Record the outputs of adapters, and of the first two blended, for the base's inputs."""
+    from loraport.runtime import Runtime
+
+    runtime = Runtime(bundle, check=False)
+    inputs, _ = read_golden(bundle, runtime.manifest.golden[BASE_CASE])
+    cases: dict[str, dict[str, float]] = {f"adapter-{name}": {name: 1.0} for name in names}
+    first_two = runtime.adapters[:2]
+    if len(first_two) == 2:
+        cases[BLEND_CASE] = {first_two[0]: 0.75, first_two[1]: 0.5}
+    return _record(runtime, cases, inputs)
+
+
+def read_golden(
+    bundle: Path, case: GoldenCase
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return a case's inputs and expected outputs by name."""
+    checkpoint = Checkpoint(bundle / case.file)
+    arrays = {name: checkpoint.load(name).numpy() for name in checkpoint}
+    inputs = {n.removeprefix(_INPUT): a for n, a in arrays.items() if n.startswith(_INPUT)}
+    outputs = {n.removeprefix(_OUTPUT): a for n, a in arrays.items() if n.startswith(_OUTPUT)}
+    return inputs, outputs
+
+
+def _record(
+    runtime: Runtime, cases: Mapping[str, Mapping[str, float]], inputs: Mapping[str, np.ndarray]
+) -> Manifest:
+    import torch
+    from safetensors.torch import save_file
+
+    bundle = runtime.directory
+    names = [entry.name for entry in runtime.session.get_outputs()]
+    wanted = [name for name in names if not name.startswith(_CACHE_OUTPUTS)]
+    golden = dict(runtime.manifest.golden)
+    for name, adapters in cases.items():
+        outputs = runtime.run(inputs, adapter=adapters or None, outputs=wanted)
+        tensors = {f"{_INPUT}{key}": torch.from_numpy(array) for key, array in inputs.items()}
+        tensors |= {f"{_OUTPUT}{key}": torch.from_numpy(array) for key, array in outputs.items()}
+        golden[name] = GoldenCase(dict(adapters), f"{GOLDEN_DIRECTORY}/{name}.safetensors")
+        with new_file(bundle / golden[name].file, force=True) as partial:
+            save_file(tensors, partial)
+    manifest = replace(read_manifest(bundle), golden=golden)
+    manifest = manifest.with_files(bundle, [golden[name].file for name in cases])
+    write_manifest(manifest, bundle)
+    return manifest

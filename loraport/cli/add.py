@@ -1,0 +1,35 @@
+"""``loraport add``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loraport.cli.options import log, named_paths, progress
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("adapters", nargs=-1, required=True, metavar="NAME=ADAPTER...")
+@click.option("--force", is_flag=True, help="Replace adapters that are already there.")
+@click.option("--ignore-fingerprint", is_flag=True, help="Accept adapters made for another base.")
+def add(bundle: Path, adapters: tuple[str, ...], force: bool, ignore_fingerprint: bool) -> None:
+    """Pack adapters into BUNDLE; nothing is exported again."""
+    from converters.onnx.adding import add_adapters
+    from converters.registry import read_adapter
+    from loraport.bundle.sources import record_adapter
+
+    paths = named_paths(adapters, "adapter")
+    manifest = add_adapters(
+        bundle,
+        {name: read_adapter(path) for name, path in paths.items()},
+        force=force,
+        ignore_fingerprint=ignore_fingerprint,
+        progress=progress,
+    )
+    for name, path in paths.items():
+        record_adapter(bundle, name, str(path.resolve()))
+        ranks = sorted(set(manifest.adapters[name].ranks.values()))
+        size = (bundle / manifest.adapters[name].file).stat().st_size
+        log.print(f"{name}: slot ranks {ranks}, {size / 1e6:.1f} MB")

@@ -1,0 +1,66 @@
+"""``loraport export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from loraport.cli.options import log, named_paths, progress
+
+
+@click.command()
+@click.argument("base")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle.")
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=ADAPTER", help="Add at once.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "int4"]),
+    default="fp32",
+    show_default=True,
+    help="Of the base's weights; adapters stay in floating point.",
+)
+@click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What the graph is made for.",
+)
+@click.option("--lm-head", is_flag=True, help="Put a slot beside the output head too.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+def export(
+    base: str,
+    output: Path,
+    adapters: tuple[str, ...],
+    precision: str,
+    provider: str,
+    lm_head: bool,
+    force: bool,
+) -> None:
+    """Export BASE once to ONNX, with slots that any LoRA adapter of it fits.
+
+    BASE is a model directory, a .gguf file, a hub name (owner/name) or 'smollm2'.
+    """
+    from converters.onnx.adding import add_adapters
+    from converters.onnx.exporting import ExportOptions, export_base
+    from converters.registry import read_adapter
+    from loraport.bundle.manifest import read_manifest
+    from loraport.bundle.sources import record_adapter
+
+    paths = named_paths(adapters, "--adapter")
+    read = {name: read_adapter(path) for name, path in paths.items()}
+
+    def finish(bundle: Path) -> None:
+        if read:
+            add_adapters(bundle, read, progress=progress)
+        for name, path in paths.items():
+            record_adapter(bundle, name, str(path.resolve()))
+
+    options = ExportOptions(precision=precision, provider=provider, lm_head=lm_head)
+    export_base(base, output, options, force=force, progress=progress, finish=finish)
+    manifest = read_manifest(output)
+    log.print(
+        f"{output}: {len(manifest.slots.slots)} slots for {len(manifest.slots.modules())} modules, "
+        f"{len(manifest.adapters)} adapters"
+    )

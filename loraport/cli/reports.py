@@ -1,0 +1,38 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from loraport.parity import Verification
+
+
+def print_verification(report: Verification) -> None:
+    """Print a verification's checks on stdout."""
+    table = Table(
+        title=f"parity over {report.samples} inputs, {report.provider}, "
+        f"max abs ≤ {report.tolerance.max_abs:g} ({report.tolerance.reason})"
+    )
+    table.add_column("check", overflow="fold")
+    for heading in ("max abs", "relative", "KL", "top-1"):
+        table.add_column(heading, justify="right")
+    table.add_column("", overflow="fold")
+    for check in report.checks:
+        found = check.comparison
+        numbers = ("", "", "", "")
+        if found is not None:
+            numbers = (
+                f"{found.max_abs:.2e}",
+                f"{found.relative:.2e}",
+                f"{found.kl:.2e}",
+                f"{100 * found.top1:.2f} %",
+            )
+        verdict = "[green]ok[/green]" if check.passed else "[red]FAILED[/red]"
+        table.add_row(check.name, *numbers, f"{verdict} {check.detail}".rstrip())
+    console = Console()
+    # Piped into a file there is no window to fit: keep every line whole.
+    console.print(table, width=None if console.is_terminal else 160)

@@ -1,0 +1,106 @@
+"""``loraport verify``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loraport.cli.options import log, progress
+from loraport.errors import LoraportError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from loraport.adapter import Adapter
+    from loraport.bundle.manifest import Manifest
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--base", help="The PyTorch model; where the bundle was exported from unless given.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME[=ADAPTER]",
+    help="Verify these only; and where the adapter lies, if it has moved since it was added.",
+)
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def verify(
+    bundle: Path, base: str | None, adapters: tuple[str, ...], provider: str, as_json: bool
+) -> None:
+    """Prove that BUNDLE computes what PyTorch computes; exit code 1 if it does not."""
+    from loraport.bundle.manifest import read_manifest
+    from loraport.bundle.sources import base_source
+    from loraport.cli.reports import print_verification
+    from loraport.parity import verify_bundle
+
+    manifest = read_manifest(bundle)
+    found = base or base_source(bundle)
+    if found is None:
+        raise LoraportError(
+            f"bundle {bundle}: expected to know the base it was exported from; give --base"
+        )
+    sources = _adapter_sources(bundle, manifest, adapters)
+    model = _reference_model(found, bundle, manifest)
+    report = verify_bundle(bundle, model, sources, provider=provider, progress=progress)
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=1))
+    else:
+        print_verification(report)
+    log.print("parity holds" if report.passed else "[red]parity fails[/red]")
+    sys.exit(0 if report.passed else 1)
+
+
+def _adapter_sources(
+    bundle: Path, manifest: Manifest, chosen: tuple[str, ...]
+) -> dict[str, Adapter]:
+    """Read the adapters as they were trained, by their names in the bundle."""
+    from converters.onnx.pack import adapter_sha256
+    from converters.registry import read_adapter
+    from loraport.bundle.sources import adapter_source
+
+    wanted = dict(choice.partition("=")[::2] for choice in chosen) or dict.fromkeys(
+        manifest.adapters, ""
+    )
+    found = {}
+    for name, given in wanted.items():
+        entry = manifest.require_adapter(name)
+        path = given or adapter_source(bundle, name)
+        if not path or not Path(path).exists():
+            raise LoraportError(
+                f"adapter {name!r}: expected the adapter it was packed from at {path or '?'}, got "
+                f"none; give --adapter {name}=PATH"
+            )
+        adapter = read_adapter(Path(path))
+        if adapter_sha256(adapter) != entry.source_sha256:
+            raise LoraportError(
+                f"adapter {name!r}: expected the one it was packed from "
+                f"({entry.source_sha256[:12]}), got another at {path}; give "
+                f"--adapter {name}=PATH, or add it again with --force"
+            )
+        found[name] = adapter
+    return found
+
+
+def _reference_model(base: str, bundle: Path, manifest: Manifest) -> PreTrainedModel:
+    """Load the base; with the graph's own rounded weights where those are quantized."""
+    from converters.onnx.graph_weights import load_graph_weights
+    from loraport.base_model import fingerprint_model, load_model
+    from loraport.bundle.manifest import MODEL_FILE
+
+    progress(f"loading {base} in PyTorch")
+    model = load_model(base)
+    paths = [path for path, _ in model.named_modules() if path in manifest.fingerprint.modules]
+    fingerprint_model(model, paths).require_same_base(
+        manifest.fingerprint, f"base {base}", f"bundle {bundle}"
+    )
+    if manifest.precision == "int4":
+        replaced = load_graph_weights(bundle / MODEL_FILE, model)
+        progress(f"{len(replaced)} weights taken dequantized from the graph")
+    return model

@@ -1,0 +1,28 @@
+"""Texts that a language model's parity is tested on: varied length, language and form."""
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a harbour town,",
+    "def fibonacci(n):\n    ",
+    "2, 4, 8, 16,",
+    "Dear Sir or Madam, I am writing to",
+    "Die Katze sitzt auf dem",
+    "Q: What is the boiling point of water?\nA:",
+    '{"name": "Ada", "born": ',
+    "To be, or not to be:",
+    "The three primary colours are red,",
+    "SELECT name, price FROM products WHERE",
+    "My parcel still has not arrived and",
+    "El perro corre por la",
+    "In 1969 two astronauts walked on the",
+    "Preheat the oven to 180 degrees and mix the flour with",
+    "import numpy as np\nx = np.",
+    "She opened the letter slowly, because",
+    "H2O is the chemical formula of",
+    "Les enfants jouent dans le",
+    "The quick brown fox jumps over the lazy",
+    "A haiku about the sea:\n",
+    "Roses are red, violets are",
+    "<html><body><h1>",
+    "Please cancel my booking for next Tuesday, since",
+)

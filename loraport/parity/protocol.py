@@ -1,0 +1,286 @@
+"""The parity protocol: prove that a bundle computes what PyTorch computes.
+
+1. files: every file has the hash the manifest gives it;
+2. slots: the graph has exactly the slot inputs of the slot table, with its shapes;
+3. base: without an adapter, ONNX Runtime = PyTorch;
+4. per adapter: the packed tensors are the source adapter's (each module named); in PyTorch
+   beside = merged; ONNX Runtime with the adapter = PyTorch with it; the negative control: the
+   adapter changes the outputs by more than the tolerance; greedy tokens agree;
+5. two adapters blended: ONNX Runtime = PyTorch's weighted sum;
+6. swaps: A → B → A → none repeats bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from loraport.adapter import Adapter
+from loraport.bundle.manifest import check_files
+from loraport.errors import LoraportError
+from loraport.parity.metrics import Comparison, compare, worst
+from loraport.parity.reference import (
+    Updates,
+    adapted,
+    greedy_tokens,
+    merged,
+    torch_outputs,
+    updates_of,
+)
+from loraport.parity.tolerances import Tolerance
+from loraport.runtime import Runtime, Sampling, Selection, generate
+
+_GREEDY_TOKENS = 12
+_GREEDY_PROMPTS = 3
+# The packed tensors hold the adapter with one rounding of B to the slot's element type.
+_PACKED_RELATIVE = {"FLOAT": 1e-6, "FLOAT16": 1e-3, "BFLOAT16": 8e-3, "DOUBLE": 1e-6}
+
+Inputs = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report.
+
+    Attributes:
+        name: What was compared, e.g. ``"adapter tickets: onnxruntime = torch"``.
+        passed: The verdict.
+        detail: Why it failed, or what was seen.
+        comparison: The numbers, where the check has any.
+    """
+
+    name: str
+    passed: bool
+    detail: str = ""
+    comparison: Comparison | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One input to compare on.
+
+    Attributes:
+        session: All inputs of the exported model, without slots.
+        torch: Arguments of the PyTorch model.
+        token_ids: The prompt, for a decoder language model.
+    """
+
+    session: Inputs
+    torch: Inputs
+    token_ids: Sequence[int] = ()
+
+
+class Protocol:
+    """Runs the checks of one bundle against one PyTorch model.
+
+    Args:
+        runtime: The bundle, opened without checking its files.
+        model: The base in float32, in evaluation mode.
+        adapters: Name → the adapter as trained.
+        samples: What to compare on.
+        tolerance: See `loraport.parity.tolerances`.
+        progress: Told what is being done.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        model: nn.Module,
+        adapters: Mapping[str, Adapter],
+        samples: Sequence[Sample],
+        tolerance: Tolerance,
+        progress: Callable[[str], None] = lambda text: None,  # noqa: ARG005
+    ) -> None:
+        self._runtime = runtime
+        self._model = model
+        self._adapters = adapters
+        self._samples = samples
+        self._tolerance = tolerance
+        self._progress = progress
+        slots = set(runtime.manifest.slots.inputs())
+        cache = ("present", *slots)
+        names = [entry.name for entry in runtime.session.get_outputs()]
+        self._outputs = [name for name in names if not name.startswith(cache)]
+
+    def run(self) -> list[Check]:
+        """Return every check's result, failed ones included."""
+        checks = [self._files(), self._slots(), self._base()]
+        for name in self._adapters:
+            checks += self._adapter(name)
+        names = list(self._adapters)
+        if len(names) > 1:
+            checks.append(self._blend(names[0], names[1]))
+        if names:
+            checks.append(self._swaps(names[0], names[-1]))
+        return checks
+
+    def _files(self) -> Check:
+        self._progress("files")
+        try:
+            check_files(self._runtime.manifest, self._runtime.directory)
+        except LoraportError as error:
+            return Check("files", False, str(error))
+        return Check("files", True, f"{len(self._runtime.manifest.files)} hashes")
+
+    def _slots(self) -> Check:
+        entries = {
+            entry.name: list(entry.shape)
+            for entry in self._runtime.session.get_overridable_initializers()
+        }
+        wrong = []
+        for slot in self._runtime.manifest.slots.slots:
+            for name, axis, size in (
+                (slot.input_a, 0, slot.in_features),
+                (slot.input_b, 1, slot.out_features),
+            ):
+                shape = entries.pop(name, None)
+                if shape is None:
+                    wrong.append(f"{name} is missing from the graph")
+                elif shape[axis] != size:
+                    wrong.append(f"{name} has shape {shape}, not {size} at {axis}")
+        wrong += [f"{name} is not in the slot table" for name in entries if ".lora_" in name]
+        return Check(
+            "slots",
+            not wrong,
+            "; ".join(wrong) or f"{len(self._runtime.manifest.slots.slots)} slots",
+        )
+
+    def _base(self) -> Check:
+        self._progress("base")
+        return self._parity("base: onnxruntime = torch", None, {})
+
+    def _adapter(self, name: str) -> list[Check]:
+        self._progress(f"adapter {name}")
+        try:
+            updates = updates_of([(self._adapters[name], 1.0)], self._model)
+            packed = self._packed(name)
+            checks = [packed, self._torch_merged(name, updates)]
+            checks.append(self._parity(f"adapter {name}: onnxruntime = torch", name, updates))
+            checks.append(self._changes(name))
+            if self._samples[0].token_ids:
+                checks.append(self._greedy(name, updates))
+        except LoraportError as error:
+            return [Check(f"adapter {name}", False, str(error))]
+        return checks
+
+    def _packed(self, name: str) -> Check:
+        """Compare each module's packed product with the source adapter's update."""
+        title = f"adapter {name}: packed = source"
+        resident = self._runtime.load(name)
+        assert resident is not None
+        wrong = []
+        places = self._runtime.manifest.slots.modules()
+        for path, module in self._adapters[name].modules.items():
+            if path not in places:
+                wrong.append(f"{path}: no slot")
+                continue
+            slot, member = places[path]
+            if slot.input_a not in resident.values:
+                wrong.append(f"{path}: no tensors for slot {slot.name}")
+                continue
+            a = torch.from_numpy(resident.values[slot.input_a].numpy()).double()
+            b = torch.from_numpy(resident.values[slot.input_b].numpy()).double()
+            got = a @ b[:, member.start : member.stop]
+            expected = module.lower().delta(torch.float64).T
+            error = float((got - expected).norm() / expected.norm().clamp_min(1e-30))
+            if not error <= _PACKED_RELATIVE[slot.dtype]:
+                wrong.append(f"{path}: relative error {error:.2g}")
+        served = {
+            slot.input_a
+            for path, (slot, _) in places.items()
+            if path in self._adapters[name].modules
+        }
+        wrong += [
+            f"{key}: not in the source adapter"
+            for key in resident.values
+            if key.endswith("lora_A") and key not in served
+        ]
+        shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        return Check(title, not wrong, shown or f"{len(self._adapters[name].modules)} modules")
+
+    def _torch_merged(self, name: str, updates: Updates) -> Check:
+        comparisons = []
+        for sample in self._samples[:4]:
+            with adapted(self._model, updates):
+                beside = torch_outputs(self._model, sample.torch)
+            with merged(self._model, updates):
+                into = torch_outputs(self._model, sample.torch)
+            comparisons += [compare(b, m) for b, m in zip(beside, into, strict=True)]
+        found = worst(comparisons)
+        return Check(
+            f"adapter {name}: torch merged = beside", found.within(self._tolerance), "", found
+        )
+
+    def _parity(self, title: str, selection: Selection, updates: Updates) -> Check:
+        comparisons = []
+        for sample in self._samples:
+            with adapted(self._model, updates):
+                expected = torch_outputs(self._model, sample.torch)
+            got = self._session(sample, selection)
+            if len(expected) != len(got):
+                detail = f"torch has {len(expected)} outputs, the bundle {len(got)}"
+                return Check(title, False, detail)
+            comparisons += [compare(e, g) for e, g in zip(expected, got, strict=True)]
+        found = worst(comparisons)
+        return Check(title, found.within(self._tolerance), "", found)
+
+    def _changes(self, name: str) -> Check:
+        """The negative control: an adapter that changes nothing proves nothing."""
+        found = worst(
+            [
+                compare(base, changed)
+                for sample in self._samples
+                for base, changed in zip(
+                    self._session(sample, None), self._session(sample, name), strict=True
+                )
+            ]
+        )
+        # Infinite or NaN differences are no proof of an effect either.
+        passed = bool(self._tolerance.max_abs < found.max_abs < np.inf)
+        detail = "" if passed else "the adapter changes no more than the tolerance"
+        return Check(f"adapter {name}: differs from base", passed, detail, found)
+
+    def _greedy(self, name: str, updates: Updates) -> Check:
+        agreed, total = 0, 0
+        for sample in self._samples[:_GREEDY_PROMPTS]:
+            sampling = Sampling(max_new_tokens=_GREEDY_TOKENS)
+            got = list(generate(self._runtime, sample.token_ids, name, sampling))
+            with adapted(self._model, updates):
+                expected = greedy_tokens(self._model, sample.token_ids, len(got))
+            agreed += sum(e == g for e, g in zip(expected, got, strict=True))
+            total += len(got)
+        passed = agreed >= self._tolerance.top1 * total
+        return Check(f"adapter {name}: greedy tokens", passed, f"{agreed} of {total} agree")
+
+    def _blend(self, first: str, second: str) -> Check:
+        strengths = {first: 0.75, second: 0.5}
+        title = f"blend {first}=0.75 {second}=0.5: onnxruntime = torch"
+        try:
+            parts = [(self._adapters[name], strength) for name, strength in strengths.items()]
+            return self._parity(title, strengths, updates_of(parts, self._model))
+        except LoraportError as error:
+            return Check(title, False, str(error))
+
+    def _swaps(self, first: str, last: str) -> Check:
+        title = f"swaps {first} → {last} → {first} → none repeat bit for bit"
+        sample = self._samples[0]
+        try:
+            base = self._session(sample, None)
+            once = self._session(sample, first)
+            self._session(sample, last)
+            again = self._session(sample, first)
+            after = self._session(sample, None)
+        except LoraportError as error:
+            return Check(title, False, str(error))
+        same = all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
+        back = all(np.array_equal(a, b) for a, b in zip(base, after, strict=True))
+        detail = "" if same and back else "the adapter" if not same else "the base"
+        return Check(title, same and back, detail and f"{detail} gives other outputs after a swap")
+
+    def _session(self, sample: Sample, selection: Selection) -> list[np.ndarray]:
+        outputs = self._runtime.run(sample.session, selection, self._outputs)
+        return [outputs[name] for name in self._outputs]

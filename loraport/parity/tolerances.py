@@ -1,0 +1,55 @@
+"""How far two computations of the same model may differ, by precision and provider.
+
+The only table of tolerances. Each line carries its reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loraport.errors import LoraportError
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Bounds on one comparison of logits or other outputs.
+
+    Attributes:
+        max_abs: Largest absolute difference of an element.
+        relative: Largest relative Frobenius norm of the difference.
+        top1: Smallest share of positions whose largest element is the same.
+        reason: Why these bounds.
+    """
+
+    max_abs: float
+    relative: float
+    top1: float
+    reason: str
+
+
+_TOLERANCES = {
+    ("fp32", "cpu"): Tolerance(1e-3, 1e-4, 1.0, "sums in another order, 24-bit mantissas"),
+    ("fp32", "cuda"): Tolerance(2e-3, 1e-4, 1.0, "the same with TF32 off and other kernels"),
+    ("fp16", "cpu"): Tolerance(0.15, 1e-2, 0.97, "11-bit mantissas; weights rounded once"),
+    ("fp16", "cuda"): Tolerance(0.15, 1e-2, 0.97, "11-bit mantissas; weights rounded once"),
+    # The reference has the graph's own rounded weights; the kernels also round activations.
+    ("int4", "cpu"): Tolerance(1.0, 5e-2, 0.9, "activations rounded to 8 bits by the kernel"),
+    ("int4", "cuda"): Tolerance(0.5, 2e-2, 0.95, "half-precision activations"),
+    ("bf16", "cpu"): Tolerance(1.0, 5e-2, 0.9, "8-bit mantissas"),
+    ("bf16", "cuda"): Tolerance(1.0, 5e-2, 0.9, "8-bit mantissas"),
+}
+
+
+def tolerance_for(precision: str, provider: str) -> Tolerance:
+    """Return the tolerance of a precision on a provider.
+
+    Raises:
+        LoraportError: If the pair is unknown.
+    """
+    try:
+        return _TOLERANCES[precision, provider]
+    except KeyError:
+        raise LoraportError(
+            f"tolerance: expected a precision and provider of {sorted(_TOLERANCES)}, "
+            f"got {(precision, provider)}"
+        ) from None

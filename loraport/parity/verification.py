@@ -1,0 +1,110 @@
+"""Verify a bundle against the PyTorch model it was exported from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from loraport.adapter import Adapter
+from loraport.base_model import load_tokenizer
+from loraport.bundle.golden import BASE_CASE, read_golden
+from loraport.parity.prompts import PROMPTS
+from loraport.parity.protocol import Check, Protocol, Sample
+from loraport.parity.tolerances import Tolerance, tolerance_for
+from loraport.runtime import Runtime
+from loraport.runtime.generation import GENAI_CONFIG, first_step_inputs, read_decoder
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of a verification.
+
+    Attributes:
+        checks: Every check, in order.
+        tolerance: What was tolerated.
+        samples: How many inputs were compared.
+        provider: Execution provider.
+    """
+
+    checks: tuple[Check, ...]
+    tolerance: Tolerance
+    samples: int
+    provider: str
+
+    @property
+    def passed(self) -> bool:
+        """Tell whether every check passed; no checks prove nothing."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as an object for ``--json``."""
+        return {
+            "passed": self.passed,
+            "provider": self.provider,
+            "samples": self.samples,
+            "tolerance": asdict(self.tolerance),
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+
+def verify_bundle(
+    bundle: Path,
+    model: nn.Module,
+    adapters: Mapping[str, Adapter],
+    *,
+    provider: str = "cpu",
+    samples: list[Sample] | None = None,
+    progress: Callable[[str], None] = lambda text: None,  # noqa: ARG005
+) -> Verification:
+    """Run the parity protocol.
+
+    Args:
+        bundle: The bundle's directory.
+        model: The base in float32; put into evaluation mode.
+        adapters: Name in the bundle → the adapter it was packed from.
+        provider: ``"cpu"`` or ``"cuda"``.
+        samples: Inputs to compare on; prompts or golden inputs unless given.
+        progress: Told what is being done.
+
+    Raises:
+        LoraportError: If the bundle cannot be opened at all, or an adapter is not in it.
+    """
+    runtime = Runtime(bundle, provider=provider, check=False)
+    for name in adapters:
+        runtime.manifest.require_adapter(name)
+    samples = samples or default_samples(runtime)
+    tolerance = tolerance_for(runtime.manifest.precision, provider)
+    protocol = Protocol(runtime, model.eval(), adapters, samples, tolerance, progress)
+    return Verification(tuple(protocol.run()), tolerance, len(samples), provider)
+
+
+def default_samples(runtime: Runtime) -> list[Sample]:
+    """Return what a bundle is compared on: prompts for text models, else its golden inputs."""
+    bundle = runtime.directory
+    if (bundle / GENAI_CONFIG).is_file():
+        return _decoder_samples(runtime)
+    golden, _ = read_golden(bundle, runtime.manifest.golden[BASE_CASE])
+    if "input_ids" not in golden or not (bundle / "tokenizer.json").is_file():
+        return [Sample(golden, golden)]
+    tokenizer = load_tokenizer(str(bundle))
+    encoded = [tokenizer(text, return_tensors="np") for text in PROMPTS]
+    found = [{name: np.asarray(row[name], np.int64) for name in golden} for row in encoded]
+    return [Sample(inputs, inputs) for inputs in found]
+
+
+def _decoder_samples(runtime: Runtime) -> list[Sample]:
+    decoder = read_decoder(runtime.directory)
+    tokenizer = load_tokenizer(str(runtime.directory))
+    samples = []
+    for text in PROMPTS:
+        token_ids = [int(token) for token in tokenizer(text)["input_ids"]]
+        inputs = first_step_inputs(runtime, decoder, token_ids)
+        ids = np.array([token_ids], np.int64)
+        arguments = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        samples.append(Sample(inputs, arguments, token_ids))
+    return samples
