@@ -29,7 +29,7 @@ from loraport.bundle.sources import record_base
 from loraport.errors import LoraportError
 from loraport.fingerprint import fingerprint
 from loraport.output import new_directory
-from loraport.parity.tolerances import tolerance_for
+from loraport.parity.tolerances import golden_tolerance
 
 GOLDEN_TEXT = "The port keeps its light on."
 _ENCODER_TEXTS = ("The port keeps its light on.", "Ships swap their cargo here.")
@@ -181,7 +181,7 @@ def _slot_and_describe(
         precision=options.precision,
         slots=slotted.slots,
         unslotted=slotted.unslotted,
-        tolerance=tolerance_for(options.precision, options.provider).max_abs,
+        tolerance=golden_tolerance(options.precision),
         made_by=f"loraport {__version__}",
     )
     files = [str(file.relative_to(bundle)) for file in sorted(bundle.rglob("*")) if file.is_file()]

@@ -10,6 +10,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from loraport.parity import Verification
 
+_PIPED_WIDTH = 150
+
 
 def print_verification(report: Verification) -> None:
     """Print a verification's checks on stdout."""
@@ -33,6 +35,10 @@ def print_verification(report: Verification) -> None:
             )
         verdict = "[green]ok[/green]" if check.passed else "[red]FAILED[/red]"
         table.add_row(check.name, *numbers, f"{verdict} {check.detail}".rstrip())
+    table_console().print(table)
+
+
+def table_console() -> Console:
+    """Return a console for tables on stdout; piped into a file there is no window to fit."""
     console = Console()
-    # Piped into a file there is no window to fit: keep every line whole.
-    console.print(table, width=None if console.is_terminal else 160)
+    return console if console.is_terminal else Console(width=_PIPED_WIDTH)

@@ -7,7 +7,8 @@
    beside = merged; ONNX Runtime with the adapter = PyTorch with it; the negative control: the
    adapter changes the outputs by more than the tolerance; greedy tokens agree;
 5. two adapters blended: ONNX Runtime = PyTorch's weighted sum;
-6. swaps: A → B → A → none repeats bit for bit.
+6. swaps: A → B → A → none repeats bit for bit;
+7. as deployed: where a quantized kernel rounds its activations, how far that takes the outputs.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from loraport.parity.reference import (
     torch_outputs,
     updates_of,
 )
-from loraport.parity.tolerances import Tolerance
+from loraport.parity.tolerances import AS_DEPLOYED, Tolerance
 from loraport.runtime import Runtime, Sampling, Selection, generate
 
 _GREEDY_TOKENS = 12
@@ -84,6 +85,7 @@ class Protocol:
         samples: What to compare on.
         tolerance: See `loraport.parity.tolerances`.
         progress: Told what is being done.
+        deployed: The bundle as users run it, where that rounds more than ``runtime`` does.
     """
 
     def __init__(
@@ -94,8 +96,10 @@ class Protocol:
         samples: Sequence[Sample],
         tolerance: Tolerance,
         progress: Callable[[str], None] = lambda text: None,  # noqa: ARG005
+        deployed: Runtime | None = None,
     ) -> None:
         self._runtime = runtime
+        self._deployed = deployed
         self._model = model
         self._adapters = adapters
         self._samples = samples
@@ -116,6 +120,8 @@ class Protocol:
             checks.append(self._blend(names[0], names[1]))
         if names:
             checks.append(self._swaps(names[0], names[-1]))
+        if self._deployed is not None:
+            checks.append(self._as_deployed(self._deployed))
         return checks
 
     def _files(self) -> Check:
@@ -280,6 +286,19 @@ class Protocol:
         back = all(np.array_equal(a, b) for a, b in zip(base, after, strict=True))
         detail = "" if same and back else "the adapter" if not same else "the base"
         return Check(title, same and back, detail and f"{detail} gives other outputs after a swap")
+
+    def _as_deployed(self, deployed: Runtime) -> Check:
+        comparisons = []
+        for sample in self._samples:
+            outputs = deployed.run(sample.session, None, self._outputs)
+            exact = self._session(sample, None)
+            comparisons += [
+                compare(expected, outputs[name])
+                for name, expected in zip(self._outputs, exact, strict=True)
+            ]
+        found = worst(comparisons)
+        title = f"as deployed: base, {AS_DEPLOYED.reason}"
+        return Check(title, found.within(AS_DEPLOYED), "", found)
 
     def _session(self, sample: Sample, selection: Selection) -> list[np.ndarray]:
         outputs = self._runtime.run(sample.session, selection, self._outputs)

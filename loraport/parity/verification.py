@@ -13,10 +13,12 @@ from torch import nn
 from loraport.adapter import Adapter
 from loraport.base_model import load_tokenizer
 from loraport.bundle.golden import BASE_CASE, read_golden
+from loraport.bundle.manifest import MODEL_FILE
 from loraport.parity.prompts import PROMPTS
 from loraport.parity.protocol import Check, Protocol, Sample
 from loraport.parity.tolerances import Tolerance, tolerance_for
 from loraport.runtime import Runtime
+from loraport.runtime.full_precision import with_float32_activations
 from loraport.runtime.generation import GENAI_CONFIG, first_step_inputs, read_decoder
 
 
@@ -74,12 +76,16 @@ def verify_bundle(
     Raises:
         LoraportError: If the bundle cannot be opened at all, or an adapter is not in it.
     """
-    runtime = Runtime(bundle, provider=provider, check=False)
+    runtime = Runtime(bundle, provider=provider, check=False, float32_activations=True)
+    rounds = with_float32_activations(bundle / MODEL_FILE) is not None
+    deployed = Runtime(bundle, provider=provider, check=False) if rounds else None
     for name in adapters:
         runtime.manifest.require_adapter(name)
     samples = samples or default_samples(runtime)
     tolerance = tolerance_for(runtime.manifest.precision, provider)
-    protocol = Protocol(runtime, model.eval(), adapters, samples, tolerance, progress)
+    protocol = Protocol(
+        runtime, model.eval(), adapters, samples, tolerance, progress, deployed=deployed
+    )
     return Verification(tuple(protocol.run()), tolerance, len(samples), provider)
 
 

@@ -106,6 +106,7 @@ class Runtime:
         provider: ``"cpu"`` or ``"cuda"``.
         threads: Threads inside operators; ONNX Runtime's choice unless told.
         check: Compare every file with its hash first.
+        float32_activations: Let quantized kernels compute in full precision.
 
     Raises:
         LoraportError: If the bundle is damaged or the provider is not to be had.
@@ -118,13 +119,19 @@ class Runtime:
         provider: str = "cpu",
         threads: int | None = None,
         check: bool = True,
+        float32_activations: bool = False,
     ) -> None:
         self.directory = Path(bundle)
         self.manifest: Manifest = read_manifest(self.directory)
         if check:
             check_files(self.manifest, self.directory)
         self._device = provider
-        self.session = open_session(self.directory / MODEL_FILE, provider=provider, threads=threads)
+        self.session = open_session(
+            self.directory / MODEL_FILE,
+            provider=provider,
+            threads=threads,
+            float32_activations=float32_activations,
+        )
         self._packed: dict[str, Mapping[str, Any]] = {}
         self._resident: dict[tuple[tuple[str, float], ...], ResidentAdapter] = {}
         self._lock = threading.Lock()

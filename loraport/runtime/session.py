@@ -6,18 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from loraport.errors import LoraportError
+from loraport.runtime.full_precision import with_float32_activations
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS_ONLY = 3
+_DATA_DIRECTORY = "session.model_external_initializers_file_folder_path"
 
 
-def open_session(model: Path, *, provider: str = "cpu", threads: int | None = None) -> Any:
+def open_session(
+    model: Path,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    float32_activations: bool = False,
+) -> Any:
     """Open an ``onnxruntime.InferenceSession``.
 
     Args:
         model: The ``.onnx`` file.
         provider: ``"cpu"`` or ``"cuda"``.
         threads: Threads inside operators; ONNX Runtime's choice unless told.
+        float32_activations: Let quantized kernels compute in full precision.
 
     Raises:
         LoraportError: If the model cannot be opened or the provider is not to be had; a
@@ -36,8 +45,13 @@ def open_session(model: Path, *, provider: str = "cpu", threads: int | None = No
     options.log_severity_level = _ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
+    source: str | bytes = str(model)
     try:
-        session = onnxruntime.InferenceSession(str(model), options, providers=[wanted])
+        exact = with_float32_activations(model) if float32_activations else None
+        if exact is not None:
+            source = exact
+            options.add_session_config_entry(_DATA_DIRECTORY, str(model.parent))
+        session = onnxruntime.InferenceSession(source, options, providers=[wanted])
     except Exception as error:  # onnxruntime raises classes of its own without a common base
         first = str(error).strip().splitlines()[0]
         raise LoraportError(f"{model}: ONNX Runtime cannot open it: {first}") from error
