@@ -1,0 +1,159 @@
+"""``loraport train``."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loraport.training.options import ALL_LINEAR, LoopOptions, LoraOptions, TrainOptions
+
+# Defaults are declared once, in the options.
+_LORA, _LOOP, _TRAIN = LoraOptions(), LoopOptions(), TrainOptions()
+_NAMES = re.compile(r"[\w.-]+(\s*,\s*[\w.-]+)*")
+
+
+def _names_or_regex(
+    ctx: click.Context, param: click.Parameter, value: str
+) -> tuple[str, ...] | str:
+    """Tell names separated by commas from a regular expression by what a name is made of."""
+    del ctx, param
+    if not value:
+        return ()
+    is_names = value != ALL_LINEAR and _NAMES.fullmatch(value)
+    return tuple(re.split(r"\s*,\s*", value)) if is_names else value
+
+
+def _pattern(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> dict[str, float]:
+    """Read ``NAME=NUMBER``, split at the last equals sign."""
+    number = int if param.name == "rank_pattern" else float
+    pattern: dict[str, float] = {}
+    for value in values:
+        name, _, text = value.rpartition("=")
+        try:
+            pattern[name] = number(text)
+        except ValueError:
+            name = ""
+        if not name:
+            raise click.BadParameter(f"expected NAME=NUMBER, got {value!r}", ctx, param)
+    return pattern
+
+
+@click.command()
+@click.argument("base")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="ADAPTER",
+              help="Adapter directory to write.")  # fmt: skip
+@click.option("--validation", type=click.Path(path_type=Path), help="Held-out rows (JSONL).")
+@click.option("--validation-share", type=float, default=_TRAIN.validation_share,
+              help="Share of DATA held out where --validation is not given.")  # fmt: skip
+@click.option("--rank", type=int, default=_LORA.rank, help="LoRA rank.")
+@click.option("--alpha", type=float, help="LoRA alpha; twice the rank unless given.")
+@click.option("--rslora", "use_rslora", is_flag=True, help="Scale by alpha / sqrt(rank).")
+@click.option("--dropout", type=float, default=_LORA.dropout, help="LoRA dropout.")
+@click.option("--targets", default=_LORA.targets, callback=_names_or_regex,
+              help="all-linear, module names separated by commas, or a regular expression "
+              "that matches whole module paths.")  # fmt: skip
+@click.option("--exclude", default="", callback=_names_or_regex, show_default=False,
+              help="Names or a regular expression of modules to leave alone.")  # fmt: skip
+@click.option("--layers", default=_LORA.layers, show_default=False,
+              help="Layer numbers to adapt, like 0-3,8.")  # fmt: skip
+@click.option("--rank-pattern", multiple=True, callback=_pattern,
+              help="Another rank for some modules, like v_proj=4; repeatable.")  # fmt: skip
+@click.option("--alpha-pattern", multiple=True, callback=_pattern,
+              help="Another alpha for some modules; repeatable.")  # fmt: skip
+@click.option("--init", type=click.Choice(["kaiming", "gaussian"]), default=_LORA.init,
+              help="Distribution of A at the start.")  # fmt: skip
+@click.option("--lr", "learning_rate", type=float, default=_LOOP.learning_rate,
+              help="Peak learning rate.")  # fmt: skip
+@click.option("--epochs", type=int, default=_LOOP.epochs, help="Passes over the data.")
+@click.option("--steps", type=int, help="Optimizer steps, instead of --epochs.")
+@click.option("--batch-size", type=int, default=_TRAIN.batch_size, help="Rows per batch.")
+@click.option("--accumulate", type=int, default=_LOOP.accumulate, help="Batches per step.")
+@click.option("--max-length", type=int, default=_TRAIN.max_length, help="Tokens per row.")
+@click.option("--warmup", type=float, default=_LOOP.warmup,
+              help="Share of the steps in which the learning rate rises.")  # fmt: skip
+@click.option("--weight-decay", type=float, default=_LOOP.weight_decay, help="AdamW's decay.")
+@click.option("--clip", type=float, default=_LOOP.clip, help="Largest gradient norm; 0 for none.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Save memory, take longer.")
+@click.option("--seed", type=int, default=_LOOP.seed, help="Seed of everything random.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default=_LOOP.dtype,
+              help="auto: bfloat16 autocast on GPUs that have it, else float32.")  # fmt: skip
+@click.option("--device", default=_LOOP.device, help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--save-every", type=int, default=_LOOP.save_every,
+              help="Steps between checkpoints; 0 for none.")  # fmt: skip
+@click.option("--keep", type=int, default=_LOOP.keep, help="Checkpoints kept.")
+@click.option("--validate-every", type=int, default=_LOOP.validate_every,
+              help="Steps between validations; 0 for every epoch.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Continue a run that was stopped, exactly.")
+@click.option("--force", is_flag=True, help="Replace ADAPTER; discard an unfinished run.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress, no table.")
+def train(
+    base: str,
+    data: Path,
+    out: Path,
+    validation: Path | None,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    **chosen: Any,
+) -> None:
+    """Train a LoRA adapter for BASE on the rows of DATA (JSONL).
+
+    BASE is a model directory, a .gguf file, a hub name (owner/name) or smollm2. A row is
+    {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}; of the last two,
+    only the completion or the assistant's turns are learned.
+
+    While it runs, checkpoints are kept in ADAPTER.training.
+    """
+    options = options_from(chosen)
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from loraport.training import train_language_model
+    from loraport.training.report import ProgressReport, summary_table
+
+    logging.disable_progress_bar()
+    summary = train_language_model(
+        base,
+        data,
+        out,
+        options,
+        validation=validation,
+        resume=resume,
+        force=force,
+        observer=None if quiet else ProgressReport(Console(stderr=True)),
+    )
+    if as_json:
+        click.echo(json.dumps(asdict(summary), indent=2))
+    elif not quiet:
+        Console().print(summary_table(summary))
+
+
+def options_from(chosen: dict[str, Any]) -> TrainOptions:
+    """Sort the command line's values into the options they belong to.
+
+    ``--seed`` seeds both the matrices and the loop.
+
+    Raises:
+        LoraportError: If a value is out of its range.
+    """
+    chosen = dict(chosen)
+    seed = chosen.pop("seed")
+    lora = {name: chosen.pop(name) for name in _fields(LoraOptions) & chosen.keys()}
+    loop = {name: chosen.pop(name) for name in _fields(LoopOptions) & chosen.keys()}
+    return TrainOptions(
+        lora=LoraOptions(seed=seed, **lora), loop=LoopOptions(seed=seed, **loop), **chosen
+    )
+
+
+def _fields(options: type) -> set[str]:
+    return set(options.__dataclass_fields__)  # type: ignore[attr-defined]

@@ -1,0 +1,104 @@
+"""Rows of tokens, shuffled and padded into batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+
+# Batches sorted by length together: rows of like length share a batch, so little is padded,
+# while what is in a batch still differs from epoch to epoch.
+_BATCHES_SORTED = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of text as tokens.
+
+    Attributes:
+        tokens: Token ids.
+        labels: The same ids where the loss counts, else `IGNORED`.
+    """
+
+    tokens: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Rows padded on the right to the longest.
+
+    Attributes:
+        tokens: ``[batch, length]`` int64.
+        mask: ``[batch, length]`` int64, 0 on padding; ``None`` where nothing is padded.
+        labels: ``[batch, length]`` int64, `IGNORED` where the loss does not count.
+    """
+
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    labels: torch.Tensor
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """Return the batch on a device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return TokenBatch(self.tokens.to(device), mask, self.labels.to(device))
+
+
+class RowBatches:
+    """Batches over rows; each epoch has an order of its own that only the seed decides.
+
+    Args:
+        rows: What to batch.
+        batch_size: Rows per batch; the last batch may have fewer.
+        pad: Token id to pad with.
+        seed: Decides the order; ``None`` keeps the rows' order sorted by length.
+    """
+
+    def __init__(self, rows: Sequence[Row], batch_size: int, pad: int, seed: int | None) -> None:
+        self._rows = rows
+        self._batch_size = batch_size
+        self._pad = pad
+        self._seed = seed
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return -(-len(self._rows) // self._batch_size)
+
+    def epoch(self, number: int) -> Iterator[TokenBatch]:
+        """Return the batches of one epoch in order."""
+        for chosen in self._order(number):
+            yield collate([self._rows[index] for index in chosen], self._pad)
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        order = list(range(len(self._rows)))
+        window = len(order) or 1
+        chance = None
+        if self._seed is not None:
+            chance = random.Random(f"{self._seed} {epoch}")
+            chance.shuffle(order)
+            window = self._batch_size * _BATCHES_SORTED
+        batches = []
+        for start in range(0, len(order), window):
+            near = sorted(order[start : start + window], key=lambda i: len(self._rows[i].tokens))
+            size = self._batch_size
+            batches += [near[first : first + size] for first in range(0, len(near), size)]
+        if chance is not None:
+            chance.shuffle(batches)
+        return batches
+
+
+def collate(rows: Sequence[Row], pad: int) -> TokenBatch:
+    """Pad rows on the right and stack them."""
+    length = max(len(row.tokens) for row in rows)
+    tokens = torch.full((len(rows), length), pad)
+    labels = torch.full((len(rows), length), IGNORED)
+    mask = torch.zeros((len(rows), length), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row.tokens)] = torch.tensor(row.tokens)
+        labels[index, : len(row.tokens)] = torch.tensor(row.labels)
+        mask[index, : len(row.tokens)] = 1
+    return TokenBatch(tokens, mask if not bool(mask.all()) else None, labels)

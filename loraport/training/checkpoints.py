@@ -1,0 +1,217 @@
+"""Checkpoints of a run: everything that the next step depends on, without pickle.
+
+A checkpoint is a directory ``checkpoint-STEP`` that appears whole or not at all: the adapter
+in PEFT's layout (usable as it is), ``state.safetensors`` (optimizer and random states) and
+``state.json`` (position, options, identity of the data).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraport.adapter import Adapter
+from loraport.checkpoint import Checkpoint
+from loraport.errors import LoraportError, Problems
+from loraport.output import new_directory
+from loraport.peft_layout.read import read_peft
+from loraport.peft_layout.write import peft_contents, save_contents
+from loraport.training.layers import LoraLayer
+from loraport.training.rng import RandomState
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_OPTIMIZER, _RANDOM, _EPOCH_RANDOM = "optimizer", "random", "epoch_random"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        step: Optimizer steps taken.
+        epoch: Present epoch, the first being 0.
+        index: Batches of the epoch consumed.
+        tokens: Tokens consumed in all.
+        metrics_bytes: Length of ``metrics.jsonl``.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    index: int = 0
+    tokens: int = 0
+    metrics_bytes: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """All that the next step depends on, but for the adapter.
+
+    Attributes:
+        position: Where the run stands.
+        random: State of the random generators.
+        epoch_random: Their state when the epoch began.
+        optimizer: Parameter name → AdamW's tensors.
+        identity: What a resumed run must share: options, data, device.
+    """
+
+    position: Position
+    random: RandomState
+    epoch_random: RandomState
+    optimizer: Mapping[str, Mapping[str, torch.Tensor]]
+    identity: Mapping[str, Any]
+
+
+def save_checkpoint(work: Path, adapter: Adapter, state: RunState, keep: int) -> Path:
+    """Write a checkpoint and remove all but the last ``keep``."""
+    from safetensors.torch import save_file
+
+    path = work / f"checkpoint-{state.position.step:08d}"
+    tensors = {
+        f"{_OPTIMIZER}/{key}/{name}": tensor.detach().cpu().contiguous()
+        for name, entries in state.optimizer.items()
+        for key, tensor in entries.items()
+    }
+    for prefix, random in ((_RANDOM, state.random), (_EPOCH_RANDOM, state.epoch_random)):
+        tensors |= {f"{prefix}/{name}": tensor for name, tensor in random.tensors.items()}
+    document = {
+        "position": asdict(state.position),
+        "identity": state.identity,
+        _RANDOM: state.random.plain,
+        _EPOCH_RANDOM: state.epoch_random.plain,
+    }
+    config, adapter_tensors = peft_contents(adapter)
+    with new_directory(path, force=True) as partial:
+        save_contents(partial, adapter, config, adapter_tensors)
+        # A random state may be the same object in both places: safetensors wants no sharing.
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, partial / _TENSORS)
+        (partial / _DOCUMENT).write_text(json.dumps(document) + "\n")
+    for old in _checkpoints(work)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+_TENSORS, _DOCUMENT = "state.safetensors", "state.json"
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """Return the newest checkpoint, or ``None``."""
+    found = _checkpoints(work)
+    return found[-1] if found else None
+
+
+def load_checkpoint(path: Path) -> tuple[Adapter, RunState]:
+    """Read a checkpoint.
+
+    Raises:
+        LoraportError: If it is damaged.
+    """
+    adapter = read_peft(path)
+    try:
+        document = json.loads((path / _DOCUMENT).read_bytes())
+        tensors = Checkpoint(path / _TENSORS)
+        optimizer: dict[str, dict[str, torch.Tensor]] = {}
+        randoms: dict[str, dict[str, torch.Tensor]] = {_RANDOM: {}, _EPOCH_RANDOM: {}}
+        for name in tensors:
+            prefix, key, *rest = name.split("/", 2)
+            if prefix == _OPTIMIZER:
+                optimizer.setdefault(rest[0], {})[key] = tensors.load(name)
+            else:
+                randoms[prefix][key] = tensors.load(name)
+        state = RunState(
+            position=Position(**document["position"]),
+            random=RandomState(randoms[_RANDOM], document[_RANDOM]),
+            epoch_random=RandomState(randoms[_EPOCH_RANDOM], document[_EPOCH_RANDOM]),
+            optimizer=optimizer,
+            identity=document["identity"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise LoraportError(
+            f"checkpoint {path}: expected what loraport wrote, got {error!r}; "
+            "remove this directory to resume from the one before"
+        ) from error
+    return adapter, state
+
+
+def require_same_run(path: Path, stored: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Refuse to resume with other options or data.
+
+    Args:
+        path: The checkpoint, for the message.
+        stored: Its identity.
+        present: The identity of the run that would resume.
+
+    Raises:
+        LoraportError: Naming everything that differs.
+    """
+    problems = Problems()
+    # As JSON has it: tuples become lists.
+    present = json.loads(json.dumps(present))
+    for name in sorted(stored.keys() | present.keys()):
+        if stored.get(name) != present.get(name):
+            problems.add(name, f"{stored.get(name)!r}", f"{present.get(name)!r}")
+    problems.raise_if_any(
+        f"cannot resume from {path}: the run was started differently; "
+        "resume with the same options and data, or start anew with --force"
+    )
+
+
+def restore_adapter(layers: Mapping[str, LoraLayer], adapter: Adapter, path: Path) -> None:
+    """Copy a checkpoint's matrices into the model's layers.
+
+    Raises:
+        LoraportError: If the modules or ranks differ.
+    """
+    problems = Problems()
+    for name in sorted(layers.keys() | adapter.modules.keys()):
+        layer, module = layers.get(name), adapter.modules.get(name)
+        if layer is None or module is None:
+            problems.add(
+                name,
+                "it adapted" if module else "it not adapted",
+                "the opposite; use the LoRA options the run began with",
+            )
+        elif layer.lora_A.shape != module.lora_A.shape or layer.lora_B.shape != module.lora_B.shape:
+            problems.add(name, f"rank {module.rank}", f"rank {layer.rank} or another shape")
+    problems.raise_if_any(f"cannot resume from {path}")
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.lora_A.copy_(adapter.modules[name].lora_A)
+            layer.lora_B.copy_(adapter.modules[name].lora_B)
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return AdamW's state by parameter name."""
+    return {
+        name: dict(optimizer.state[parameter])
+        for name, parameter in parameters.items()
+        if parameter in optimizer.state
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+) -> None:
+    """Put AdamW's state back; the inverse of `optimizer_tensors`."""
+    for name, entries in tensors.items():
+        device = parameters[name].device
+        optimizer.state[parameters[name]] = {
+            key: tensor.to(device) for key, tensor in entries.items()
+        }
+
+
+def _checkpoints(work: Path) -> list[Path]:
+    if not work.is_dir():
+        return []
+    return sorted(entry for entry in work.iterdir() if _NAME.fullmatch(entry.name))

@@ -1,0 +1,63 @@
+"""The loss of a causal language model, computed only where it counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from loraport.training.batches import IGNORED, TokenBatch
+from loraport.training.loss import LossSum
+
+
+def language_model_loss(model: nn.Module, batch: TokenBatch) -> LossSum:
+    """Return the summed cross entropy of the labelled tokens, each from those before it.
+
+    Args:
+        model: A transformers causal language model.
+        batch: Tokens ``[batch, length]``.
+    """
+    targets = batch.labels[:, 1:].flatten()
+    counted = (targets != IGNORED).nonzero().flatten()  # [n]
+    logits = logits_at(model, batch, counted)  # [n, vocab]
+    total = F.cross_entropy(logits.float(), targets[counted], reduction="sum")
+    return LossSum(total, counted.numel(), batch.tokens.numel())
+
+
+def logits_at(model: nn.Module, batch: TokenBatch, positions: torch.Tensor) -> torch.Tensor:
+    """Return the logits ``[n, vocab]`` at some positions.
+
+    The output head is the widest layer of a small model, so hidden states are picked before
+    it, by a hook that leaves the rest of the model's own forward pass as it is. Where the head
+    is not found, or takes something unexpected, the logits are picked afterwards.
+
+    Args:
+        model: A transformers causal language model.
+        batch: Tokens ``[batch, length]``.
+        positions: ``[n]``, indices into ``[batch, length - 1]`` flattened.
+    """
+    picked = False
+
+    def pick(values: torch.Tensor) -> torch.Tensor:
+        return values[:, :-1].flatten(0, 1).index_select(0, positions)
+
+    def before_head(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal picked
+        if len(inputs) != 1 or inputs[0].dim() != 3 or inputs[0].shape[:2] != batch.tokens.shape:
+            return None
+        picked = True
+        return (pick(inputs[0]),)
+
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    hook = head.register_forward_pre_hook(before_head) if head is not None else None
+    try:
+        # Padding stands on the right, where a causal model's real tokens never look.
+        output = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False)
+    finally:
+        if hook is not None:
+            hook.remove()
+    logits: torch.Tensor = output.logits
+    return logits if picked else pick(logits)

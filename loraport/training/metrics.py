@@ -1,0 +1,66 @@
+"""The record of a run: one JSON line per step and per validation."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Lines kept in memory and, where there is a directory, in its ``metrics.jsonl``.
+
+    No line holds a time, so a run that was stopped and resumed leaves the same file as one
+    that was not.
+
+    Args:
+        directory: Where the file is, or ``None``.
+        length: Bytes of an existing file to keep; the rest belongs to steps that a resumed run
+            takes again.
+    """
+
+    def __init__(self, directory: Path | None, length: int = 0) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self._file = None
+        if directory is None:
+            return
+        path = directory / METRICS_FILE
+        if length:
+            kept = path.read_bytes()[:length]
+            self.lines = [json.loads(line) for line in kept.splitlines()]
+            os.truncate(path, length)
+        self._file = path.open("ab" if length else "wb")
+
+    def add(self, **line: Any) -> None:
+        """Record one line."""
+        self.lines.append(line)
+        if self._file is not None:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+
+    def sync(self) -> int:
+        """Make sure that all lines are on disk and return the file's length."""
+        if self._file is None:
+            return 0
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def losses(self) -> list[tuple[int, float]]:
+        """Return step and loss of every step."""
+        return [(line["step"], line["loss"]) for line in self.lines if "loss" in line]
+
+    def validations(self) -> list[tuple[int, float]]:
+        """Return step and validation loss of every validation; step 0 is the base."""
+        return [
+            (line["step"], line["validation_loss"])
+            for line in self.lines
+            if "validation_loss" in line
+        ]

@@ -1,0 +1,153 @@
+"""Options of a training run: what is adapted, how the loop runs, what the text becomes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from loraport.errors import Problems
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Which modules get LoRA layers, and what those look like.
+
+    Attributes:
+        rank: Rank where no pattern says otherwise.
+        alpha: ``lora_alpha`` where no pattern says otherwise; ``None`` means twice ``rank``.
+        use_rslora: Scale by ``alpha / sqrt(rank)`` rather than by ``alpha / rank``.
+        dropout: Probability with which inputs of ``A`` are dropped while training.
+        rank_pattern: Module name or regular expression → rank; the first match wins.
+        alpha_pattern: Module name or regular expression → alpha; the first match wins.
+        targets: ``"all-linear"`` (every linear layer but the output head), names that module
+            paths end with, or one regular expression that whole paths match.
+        exclude: Names or a regular expression of modules left alone.
+        layers: Numbers of the layers adapted, as in ``"0-3,8"``; empty for all.
+        init: Distribution of ``A`` at the start (``B`` is zero).
+        seed: Seed of that distribution.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    use_rslora: bool = False
+    dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    targets: tuple[str, ...] | str = ALL_LINEAR
+    exclude: tuple[str, ...] | str = ()
+    layers: str = ""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        _at_least(problems, "rank", self.rank, 1)
+        for pattern, rank in self.rank_pattern.items():
+            _at_least(problems, f"rank_pattern {pattern}", rank, 1)
+        alphas = {f"alpha_pattern {key}": value for key, value in self.alpha_pattern.items()}
+        for name, alpha in {"alpha": self.effective_alpha, **alphas}.items():
+            if not math.isfinite(alpha) or alpha == 0:
+                problems.add(name, "a finite number other than 0", str(alpha))
+        _share(problems, "dropout", self.dropout)
+        if self.init not in ("kaiming", "gaussian"):
+            problems.add("init", "kaiming or gaussian", repr(self.init))
+        problems.raise_if_any("LoRA options cannot be used")
+
+    @property
+    def effective_alpha(self) -> float:
+        """Alpha with its default resolved."""
+        return float(2 * self.rank if self.alpha is None else self.alpha)
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How the loop steps; the same for every kind of model.
+
+    Attributes:
+        learning_rate: Peak learning rate of AdamW.
+        epochs: Passes over the data, unless ``steps`` is given.
+        steps: Optimizer steps; ``None`` for as many as ``epochs`` take.
+        accumulate: Batches per optimizer step.
+        warmup: Share of the steps in which the learning rate rises linearly.
+        weight_decay: AdamW's decoupled weight decay.
+        clip: Largest norm of the gradient; 0 for no clipping.
+        seed: Seed of everything random in the loop.
+        device: ``"auto"`` (CUDA where there is one, else CPU) or a torch device.
+        dtype: ``"auto"`` (bfloat16 autocast on CUDA hardware that has it, else float32),
+            ``"float32"`` or ``"bfloat16"``.
+        save_every: Steps between checkpoints; 0 for none.
+        keep: Checkpoints kept.
+        validate_every: Steps between validations; 0 for the end of each epoch.
+    """
+
+    learning_rate: float = 1e-3
+    epochs: int = 3
+    steps: int | None = None
+    accumulate: int = 1
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    save_every: int = 100
+    keep: int = 2
+    validate_every: int = 0
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            problems.add("learning_rate", "a finite number above 0", str(self.learning_rate))
+        _at_least(problems, "epochs", self.epochs, 1)
+        if self.steps is not None:
+            _at_least(problems, "steps", self.steps, 1)
+        for name in ("accumulate", "keep"):
+            _at_least(problems, name, getattr(self, name), 1)
+        for name in ("weight_decay", "clip", "save_every", "validate_every"):
+            _at_least(problems, name, getattr(self, name), 0)
+        _share(problems, "warmup", self.warmup)
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            problems.add("dtype", "auto, float32 or bfloat16", repr(self.dtype))
+        problems.raise_if_any("training options cannot be used")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of training a language model on text: of ``loraport train``.
+
+    Attributes:
+        lora: What is adapted.
+        loop: How the loop steps.
+        batch_size: Rows per batch.
+        max_length: Tokens per row; longer rows are cut and counted.
+        validation_share: Share of the rows held out, where no validation file is given.
+        gradient_checkpointing: Compute activations again instead of keeping them.
+    """
+
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    loop: LoopOptions = field(default_factory=LoopOptions)
+    batch_size: int = 4
+    max_length: int = 1024
+    validation_share: float = 0.1
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        _at_least(problems, "batch_size", self.batch_size, 1)
+        _at_least(problems, "max_length", self.max_length, 2)
+        _share(problems, "validation_share", self.validation_share)
+        problems.raise_if_any("training options cannot be used")
+
+
+def _at_least(problems: Problems, name: str, value: float, least: float) -> None:
+    if not (math.isfinite(value) and value >= least):
+        problems.add(name, f"at least {least}", str(value))
+
+
+def _share(problems: Problems, name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        problems.add(name, "a share from 0 to below 1", str(value))

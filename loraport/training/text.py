@@ -1,0 +1,328 @@
+"""Train a language model's adapter from a JSONL file to an adapter directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraport.adapter import Adapter
+from loraport.base_model import load_causal_lm, load_tokenizer, read_model_config, resolve_base
+from loraport.errors import LoraportError
+from loraport.output import new_directory, refuse_existing
+from loraport.peft_layout.write import peft_contents, save_contents
+from loraport.training.batches import Row, RowBatches
+from loraport.training.curve import draw_losses
+from loraport.training.devices import Placement, choose_placement
+from loraport.training.inject import adapter_of, attach
+from loraport.training.language_model import language_model_loss
+from loraport.training.loop import TrainingResult, train
+from loraport.training.metrics import METRICS_FILE
+from loraport.training.observer import Observer, Silent
+from loraport.training.options import TrainOptions
+from loraport.training.tokens import Rows, read_rows
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SUMMARY_FILE = "training.json"
+CURVE_FILE = "loss.png"
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What came out of a training, for the final table and ``--json``.
+
+    Attributes:
+        adapter: The directory written.
+        base: The base as it was named.
+        trainable_parameters: Numbers trained.
+        trainable_share: Their share of all parameters, the adapter's included.
+        adapter_bytes: Size of the adapter's tensors.
+        base_validation_loss: Mean loss per token of the base on the validation rows.
+        validation_loss: The same with the adapter; ``None`` without validation rows.
+        training_loss: Mean training loss of the last tenth of the steps.
+        steps: Optimizer steps.
+        tokens: Tokens seen.
+        rows: Training rows.
+        validation_rows: Held-out rows.
+        truncated_rows: Rows cut to the largest length.
+        dropped_rows: Rows left out because nothing to learn was left after the cut.
+        device: Where it was trained.
+        dtype: Precision of the matrix products.
+        seconds: Time taken by this process, without loading.
+    """
+
+    adapter: str
+    base: str
+    trainable_parameters: int
+    trainable_share: float
+    adapter_bytes: int
+    base_validation_loss: float | None
+    validation_loss: float | None
+    training_loss: float
+    steps: int
+    tokens: int
+    rows: int
+    validation_rows: int
+    truncated_rows: int
+    dropped_rows: int
+    device: str
+    dtype: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Data:
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    truncated: int
+    dropped: int
+
+
+def train_language_model(
+    base: str,
+    data: Path,
+    out: Path,
+    options: TrainOptions | None = None,
+    *,
+    validation: Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    observer: Observer | None = None,
+) -> TrainingSummary:
+    """Train an adapter and write its directory, which appears whole or not at all.
+
+    Checkpoints and metrics are kept in ``OUT.training`` beside it until then.
+
+    Args:
+        base: Any base that `loraport.base_model.resolve_base` finds.
+        data: Training rows, JSONL.
+        out: The adapter directory to write: PEFT's layout, ``metrics.jsonl``, ``loss.png`` and
+            ``training.json``.
+        options: All options.
+        validation: Held-out rows; without it, a share of ``data`` is held out.
+        resume: Continue a run that was stopped.
+        force: Replace ``out``, and discard an unfinished run unless ``resume``.
+        observer: Told what happens.
+
+    Raises:
+        LoraportError: For anything wrong with the base, data, options or outputs.
+    """
+    options = options or TrainOptions()
+    observer = observer or Silent()
+    work = work_directory(out)
+    if not resume:
+        _refuse_outputs(out, work, force=force)
+    tokenizer = load_tokenizer(base)
+    rows = _read_data(base, data, validation, tokenizer, options, observer)
+    identity = _identity(rows, options)
+    if resume and not force and out.exists():
+        return _finished_before(out, work, identity)
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    placement = choose_placement(options.loop.device, options.loop.dtype)
+    model = _load_base(base, placement)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    attach(model, options.lora)
+    if options.gradient_checkpointing:
+        _checkpoint_activations(model)
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    size, seed = options.batch_size, options.loop.seed
+    started = time.monotonic()
+    result = train(
+        model,
+        RowBatches(rows.train, size, pad, seed),
+        language_model_loss,
+        options.loop,
+        validation=RowBatches(rows.validation, size, pad, None) if rows.validation else None,
+        work=work,
+        resume=resume,
+        identity=identity,
+        observer=observer,
+    )
+    facts = {"task_type": "CAUSAL_LM", "lora_dropout": options.lora.dropout}
+    adapter = adapter_of(model, base_model=base, training=facts)
+    summary = TrainingSummary(
+        adapter=str(out),
+        base=base,
+        trainable_parameters=adapter.parameters,
+        trainable_share=adapter.parameters / (parameters + adapter.parameters),
+        adapter_bytes=adapter.nbytes,
+        base_validation_loss=result.validations[0][1] if result.validations else None,
+        validation_loss=result.validations[-1][1] if result.validations else None,
+        training_loss=_last_losses(result),
+        steps=result.steps,
+        tokens=result.tokens,
+        rows=len(rows.train),
+        validation_rows=len(rows.validation),
+        truncated_rows=rows.truncated,
+        dropped_rows=rows.dropped,
+        device=str(placement.device),
+        dtype=str(placement.dtype).removeprefix("torch."),
+        seconds=round(time.monotonic() - started, 3),
+    )
+    _write(out, work, adapter, result, summary, identity, force=force)
+    return summary
+
+
+def work_directory(out: Path) -> Path:
+    """Return where an unfinished run for ``out`` keeps its checkpoints."""
+    return out.with_name(f"{out.name}.training")
+
+
+def _refuse_outputs(out: Path, work: Path, *, force: bool) -> None:
+    refuse_existing(out, force=force)
+    if work.exists() and not force:
+        raise LoraportError(
+            f"{work} holds a run that was not finished; continue it with --resume, or discard "
+            "it with --force"
+        )
+
+
+def _read_data(
+    base: str,
+    data: Path,
+    validation: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TrainOptions,
+    observer: Observer,
+) -> _Data:
+    longest = read_model_config(resolve_base(base)).get("max_position_embeddings")
+    length = min(options.max_length, longest or options.max_length)
+    files = {data: read_rows(data, tokenizer, length)}
+    train_rows = files[data].rows
+    held_out: tuple[Row, ...] = ()
+    if validation is not None:
+        files[validation] = read_rows(validation, tokenizer, length)
+        held_out = files[validation].rows
+    elif options.validation_share > 0:
+        train_rows, held_out = split_rows(train_rows, options.validation_share, options.loop.seed)
+    for path, rows in files.items():
+        _note_cuts(path, rows, length, observer)
+    shared = len(set(train_rows) & set(held_out))
+    if shared:
+        observer.note(f"{shared} validation rows also occur in the training rows")
+    return _Data(
+        tuple(train_rows),
+        tuple(held_out),
+        sum(rows.truncated for rows in files.values()),
+        sum(len(rows.dropped) for rows in files.values()),
+    )
+
+
+def split_rows(
+    rows: Sequence[Row], share: float, seed: int
+) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """Split rows into training and validation, the latter at least one row.
+
+    Raises:
+        LoraportError: If there is nothing left to train on.
+    """
+    count = max(1, round(len(rows) * share))
+    if count >= len(rows):
+        raise LoraportError(
+            f"the data: expected more than {count} rows, of which {share:g} are held out for "
+            f"validation, got {len(rows)}; give more rows or --validation-share 0"
+        )
+    held_out = set(random.Random(f"split {seed}").sample(range(len(rows)), count))
+    train_rows = tuple(row for index, row in enumerate(rows) if index not in held_out)
+    return train_rows, tuple(rows[index] for index in sorted(held_out))
+
+
+def _note_cuts(path: Path, rows: Rows, length: int, observer: Observer) -> None:
+    if rows.truncated:
+        observer.note(f"{path}: {rows.truncated} rows were cut to {length} tokens")
+    if rows.dropped:
+        shown = ", ".join(map(str, rows.dropped[:10])) + (" ..." if len(rows.dropped) > 10 else "")
+        observer.note(
+            f"{path}: {len(rows.dropped)} rows were left out, since nothing of their answer is "
+            f"within {length} tokens (lines {shown})"
+        )
+
+
+def _identity(rows: _Data, options: TrainOptions) -> dict[str, Any]:
+    """Return what a resumed run must share; the loop adds its own options."""
+    lora = {f"lora.{key}": value for key, value in asdict(options.lora).items()}
+    plain = {key: value for key, value in asdict(options).items() if key not in ("lora", "loop")}
+    digests = {
+        "training rows (data, tokenizer, chat template)": _digest(rows.train),
+        "validation rows": _digest(rows.validation),
+    }
+    identity: dict[str, Any] = json.loads(json.dumps({**lora, **plain, **digests}))
+    return identity
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(repr([(row.tokens, row.labels) for row in rows]).encode()).hexdigest()
+
+
+def _finished_before(out: Path, work: Path, identity: dict[str, Any]) -> TrainingSummary:
+    """Return what a finished run wrote; only the removal of its checkpoints may be missing."""
+    try:
+        document = json.loads((out / SUMMARY_FILE).read_bytes())
+        same = document["identity"] == identity
+        summary = TrainingSummary(**document["summary"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        summary = None
+    if summary is None:
+        raise LoraportError(
+            f"{out} already exists and is not this run's result; choose another output or pass "
+            "--force"
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    return summary
+
+
+def _load_base(base: str, placement: Placement) -> PreTrainedModel:
+    import torch
+
+    dtype: torch.dtype = torch.float32
+    if placement.dtype is torch.bfloat16:
+        # Weights stored in bfloat16 stay so; others stay exact and autocast rounds them.
+        config = read_model_config(resolve_base(base))
+        stored = config.get("dtype") or config.get("torch_dtype")
+        dtype = torch.bfloat16 if stored == "bfloat16" else torch.float32
+    return load_causal_lm(base, dtype=dtype, device=str(placement.device))
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise LoraportError(
+            f"--gradient-checkpointing: expected a model that supports it, got "
+            f"{type(model).__name__}"
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _last_losses(result: TrainingResult) -> float:
+    losses = [loss for _, loss in result.losses[-max(1, len(result.losses) // 10) :]]
+    return sum(losses) / len(losses)
+
+
+def _write(
+    out: Path,
+    work: Path,
+    adapter: Adapter,
+    result: TrainingResult,
+    summary: TrainingSummary,
+    identity: dict[str, Any],
+    *,
+    force: bool,
+) -> None:
+    config, tensors = peft_contents(adapter)
+    document = {"summary": asdict(summary), "identity": identity}
+    with new_directory(out, force=force) as partial:
+        save_contents(partial, adapter, config, tensors)
+        shutil.copy(work / METRICS_FILE, partial / METRICS_FILE)
+        draw_losses(result, partial / CURVE_FILE)
+        (partial / SUMMARY_FILE).write_text(json.dumps(document, indent=2) + "\n")
+    # Only now is nothing left to resume.
+    shutil.rmtree(work)
