@@ -15,7 +15,7 @@ log = Console(stderr=True, highlight=False)
 
 def progress(text: str) -> None:
     """Tell what is being done."""
-    log.print(f"[dim]· {text}[/dim]")
+    log.print(f"· {text}", style="dim", markup=False)
 
 
 def named_paths(values: tuple[str, ...], what: str) -> dict[str, Path]:

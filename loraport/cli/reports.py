@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from loraport.cli.descriptions import Description
     from loraport.parity import Verification
 
 _PIPED_WIDTH = 150
@@ -34,7 +36,7 @@ def print_verification(report: Verification) -> None:
                 f"{100 * found.top1:.2f} %",
             )
         verdict = "[green]ok[/green]" if check.passed else "[red]FAILED[/red]"
-        table.add_row(check.name, *numbers, f"{verdict} {check.detail}".rstrip())
+        table.add_row(escape(check.name), *numbers, f"{verdict} {escape(check.detail)}".rstrip())
     table_console().print(table)
 
 
@@ -42,3 +44,22 @@ def table_console() -> Console:
     """Return a console for tables on stdout; piped into a file there is no window to fit."""
     console = Console()
     return console if console.is_terminal else Console(width=_PIPED_WIDTH)
+
+
+def print_description(description: Description) -> None:
+    """Print what ``loraport inspect`` found on stdout."""
+    console = table_console()
+    facts = Table(title=description.kind, show_header=False, title_justify="left")
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    for name, value in description.facts.items():
+        facts.add_row(name, escape(str(value)))
+    console.print(facts)
+    if not description.rows:
+        return
+    table = Table()
+    for heading in description.headings:
+        table.add_column(heading, overflow="fold")
+    for row in description.rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
