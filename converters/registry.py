@@ -15,7 +15,8 @@ from pathlib import Path
 import converters
 from converters.format import AdapterFormat, FormatContext
 from loraport.adapter import Adapter
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, Problems
+from loraport.naming import is_module_path
 from loraport.output import refuse_existing
 
 
@@ -61,7 +62,13 @@ def read_adapter(path: Path | str, *, base: str | None = None) -> Adapter:
         LoraportError: If it cannot be read; all problems at once.
     """
     path = Path(path)
-    return detect_format(path).read(path, FormatContext(base=base))
+    adapter = detect_format(path).read(path, FormatContext(base=base))
+    problems = Problems()
+    for name in (*adapter.modules, *adapter.replacements):
+        if not is_module_path(name):
+            problems.add(repr(name), "a dotted module path", "another name", "fetch it again")
+    problems.raise_if_any(f"adapter {path} cannot be read")
+    return adapter
 
 
 def write_adapter(

@@ -76,6 +76,15 @@ def peft_parameter_key(parameter: str) -> str:
     return PEFT_PREFIX + parameter
 
 
+def is_module_path(path: str) -> bool:
+    """Tell whether a name can be a module's or parameter's path: dotted words, nothing else.
+
+    >>> is_module_path("model.layers.0.q_proj"), is_module_path("../weights")
+    (True, False)
+    """
+    return re.fullmatch(r"[\w-]+(\.[\w-]+)*", path) is not None
+
+
 def weight_name(module_path: str) -> str:
     """Return the state-dict name of a module's weight."""
     return f"{module_path}.weight"
@@ -94,6 +103,16 @@ def slot_a(slot: str) -> str:
 def slot_b(slot: str) -> str:
     """Return the graph input that takes a slot's ``B`` ``[r, out]``, scaling folded in."""
     return f"{slot}.lora_B"
+
+
+def parse_slot_input(name: str) -> tuple[str, str] | None:
+    """Split a slot's graph input into the slot and ``lora_A`` or ``lora_B``.
+
+    >>> parse_slot_input("h.0.q_proj.lora_A")
+    ('h.0.q_proj', 'lora_A')
+    """
+    slot, _, part = name.rpartition(".")
+    return (slot, part) if slot and part in ("lora_A", "lora_B") else None
 
 
 def packed_slot(module_paths: tuple[str, ...]) -> str:

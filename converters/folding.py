@@ -1,0 +1,47 @@
+"""Fold a scale into B where a format has no other place for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from loraport.adapter import LoraModule
+from loraport.errors import Problems
+from loraport.scaling import alpha_for
+
+
+def most_common(values: Iterable[float]) -> float:
+    """Return the commonest of the values; 1 where there are none."""
+    counted = Counter(values).most_common(1)
+    return counted[0][0] if counted else 1.0
+
+
+def fold_to(path: str, module: LoraModule, scaling: float, problems: Problems) -> LoraModule:
+    """Return a module with this scaling that computes the same.
+
+    ``B' = B * (module.scaling / scaling)``, computed in float64 and rounded once to B's own
+    dtype; B itself where the scalings agree.
+
+    Args:
+        path: Module path, for messages.
+        module: The module as trained.
+        scaling: The scaling it is to have, not 0.
+        problems: Where an overflow of B's dtype is recorded.
+    """
+    alpha = alpha_for(module.rank, scaling)
+    if module.scaling == scaling:
+        return replace(module, alpha=alpha, use_rslora=False)
+    factor = module.scaling / scaling
+    folded = (module.lora_B.double() * factor).to(module.lora_B.dtype)
+    if not folded.isfinite().all():
+        problems.add(
+            path,
+            f"B times {factor:g} to fit {module.lora_B.dtype}",
+            "an overflow",
+            "convert the adapter to float32 first",
+        )
+    bias = module.lora_B_bias
+    if bias is not None:
+        bias = (bias.double() * factor).to(bias.dtype)
+    return replace(module, lora_B=folded, lora_B_bias=bias, alpha=alpha, use_rslora=False)
