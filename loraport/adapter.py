@@ -30,7 +30,7 @@ class LoraModule:
     Attributes:
         kind: Decides the shapes below.
         lora_A: linear ``[r, in]``; embedding ``[r, vocab]``; conv ``[r, in, *kernel]``.
-        lora_B: linear ``[out, r]``; embedding ``[dim, r]``; conv ``[out, r, 1, ...]``.
+        lora_B: linear ``[out, r]``; embedding ``[dim, r]``; conv ``[out, r / groups, 1, ...]``.
         alpha: ``lora_alpha`` of this module.
         use_rslora: Rank-stabilised scaling.
         fan_in_fan_out: The base weight is stored ``[in, out]`` (transformers' ``Conv1D``).
@@ -51,6 +51,14 @@ class LoraModule:
     def rank(self) -> int:
         """Rank, read off ``lora_A``."""
         return int(self.lora_A.shape[0])
+
+    @property
+    def groups(self) -> int:
+        """Groups of the convolution; 1 for everything else.
+
+        PEFT groups ``lora_B`` only: ``lora_A`` sees the channels of all groups.
+        """
+        return self.rank // int(self.lora_B.shape[1])
 
     @property
     def scaling(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_HEADER = 100 << 20  # the limit the safetensors library sets itself
+# Bits per element, by the format's name for a dtype.
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -114,8 +125,9 @@ class Checkpoint:
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Read a safetensors header: tensors by name, and the metadata.
 
-    The header's length is checked before anything is allocated, tensors must lie inside
-    the file, and a key that occurs twice is refused.
+    The header's length is checked before anything is allocated; tensors must fill the file
+    without holes or overlaps, each as long as its shape and dtype say; a key that occurs
+    twice is refused.
 
     Raises:
         LoraportError: If the file is not a sound safetensors file.
@@ -137,24 +149,51 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         if not isinstance(header, dict):
             raise ValueError("not an object")
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(
+            isinstance(value, str) for value in metadata.values()
+        ):
+            raise ValueError("metadata that is not an object of texts")
         tensors = {
             name: _tensor_info(file, name, entry, 8 + length, size)
             for name, entry in header.items()
         }
+        _check_cover(tensors, 8 + length, size)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LoraportError(f"expected a safetensors header, got: {error}") from error
-    return tensors, dict(metadata)
+    return tensors, metadata
+
+
+def _check_cover(tensors: Mapping[str, TensorInfo], data: int, size: int) -> None:
+    reached = data
+    for name, info in sorted(
+        tensors.items(), key=lambda item: (item[1].start, item[1].nbytes, item[0])
+    ):
+        if info.start != reached:
+            raise ValueError(
+                f"tensor {name!r} at byte {info.start} where byte {reached} comes next"
+            )
+        reached += info.nbytes
+    if reached != size:
+        raise ValueError(f"{size - reached} bytes that belong to no tensor")
 
 
 def _tensor_info(file: Path, name: str, entry: Any, data: int, size: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    whole = all(isinstance(value, int) and value >= 0 for value in (begin, end, *shape))
+    dtype = entry["dtype"]
+    # type(), as True is an int to isinstance().
+    whole = all(type(value) is int and value >= 0 for value in (begin, end, *shape))
     if not whole or begin > end or data + end > size:
         raise ValueError(
             f"tensor {name!r} at {begin}..{end} outside the file's {size - data} bytes"
         )
-    return TensorInfo(file, str(entry["dtype"]), shape, data + begin, end - begin)
+    if dtype not in _BITS:
+        raise ValueError(f"tensor {name!r} of unknown dtype {dtype!r}")
+    if math.prod(shape) * _BITS[dtype] != (end - begin) * 8:
+        raise ValueError(
+            f"tensor {name!r} of {end - begin} bytes, too few or too many for {dtype} {list(shape)}"
+        )
+    return TensorInfo(file, dtype, shape, data + begin, end - begin)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

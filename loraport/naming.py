@@ -33,7 +33,8 @@ class PeftKey:
     Attributes:
         module_path: The adapted module.
         part: What the tensor is; ``None`` for a stored parameter of the model itself.
-        parameter: Full parameter path where ``part`` is ``None``, else empty.
+        parameter: Full parameter path where ``part`` is ``None``, else empty; without the
+            ``base_layer`` that PEFT puts into the paths of adapted modules.
     """
 
     module_path: str
@@ -46,6 +47,8 @@ _PART_ALIASES = {
     "lora_magnitude_vector.weight": Part.MAGNITUDE,
     "trainable_tokens_delta": Part.TOKEN_ROWS,
 }
+# An adapted module keeps its own parameters one level further down in PEFT's models.
+_WRAPPED = ".base_layer"
 _PARTS = {**{part.value: part for part in Part}, **_PART_ALIASES}
 
 
@@ -58,12 +61,16 @@ def parse_peft_key(key: str) -> PeftKey | None:
     if not key.startswith(PEFT_PREFIX):
         return None
     rest = key.removeprefix(PEFT_PREFIX)
+    if not re.fullmatch(r"[^.]+(\.[^.]+)*", rest):
+        return None
     for suffix in sorted(_PARTS, key=len, reverse=True):
         if rest.endswith("." + suffix):
             return PeftKey(rest.removesuffix("." + suffix), _PARTS[suffix])
-    if "lora_" in rest or not re.fullmatch(r"[^.]+(\.[^.]+)*", rest):
+    if "lora_" in rest:
         return None
-    return PeftKey(rest.rpartition(".")[0], None, rest)
+    path, _, leaf = rest.rpartition(".")
+    path = path.removesuffix(_WRAPPED)
+    return PeftKey(path, None, f"{path}.{leaf}" if path else leaf)
 
 
 def peft_key(module_path: str, part: Part) -> str:
@@ -71,9 +78,18 @@ def peft_key(module_path: str, part: Part) -> str:
     return f"{PEFT_PREFIX}{module_path}.{part.value}"
 
 
-def peft_parameter_key(parameter: str) -> str:
-    """Return the key of a stored parameter of the model itself (a replacement)."""
-    return PEFT_PREFIX + parameter
+def peft_parameter_key(parameter: str, *, adapted: bool = False) -> str:
+    """Return the key of a stored parameter of the model itself (a replacement).
+
+    Args:
+        parameter: Parameter path in the model.
+        adapted: Its module carries LoRA matrices too.
+
+    >>> peft_parameter_key("fc.bias", adapted=True)
+    'base_model.model.fc.base_layer.bias'
+    """
+    path, _, leaf = parameter.rpartition(".")
+    return f"{PEFT_PREFIX}{path}{_WRAPPED}.{leaf}" if adapted else PEFT_PREFIX + parameter
 
 
 def is_module_path(path: str) -> bool:

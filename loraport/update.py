@@ -17,7 +17,8 @@ class LowRankUpdate:
     """A module's update: ``y = gain * (W x + scaling * B (A x)) + base_bias + bias``.
 
     ``W`` is seen as ``[out, in]`` whatever its storage: a convolution's kernel is
-    flattened to ``in = channels * kernel``, an embedding is a linear map of the one-hot
+    flattened to ``in = channels * kernel`` (the channels of all groups, zeros outside a
+    group's own), an embedding is a linear map of the one-hot
     token (``in`` = vocabulary).
 
     Attributes:

@@ -150,17 +150,20 @@ def _check_key(key: str, value: Any, problems: Problems) -> None:
 
 def _settings(config: Mapping[str, Any], problems: Problems) -> LoraSettings:
     rank = _number(config, "r", 8, problems)
-    if rank != int(rank) or rank < 1:
-        problems.add("r", "a whole number of at least 1", _shown(config.get("r")))
+    rank_pattern = _numbers(config, "rank_pattern", problems)
+    for key, value in {"r": rank, **rank_pattern}.items():
+        if value != int(value) or value < 1:
+            problems.add(key, "a rank: a whole number of at least 1", _shown(value))
     base_model = config.get("base_model_name_or_path")
-    kept = ("task_type", "target_modules", "lora_dropout", "peft_version", "init_lora_weights")
+    kept = (
+        *("task_type", "target_modules", "lora_dropout", "peft_version", "init_lora_weights"),
+        "ensure_weight_tying",
+    )
     return LoraSettings(
         ranks=RankAndAlpha(
             r=int(rank),
             lora_alpha=_number(config, "lora_alpha", 8, problems),
-            rank_pattern={
-                key: int(value) for key, value in _numbers(config, "rank_pattern", problems).items()
-            },
+            rank_pattern={key: int(value) for key, value in rank_pattern.items()},
             alpha_pattern=_numbers(config, "alpha_pattern", problems),
         ),
         use_rslora=_flag(config, "use_rslora", problems),
@@ -175,10 +178,11 @@ def _settings(config: Mapping[str, Any], problems: Problems) -> LoraSettings:
 
 def _number(config: Mapping[str, Any], key: str, default: float, problems: Problems) -> float:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e12:
+    # Not `abs(value) > limit`: that lets NaN through.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e12:
         problems.add(key, "a number", _shown(value))
         return default
-    return value if value == value else default
+    return value
 
 
 def _numbers(config: Mapping[str, Any], key: str, problems: Problems) -> dict[str, float]:

@@ -51,10 +51,11 @@ def read_peft(path: Path) -> Adapter:
         if parsed is None:
             problems.add(key, "a key of PEFT's LoRA layout", f"a tensor {_shape(tensor)}")
         elif parsed.part is None:
-            replacements[parsed.parameter] = Replacement(tensor)
+            _replace(replacements, parsed.parameter, Replacement(tensor), key, problems)
         elif parsed.part is Part.TOKEN_ROWS:
             rows = _token_rows(parsed.module_path, tensor, settings, problems)
-            replacements[weight_name(parsed.module_path)] = Replacement(tensor, rows)
+            name = weight_name(parsed.module_path)
+            _replace(replacements, name, Replacement(tensor, rows), key, problems)
         else:
             parts[parsed.module_path][parsed.part] = tensor
     modules = {}
@@ -73,6 +74,18 @@ def read_peft(path: Path) -> Adapter:
         base_fingerprint=BaseFingerprint.from_json(stored) if stored else None,
         training=settings.training,
     )
+
+
+def _replace(
+    replacements: dict[str, Replacement],
+    parameter: str,
+    replacement: Replacement,
+    key: str,
+    problems: Problems,
+) -> None:
+    if parameter in replacements:
+        problems.add(key, f"one tensor for {parameter}", "a second one")
+    replacements[parameter] = replacement
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -147,7 +160,8 @@ def _check_shapes(
             _shape(lora_a),
             "r and rank_pattern must fit the tensors",
         )
-    if lora_b.shape[1] != lora_a.shape[0]:
+    grouped = lora_a.dim() > 2 and lora_b.shape[1] > 0 and lora_a.shape[0] % lora_b.shape[1] == 0
+    if lora_b.shape[1] != lora_a.shape[0] and not grouped:
         problems.add(
             peft_key(path, part_b), f"{lora_a.shape[0]} columns, the rank of A", _shape(lora_b)
         )

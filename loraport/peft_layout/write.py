@@ -82,10 +82,11 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Ten
             tensors[peft_key(path, Part.TOKEN_ROWS)] = replacement.tensor
             token_indices[path] = list(replacement.rows)
             continue
-        tensors[peft_parameter_key(parameter)] = replacement.tensor
+        adapted = path in modules
+        tensors[peft_parameter_key(parameter, adapted=adapted)] = replacement.tensor
         if leaf == "bias" and f"{path}.weight" not in adapter.replacements:
             biases = True
-        else:
+        elif not adapted:
             saved.append(path)
     ranks = {path: float(module.rank) for path, module in modules.items()}
     alphas = {path: module.alpha for path, module in modules.items()}
@@ -103,6 +104,7 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Ten
         "target_modules": _targets(list(modules)),
         "modules_to_save": sorted(set(saved)) or None,
         "trainable_token_indices": token_indices or None,
+        "ensure_weight_tying": bool(adapter.training.get("ensure_weight_tying")),
         "bias": "all" if biases else "none",
         "lora_bias": lora_bias,
         "use_dora": use_dora,

@@ -17,6 +17,22 @@ if TYPE_CHECKING:
     from loraport.adapter import LoraModule
 
 
+def ungrouped_b(module: LoraModule) -> torch.Tensor:
+    """Return ``B`` ``[out, r]``, a grouped convolution's as a block-diagonal matrix.
+
+    Each group of ``B`` reads its own ``r / groups`` rows of ``A`` alone.
+    """
+    flat = module.lora_B.flatten(1)
+    if module.groups == 1:
+        return flat
+    out, own = flat.shape
+    wide = flat.new_zeros(out, module.rank)
+    for group in range(module.groups):
+        rows = slice(group * out // module.groups, (group + 1) * out // module.groups)
+        wide[rows, group * own : (group + 1) * own] = flat[rows]
+    return wide
+
+
 class Refine(Protocol):
     """Turns the update so far into the one that also honours this variant."""
 
@@ -33,7 +49,7 @@ _VARIANTS: tuple[Refine, ...] = (bias.refine, dora.refine)
 def lower(module: LoraModule, base_weight: torch.Tensor | None = None) -> LowRankUpdate:
     """Lower one module to the canonical form; see `LoraModule.lower`."""
     update = LowRankUpdate(
-        a=module.lora_A.flatten(1), b=module.lora_B.flatten(1), scaling=module.scaling
+        a=module.lora_A.flatten(1), b=ungrouped_b(module), scaling=module.scaling
     )
     for refine in _VARIANTS:
         update = refine(update, module, base_weight)

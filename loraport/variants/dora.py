@@ -23,7 +23,8 @@ def refine(
     """Set the gain from the magnitude vector and the base weight, in float32.
 
     Raises:
-        LoraportError: If the base weight is missing.
+        LoraportError: If the base weight is missing, does not fit, or the module is a grouped
+            convolution, for which DoRA is not defined.
     """
     if module.magnitude is None:
         return update
@@ -32,15 +33,12 @@ def refine(
             "DoRA: expected the base weight, which its gain depends on, got none; "
             "give the base the adapter was trained on"
         )
+    from loraport.storage import stored_as_out_in
+
+    if module.groups > 1:
+        raise LoraportError(
+            "DoRA on a convolution with groups: expected groups=1; train plain LoRA"
+        )
     weight = stored_as_out_in(base_weight, module)
     norm = (weight + update.delta()).norm(dim=1)
     return replace(update, gain=module.magnitude.float().flatten() / norm)
-
-
-def stored_as_out_in(base_weight: torch.Tensor, module: LoraModule) -> torch.Tensor:
-    """Return the base weight as float32 ``[out, in]``, whatever its storage."""
-    from loraport.adapter import ModuleKind
-
-    weight = base_weight.float().flatten(1)
-    transposed = module.kind is ModuleKind.EMBEDDING or module.fan_in_fan_out
-    return weight.T if transposed else weight

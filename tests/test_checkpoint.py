@@ -1,0 +1,169 @@
+"""Checkpoints, sound and damaged: one clear error each, never a crash."""
+
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+
+from loraport.checkpoint import Checkpoint, read_header
+from loraport.errors import LoraportError
+
+TENSORS = {
+    "a.weight": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
+    "b.weight": torch.arange(4, dtype=torch.float16),
+}
+SOUND = save(TENSORS, metadata={"format": "pt"})
+
+
+def with_header(header, data=b"", length=None):
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw) if length is None else length) + raw + data
+
+
+def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def test_reads_what_safetensors_writes(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(SOUND)
+    checkpoint = Checkpoint(tmp_path)
+    assert sorted(checkpoint) == sorted(TENSORS)
+    assert checkpoint.metadata == {"format": "pt"}
+    for name, tensor in TENSORS.items():
+        assert torch.equal(checkpoint.load(name), tensor)
+        info = checkpoint.info(name)
+        raw = file.read_bytes()[info.start : info.start + info.nbytes]
+        assert torch.equal(torch.frombuffer(bytearray(raw), dtype=tensor.dtype), tensor.flatten())
+
+
+def sharded(tmp_path, weight_map=None):
+    save_file({"a": torch.ones(2)}, tmp_path / "model-1.safetensors")
+    save_file({"b": torch.ones(3)}, tmp_path / "model-2.safetensors")
+    weight_map = weight_map or {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_reads_shards(tmp_path):
+    sharded(tmp_path)
+    for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        assert sorted(Checkpoint(path)) == ["a", "b"]
+
+
+def test_missing_shards_are_all_named(tmp_path):
+    sharded(tmp_path)
+    (tmp_path / "model-1.safetensors").unlink()
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(LoraportError, match=r"(?s)model-1\.safetensors.*model-2\.safetensors"):
+        Checkpoint(tmp_path)
+
+
+def test_tensor_missing_from_its_shard(tmp_path):
+    sharded(tmp_path, {"a": "model-1.safetensors", "c": "model-1.safetensors"})
+    with pytest.raises(LoraportError, match=r"c: expected the tensor that the index lists"):
+        Checkpoint(tmp_path)
+
+
+def test_tensor_in_two_shards(tmp_path):
+    sharded(tmp_path)
+    save_file({"a": torch.ones(3)}, tmp_path / "model-2.safetensors")
+    with pytest.raises(LoraportError, match="a: expected one tensor of this name"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../model-1.safetensors", "/etc/passwd", "sub/model", "..", "."])
+def test_shard_names_cannot_leave_the_directory(name, tmp_path):
+    sharded(tmp_path, {"a": name})
+    with pytest.raises(LoraportError):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_broken_index(text, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(LoraportError, match="weight_map"):
+        Checkpoint(tmp_path)
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    with pytest.raises(LoraportError, match="expected a safetensors checkpoint"):
+        Checkpoint(tmp_path)
+
+
+HOSTILE = {
+    "empty": b"",
+    "seven bytes": b"\0" * 7,
+    "length 2^63": struct.pack("<Q", 1 << 63) + b"{}",
+    "length 2^64-1": struct.pack("<Q", (1 << 64) - 1) + b"{}",
+    "length beyond the file": with_header({}, length=3),
+    "truncated data": SOUND[:-1],
+    "truncated header": SOUND[:20],
+    "no JSON": with_header(b"{nonsense"),
+    "no UTF-8": with_header(b'{"\xff": 1}'),
+    "a list": with_header([]),
+    "deeply nested": with_header(b"[" * 200_000),
+    "duplicate keys": with_header(b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2)),
+    "offsets backwards": with_header({"a": entry(offsets=(4, 0))}, bytes(4)),
+    "offsets negative": with_header({"a": entry(offsets=(-4, 0))}, bytes(4)),
+    "offsets outside": with_header({"a": entry(offsets=(0, 8), shape=(2,))}, bytes(4)),
+    "offsets of other kinds": with_header({"a": entry(offsets=("0", "4"))}, bytes(4)),
+    "shape that does not fit": with_header({"a": entry(shape=(3,))}, bytes(4)),
+    "shape that overflows": with_header({"a": entry(shape=(1 << 40, 1 << 40))}, bytes(4)),
+    "negative shape": with_header({"a": entry(shape=(-1, -1))}, bytes(4)),
+    "true as a size": with_header({"a": entry(shape=(True,))}, bytes(4)),
+    "unknown dtype": with_header({"a": entry(dtype="F33")}, bytes(4)),
+    "overlapping": with_header({"a": entry(), "b": entry()}, bytes(4)),
+    "hole": with_header({"a": entry(offsets=(4, 8))}, bytes(8)),
+    "trailing data": with_header({"a": entry()}, bytes(8)),
+    "metadata of other kinds": with_header({"__metadata__": {"format": 1}, "a": entry()}, bytes(4)),
+    "metadata a list": with_header({"__metadata__": ["x"], "a": entry()}, bytes(4)),
+    "no shape": with_header({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, bytes(4)),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
+def test_damaged_files_are_refused_by_header(content, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(LoraportError):
+        read_header(file)
+    with pytest.raises(LoraportError, match=r"model\.safetensors"):
+        Checkpoint(file)
+
+
+def test_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(LoraportError, match="cannot be read"):
+        read_header(tmp_path / "none.safetensors")
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_is_an_error_or_a_sound_file(data, tmp_path):
+    """Flipped, lost and added bytes: a `LoraportError`, or exactly what safetensors reads."""
+    content = bytearray(SOUND)
+    for _ in range(data.draw(st.integers(1, 4))):
+        where = data.draw(st.integers(0, len(content) - 1))
+        action = data.draw(st.sampled_from(["flip", "cut", "insert"]))
+        if action == "flip":
+            content[where] ^= 1 << data.draw(st.integers(0, 7))
+        elif action == "cut":
+            del content[where : where + data.draw(st.integers(1, 9))]
+        else:
+            content[where:where] = data.draw(st.binary(min_size=1, max_size=9))
+        if not content:
+            break
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    try:
+        checkpoint = Checkpoint(file)
+        loaded = {name: checkpoint.load(name) for name in checkpoint}
+    except LoraportError:
+        return
+    for name, tensor in loaded.items():
+        assert tuple(tensor.shape) == checkpoint.info(name).shape
+        assert tensor.nbytes == checkpoint.info(name).nbytes

@@ -1,0 +1,170 @@
+"""Outputs appear whole or not at all: killed, failed, full disk, and --force."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from loraport.errors import LoraportError
+from loraport.output import new_directory, new_file
+
+
+def run_and_kill(program, tmp_path):
+    """Start a writer, wait until it says that it is in the middle, and kill -9 it."""
+    script = f"from pathlib import Path\nfrom loraport.output import *\n{textwrap.dedent(program)}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=tmp_path, text=True
+    )
+    with process:
+        assert process.stdout.readline() == "middle\n"
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_kill_in_the_middle_of_a_file(tmp_path):
+    run_and_kill(
+        """
+        import time
+        with new_file(Path("out.bin")) as partial:
+            partial.write_bytes(b"half")
+            print("middle", flush=True)
+            time.sleep(600)
+        """,
+        tmp_path,
+    )
+    target = tmp_path / "out.bin"
+    assert not target.exists()
+    assert len(list(tmp_path.iterdir())) == 1  # what the killed writer left
+    with new_file(target) as partial:
+        partial.write_bytes(b"whole")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.bin"]
+    assert target.read_bytes() == b"whole"
+
+
+def test_kill_in_the_middle_of_a_replacement_keeps_the_old(tmp_path):
+    old = tmp_path / "out"
+    old.mkdir()
+    (old / "a").write_text("old")
+    run_and_kill(
+        """
+        import time
+        with new_directory(Path("out"), force=True) as partial:
+            (partial / "a").write_text("new")
+            print("middle", flush=True)
+            time.sleep(600)
+        """,
+        tmp_path,
+    )
+    assert (old / "a").read_text() == "old"
+    with new_directory(old, force=True) as partial:
+        (partial / "a").write_text("new")
+    assert (old / "a").read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_kill_between_the_two_renames_loses_nothing(tmp_path):
+    """The one moment when nothing stands under the final name: the next writer puts it back."""
+    run_and_kill(
+        """
+        import time
+        Path("out").mkdir()
+        (Path("out") / "a").write_text("old")
+        rename = Path.rename
+        def slow(self, target):
+            rename(self, target)
+            print("middle", flush=True)
+            time.sleep(600)
+        Path.rename = slow
+        with new_directory(Path("out"), force=True) as partial:
+            (partial / "a").write_text("new")
+        """,
+        tmp_path,
+    )
+    out = tmp_path / "out"
+    with pytest.raises(LoraportError, match="already exists"), new_directory(out):
+        pass
+    assert (out / "a").read_text() == "old"
+
+
+def test_failure_leaves_nothing(tmp_path):
+    target = tmp_path / "out"
+
+    def fail():
+        with new_directory(target) as partial:
+            (partial / "a").write_text("x")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_that_the_system_refuses_leaves_nothing(tmp_path):
+    """A limit on file sizes makes the system itself refuse the write, as a full disk does."""
+    script = textwrap.dedent(
+        """
+        import resource, signal
+        from pathlib import Path
+        from loraport.output import new_file
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            with new_file(Path("out.bin")) as partial:
+                partial.write_bytes(bytes(5000))
+        except OSError as error:
+            print(error.errno)
+        """
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=True)
+    assert done.stdout == f"{errno.EFBIG}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("writer", [new_file, new_directory])
+def test_nothing_is_overwritten_without_force(writer, tmp_path):
+    target = tmp_path / "out"
+    target.mkdir() if writer is new_directory else target.write_text("old")
+    with pytest.raises(LoraportError, match=r"out already exists; .*--force"), writer(target):
+        pytest.fail("the block must not run")
+
+
+def test_kinds_are_not_mixed_up_even_with_force(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "directory").mkdir()
+    with (
+        pytest.raises(LoraportError, match="is a file"),
+        new_directory(tmp_path / "file", force=True),
+    ):
+        pass
+    with (
+        pytest.raises(LoraportError, match="is a directory"),
+        new_file(tmp_path / "directory", force=True),
+    ):
+        pass
+
+
+def test_output_written_meanwhile_by_another_is_kept(tmp_path):
+    target = tmp_path / "out"
+
+    def both():
+        with new_file(target) as partial:
+            partial.write_text("mine")
+            target.write_text("theirs")
+
+    with pytest.raises(LoraportError, match="already exists"):
+        both()
+    assert target.read_text() == "theirs"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_living_writers_files_are_left_alone(tmp_path):
+    other = tmp_path / f".out.partial-{os.getppid()}"
+    other.write_text("busy")
+    with new_file(tmp_path / "out") as partial:
+        partial.write_text("x")
+    assert other.read_text() == "busy"
