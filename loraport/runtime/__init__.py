@@ -2,5 +2,6 @@
 
 from loraport.runtime.generation import Sampling, generate
 from loraport.runtime.model import Lane, Runtime, Selection
+from loraport.runtime.text import TextGenerator
 
-__all__ = ["Lane", "Runtime", "Sampling", "Selection", "generate"]
+__all__ = ["Lane", "Runtime", "Sampling", "Selection", "TextGenerator", "generate"]
