@@ -45,7 +45,7 @@ def _pattern(
     return pattern
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("base")
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="ADAPTER",

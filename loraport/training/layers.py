@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from loraport.adapter import ModuleKind
+from loraport.errors import LoraportError
 from loraport.scaling import lora_scaling
 
 
@@ -196,25 +198,42 @@ class LoraConv(LoraLayer):
     """LoRA beside ``nn.Conv1d`` and ``nn.Conv2d``: ``A`` has the base's kernel, ``B`` is 1×1.
 
     ``A`` has the base's stride, padding, padding mode and dilation, so the layer equals one
-    convolution with the merged kernel.
+    convolution with the merged kernel (where there is one group).
     """
 
     kind = ModuleKind.CONV
 
     @staticmethod
     def shapes(base_layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return ``[r, in, *kernel]`` and ``[out, r, 1, ...]``."""
+        """Return ``[r, in, *kernel]`` and ``[out, r / groups, 1, ...]``.
+
+        Raises:
+            LoraportError: If the rank is no multiple of the groups.
+        """
         layer = cast(nn.Conv2d, base_layer)
         ones = (1,) * len(layer.kernel_size)
-        return (rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, rank, *ones)
+        if rank % layer.groups:
+            raise LoraportError(
+                f"a convolution with {layer.groups} groups: expected a rank that is a multiple "
+                f"of them, got {rank}"
+            )
+        shape_a = (rank, layer.in_channels, *layer.kernel_size)
+        return shape_a, (layer.out_channels, rank // layer.groups, *ones)
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``scaling * B * (A * dropout(x))``, where ``*`` convolves."""
         x = self.dropped(x)  # [batch, in, *size]
         layer = cast(nn.Conv2d, self.base_layer)
-        hidden = layer._conv_forward(x, self.lora_A, None)  # [batch, r, *size]
-        convolve = F.conv1d if self.lora_B.dim() == 3 else F.conv2d
-        return convolve(hidden * self.scaling, self.lora_B)  # [batch, out, *size]
+        convolve: Callable[..., torch.Tensor] = F.conv1d if self.lora_B.dim() == 3 else F.conv2d
+        padding: Any = layer.padding
+        if layer.padding_mode != "zeros":
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+            padding = 0
+        hidden = convolve(  # [batch, r, *size]
+            x, self.lora_A, stride=layer.stride, padding=padding, dilation=layer.dilation
+        )
+        # Only B is grouped, as in PEFT.
+        return convolve(hidden * self.scaling, self.lora_B, groups=layer.groups)
 
     def per_output(self, vector: torch.Tensor) -> torch.Tensor:
         """Shape ``[out]`` as ``[out, 1, ...]``."""
@@ -230,8 +249,6 @@ def lora_layer_for(module: nn.Module) -> type[LoraLayer] | str:
             return "an Embedding with max_norm, which rewrites its own weight"
         return LoraEmbedding
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        if module.groups > 1:
-            return f"a {type(module).__name__} with {module.groups} groups"
         return LoraConv
     # A model can only hold transformers' Conv1D if transformers was imported.
     transformers = sys.modules.get("transformers.pytorch_utils")

@@ -34,6 +34,9 @@ def select_targets(model: nn.Module, options: LoraOptions) -> dict[str, type[Lor
     candidates: dict[str, type[LoraLayer]] = {}
     for path, module in model.named_modules():
         fitting = lora_layer_for(module)
+        if getattr(module, "groups", 1) > 1:
+            # Loaded where PEFT made one, but not made anew: it could never be merged.
+            fitting = f"a {type(module).__name__} with {module.groups} groups"
         if isinstance(fitting, str):
             refused.setdefault(path, fitting)
         elif path not in refused:
