@@ -1,0 +1,170 @@
+"""Attaching, detaching, and the adapter in between."""
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from loraport.errors import LoraportError
+from loraport.peft_layout import read_peft, write_peft
+from loraport.training import LoraOptions, adapter_of, attach, detach, load_into
+
+# PEFT asks transformers in a way that is going out of use.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+TOKENS = torch.arange(12)[None]
+
+
+def randomize_b(layers):
+    torch.manual_seed(1)
+    for layer in layers.values():
+        nn.init.normal_(layer.lora_B, std=0.2)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def test_detach_restores_the_very_modules_and_flags(llama):
+    llama.lm_head.weight.requires_grad_(False)
+    modules = dict(llama.named_modules())
+    flags = {name: p.requires_grad for name, p in llama.named_parameters()}
+    attach(llama, LoraOptions(targets=("q_proj", "embed_tokens")))
+    trainable = [name for name, p in llama.named_parameters() if p.requires_grad]
+    assert all(name.endswith(("lora_A", "lora_B")) for name in trainable)
+    assert len(trainable) == 2 * 3
+    detach(llama)
+    after = dict(llama.named_modules())
+    assert modules.keys() == after.keys()
+    assert all(after[name] is module for name, module in modules.items())
+    assert {name: p.requires_grad for name, p in llama.named_parameters()} == flags
+
+
+def test_attaching_twice_or_detaching_nothing_is_an_error(llama):
+    with pytest.raises(LoraportError, match="got none"):
+        detach(llama)
+    with pytest.raises(LoraportError, match="got none"):
+        adapter_of(llama)
+    attach(llama)
+    with pytest.raises(LoraportError, match="got some already"):
+        attach(llama)
+
+
+OPTIONS = {
+    "plain": LoraOptions(rank=4, alpha=6),
+    "rslora with patterns": LoraOptions(
+        rank=4,
+        alpha=6,
+        use_rslora=True,
+        rank_pattern={"q_proj": 6, r"layers\.1\.mlp\.up_proj": 2},
+        alpha_pattern={"v_proj": 3},
+    ),
+    "embedding and head": LoraOptions(rank=3, targets=("embed_tokens", "lm_head", "o_proj")),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_peft_loads_it_and_computes_the_same(llama, tmp_path, name):
+    base = logits(llama)
+    layers = attach(llama, OPTIONS[name])
+    if "patterns" in name:
+        ranks = {path.rpartition(".")[2]: layer.rank for path, layer in layers.items()}
+        assert ranks["q_proj"] == 6
+        assert layers["model.layers.1.mlp.up_proj"].rank == 2
+        assert layers["model.layers.0.mlp.up_proj"].rank == 4
+    randomize_b(layers)
+    ours = logits(llama)
+    write_peft(adapter_of(llama, training={"task_type": "CAUSAL_LM"}), tmp_path / "adapter")
+    detach(llama)
+    assert torch.equal(logits(llama), base)
+    theirs = logits(peft.PeftModel.from_pretrained(llama, tmp_path / "adapter"))
+    # Both float32, in another order of operations.
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (ours - base).abs().max() > 1e-2
+
+
+PEFT_CONFIGS = {
+    "lora": {"target_modules": "all-linear"},
+    "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    "rslora with patterns": {
+        "target_modules": "all-linear",
+        "use_rslora": True,
+        "rank_pattern": {"k_proj": 2},
+        "alpha_pattern": {"k_proj": 5},
+    },
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "modules to save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "token rows": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]},
+}
+
+
+@pytest.mark.parametrize("name", PEFT_CONFIGS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_loads_what_peft_made(llama, fresh, tmp_path, name):
+    base = logits(llama)
+    config = peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **PEFT_CONFIGS[name])
+    wrapped = peft.get_peft_model(llama, config)
+    torch.manual_seed(3)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape) * 0.2
+    theirs = logits(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    load_into(fresh, read_peft(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(fresh), theirs, rtol=1e-5, atol=1e-5)
+    detach(fresh)
+    assert torch.equal(logits(fresh), base)
+
+
+def test_a_misfit_is_told_whole_and_changes_nothing(llama):
+    layers = attach(llama, LoraOptions(rank=2, targets=("q_proj",)))
+    adapter = adapter_of(llama)
+    detach(llama)
+    modules = dict(adapter.modules)
+    first, second = modules
+    modules["model.layers.9.self_attn.q_proj"] = modules.pop(first)
+    modules["lm_head"] = modules[second]
+    with pytest.raises(LoraportError) as raised:
+        load_into(llama, type(adapter)(modules))
+    assert "layers.9.self_attn.q_proj" in str(raised.value)
+    assert "lm_head" in str(raised.value)
+    assert "lora_B" in str(raised.value)
+    attach(llama)  # still without LoRA layers
+    assert layers
+
+
+def test_an_adapter_for_another_base_is_refused(llama):
+    attach(llama, LoraOptions(rank=2, targets=("q_proj",)))
+    adapter = adapter_of(llama)
+    detach(llama)
+    with torch.no_grad():
+        llama.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
+    with pytest.raises(LoraportError, match="1 of 2 base weights differ"):
+        load_into(llama, adapter)
+
+
+def test_a_module_shared_by_two_paths_is_adapted_at_both():
+    model = nn.Module()
+    model.a = nn.Linear(4, 4)
+    model.b = model.a
+    attach(model, LoraOptions(rank=2))
+    assert model.a is model.b
+    detach(model)
+    assert model.a is model.b
+    assert isinstance(model.a, nn.Linear)
+
+
+def test_the_encoder_layers_fast_path_does_not_pass_the_adapter_by():
+    """In evaluation mode torch would compute from the children's weights, uncalled."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
+    x = torch.randn(1, 3, 8)
+    with torch.no_grad():
+        base = model(x)
+        randomize_b(attach(model, LoraOptions(rank=2)))
+        adapted = model(x)
+    with torch.enable_grad():
+        slow = model(x.requires_grad_())
+    torch.testing.assert_close(adapted, slow.detach(), rtol=1e-5, atol=1e-6)
+    assert (adapted - base).abs().max() > 1e-2

@@ -1,0 +1,123 @@
+"""Which modules are selected, against PEFT's own selection."""
+
+import peft
+import pytest
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from loraport.errors import LoraportError
+from loraport.training import LoraOptions
+from loraport.training.targets import select_targets
+
+# PEFT asks transformers in a way that is going out of use.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+
+def peft_targets(model, **config):
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, **config))
+    inner = wrapped.base_model.model
+    found = {n for n, m in inner.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+    wrapped.unload()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"targets": "all-linear"}, {"target_modules": "all-linear"}),
+        ({"targets": ("q_proj", "v_proj")}, {"target_modules": ["q_proj", "v_proj"]}),
+        ({"targets": ("mlp.up_proj",)}, {"target_modules": ["mlp.up_proj"]}),
+        ({"targets": ("embed_tokens",)}, {"target_modules": ["embed_tokens"]}),
+        ({"targets": ("lm_head", "o_proj")}, {"target_modules": ["lm_head", "o_proj"]}),
+        ({"targets": r".*\.1\..*_proj"}, {"target_modules": r".*\.1\..*_proj"}),
+        (
+            {"targets": ("q_proj", "k_proj"), "layers": "1"},
+            {"target_modules": ["q_proj", "k_proj"], "layers_to_transform": [1]},
+        ),
+        (
+            {"targets": ("q_proj", "k_proj"), "exclude": r".*0.*k_proj"},
+            {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*0.*k_proj"},
+        ),
+        (
+            {"targets": "all-linear", "exclude": ("mlp.up_proj", "q_proj")},
+            {"target_modules": "all-linear", "exclude_modules": ["mlp.up_proj", "q_proj"]},
+        ),
+    ],
+)
+def test_selects_what_peft_selects(llama, ours, theirs):
+    selected = set(select_targets(llama, LoraOptions(**ours)))
+    assert selected == peft_targets(llama, **theirs)
+    assert selected
+
+
+def test_all_linear_takes_conv1d_and_leaves_the_head():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16))
+    selected = set(select_targets(model, LoraOptions()))
+    ends = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    assert selected == {f"transformer.h.0.{end}" for end in ends}
+
+
+def test_layer_ranges(llama):
+    selected = select_targets(llama, LoraOptions(targets=("q_proj",), layers="0-1"))
+    assert len(selected) == 2
+
+
+def refusal(model, **options):
+    with pytest.raises(LoraportError) as raised:
+        select_targets(model, LoraOptions(**options))
+    return str(raised.value)
+
+
+def test_unknown_names_are_all_told_with_close_ones(llama):
+    text = refusal(llama, targets=("q_prj", "v_proj", "zzz"), rank_pattern={"kproj": 4})
+    assert "targets 'q_prj'" in text
+    assert "did you mean q_proj" in text
+    assert "targets 'zzz'" in text
+    assert "available: embed_tokens, q_proj, k_proj, v_proj, o_proj, gate_proj" in text
+    assert "rank_pattern 'kproj'" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"targets": "nothing.*here"}, "no match"),
+        ({"targets": ("q_proj",), "exclude": ("q_proj",)}, "expected at least one module"),
+        ({"targets": ("q_proj",), "exclude": ("kproj",)}, "exclude 'kproj'"),
+        ({"layers": "0-7"}, "expected layers 0 to 1, got also 2 to 7"),
+        ({"layers": "3-1"}, "expected ranges like 0-3,8"),
+        ({"targets": "("}, "expected a regular expression"),
+        ({"targets": ("self_attn",)}, "got a LlamaAttention; name what it holds: q_proj, k_proj"),
+        ({"targets": ("q_proj",), "alpha_pattern": {"v_proj": 2}}, "alpha_pattern 'v_proj'"),
+    ],
+)
+def test_what_selects_nothing_is_an_error(llama, options, reason):
+    assert reason in refusal(llama, **options)
+
+
+def test_attention_that_never_calls_its_projection_is_refused():
+    model = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    assert set(select_targets(model, LoraOptions())) == {"linear1", "linear2"}
+    assert "without calling it" in refusal(model, targets=("out_proj",))
+
+
+def test_grouped_convolutions_and_renormalised_embeddings_are_refused():
+    model = nn.ModuleDict(
+        {"conv": nn.Conv1d(4, 4, 3, groups=2), "emb": nn.Embedding(5, 3, max_norm=1.0)}
+    )
+    assert "2 groups" in refusal(model, targets=("conv",))
+    assert "max_norm" in refusal(model, targets=("emb",))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"rank": 0}, "rank: expected at least 1, got 0"),
+        ({"alpha": float("nan")}, "alpha: expected a finite number"),
+        ({"dropout": 1.0}, "dropout: expected a share"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern q"),
+        ({"init": "zeros"}, "init: expected kaiming or gaussian"),
+    ],
+)
+def test_options_out_of_range(options, reason):
+    with pytest.raises(LoraportError, match=reason):
+        LoraOptions(**options)
