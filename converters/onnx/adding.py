@@ -32,8 +32,9 @@ def add_adapters(
 ) -> Manifest:
     """Pack adapters into a bundle, without exporting anything again.
 
-    All of them are checked before the first file is written; the manifest, which makes them
-    known, is replaced last, so a bundle is whole at any moment.
+    All of them are checked before the first file is written. The manifest, which makes them
+    known, is replaced last; one that is to be replaced is taken out of the manifest first. So a
+    bundle is whole at any moment, even if this is killed.
 
     Args:
         bundle: The bundle's directory.
@@ -67,6 +68,9 @@ def add_adapters(
             packed[name] = pack(adapter, manifest.slots, manifest.unslotted)
         except LoraportError as error:
             raise LoraportError(f"adapter {name!r}: {error}") from error
+    if manifest.adapters.keys() & adapters.keys():
+        manifest = manifest.without(adapters)
+        write_manifest(manifest, bundle)
     (bundle / ADAPTERS_DIRECTORY).mkdir(exist_ok=True)
     entries = dict(manifest.adapters)
     written: list[str] = []

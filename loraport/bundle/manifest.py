@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -84,6 +84,19 @@ class Manifest:
         """Return the manifest with these files' hashes taken anew."""
         hashes = {path: file_sha256(directory / path) for path in paths}
         return replace(self, files=dict(sorted({**self.files, **hashes}.items())))
+
+    def without(self, names: Iterable[str]) -> Manifest:
+        """Return the manifest without these adapters, their files and their golden cases."""
+        gone = set(names)
+        adapters = {name: entry for name, entry in self.adapters.items() if name not in gone}
+        golden = {
+            name: case for name, case in self.golden.items() if not gone & case.adapters.keys()
+        }
+        dropped = {self.golden[name].file for name in self.golden.keys() - golden.keys()}
+        for name in self.adapters.keys() - adapters.keys():
+            dropped |= {self.adapters[name].file, self.adapters[name].tensors}
+        files = {path: digest for path, digest in self.files.items() if path not in dropped}
+        return replace(self, adapters=adapters, golden=golden, files=files)
 
     def require_adapter(self, name: str) -> BundledAdapter:
         """Return an adapter's entry.
