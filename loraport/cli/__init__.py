@@ -25,6 +25,7 @@ COMMANDS = {
     "add": "Pack one more adapter into a bundle; no re-export.",
     "verify": "Prove that a bundle computes what PyTorch computes.",
     "run": "Run a bundle with any of its adapters, or several blended.",
+    "bundle": "Check a bundle, pack it for shipping, ship only what changed.",
 }
 
 

@@ -9,6 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loraport.bundle.replay import GoldenResult
     from loraport.cli.descriptions import Description
     from loraport.parity import Verification
 
@@ -63,3 +66,15 @@ def print_description(description: Description) -> None:
     for row in description.rows:
         table.add_row(*map(escape, row))
     console.print(table)
+
+
+def print_golden(results: Sequence[GoldenResult]) -> None:
+    """Print replayed golden cases on stdout."""
+    table = Table()
+    for heading in ("golden case", "max abs", "tolerance", ""):
+        table.add_column(heading, justify="left" if heading == "golden case" else "right")
+    for result in results:
+        verdict = "[green]ok[/green]" if result.passed else "[red]FAILED[/red]"
+        numbers = (f"{result.max_abs:.2e}", f"{result.tolerance:g}")
+        table.add_row(escape(result.name), *numbers, verdict)
+    table_console().print(table)
