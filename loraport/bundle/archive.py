@@ -85,9 +85,9 @@ def unpack_bundle(
     Args:
         archive: What `pack_bundle` wrote, or anybody; it is read as untrusted.
         bundle: The new bundle's directory.
-        onto: For a delta: the bundle that has the rest; its files are linked, or copied where
-            that is impossible.
-        force: Replace an existing bundle; with ``onto`` it may be that same one.
+        onto: For a delta: the bundle that has the rest.
+        force: Replace an existing bundle; it may be ``onto`` itself, whose files are then
+            taken over rather than copied.
         progress: Told each file.
 
     Raises:
@@ -108,7 +108,7 @@ def unpack_bundle(
                     with _reading(archive), source.open(path) as stream, target.open("wb") as sink:
                         shutil.copyfileobj(stream, sink, _COPY_BYTES)
                 elif onto is not None and (onto / path).is_file():
-                    _link(onto / path, target)
+                    _take(onto / path, target, moving=_same(onto, bundle))
             check_files(manifest, partial)
     return manifest
 
@@ -176,9 +176,17 @@ def _require_all(entries: set[str], manifest: Manifest, archive: Path) -> None:
     problems.raise_if_any(f"archive {archive} is not a whole bundle")
 
 
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name; copy it where the file system cannot."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _same(onto: Path, bundle: Path) -> bool:
+    return bundle.exists() and onto.samefile(bundle)
+
+
+def _take(source: Path, target: Path, *, moving: bool) -> None:
+    """Take over a file of the old bundle: linked if that one goes away, else copied.
+
+    A lasting second name is no choice: onnx and onnx-ir refuse data files with several.
+    """
+    if moving:
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
