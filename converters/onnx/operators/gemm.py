@@ -9,13 +9,13 @@ from converters.onnx.site import Site
 
 
 def find_site(node: ir.Node) -> Site | None:
-    """Return the site, or ``None`` where ``x`` is transposed or the weight is no constant."""
+    """Return the site, or ``None`` where ``x`` is transposed or the weight no constant floats."""
     x, weight = node.inputs[0], node.inputs[1]
     if x is None or weight is None or weight.const_value is None or x.const_value is not None:
         return None
-    if node.attributes.get_int("transA", 0):
-        return None
     tensor = weight.const_value
+    if node.attributes.get_int("transA", 0) or not tensor.dtype.is_floating_point():
+        return None
     transposed = bool(node.attributes.get_int("transB", 0))
     alpha = node.attributes.get_float("alpha", 1.0)
     rows, columns = tensor.shape.numpy()

@@ -11,6 +11,8 @@ import onnx_ir as ir
 
 from converters.onnx.site import Site
 
+_WHOLE_IN_A_BYTE = (2, 4, 8)
+
 
 def find_site(node: ir.Node) -> Site | None:
     """Return the site, or ``None`` where the weight is no constant or is laid out unusually."""
@@ -21,6 +23,8 @@ def find_site(node: ir.Node) -> Site | None:
         return None
     zero_points = node.inputs[3] if len(node.inputs) > 3 else None
     permuted = len(node.inputs) > 4 and node.inputs[4] is not None
+    if node.attributes.get_int("bits", 4) not in _WHOLE_IN_A_BYTE:
+        return None
     if permuted or (zero_points is not None and zero_points.const_value is None):
         return None
     return Site(
