@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraport.adapter import Adapter, LoraModule, ModuleKind
-from loraport.errors import Problems
+from loraport.errors import LoraportError, Problems
 from loraport.naming import Part, peft_key, peft_parameter_key
 from loraport.output import new_directory
+from loraport.peft_layout.expert_keys import in_definition_order, wrapped
 from loraport.peft_layout.read import CONFIG_FILE, FINGERPRINT_KEY, WEIGHTS_FILE
 from loraport.scaling import alpha_for
 
@@ -41,17 +42,29 @@ def save_contents(
     directory: Path, adapter: Adapter, config: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> None:
     """Write the two files into an existing directory."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     metadata = {"format": "pt"}
     if adapter.base_fingerprint is not None:
         metadata[FINGERPRINT_KEY] = adapter.base_fingerprint.to_json()
-    save_file(
-        {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()},
-        directory / WEIGHTS_FILE,
-        metadata=metadata,
+    content = save(
+        {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, metadata
     )
+    (directory / WEIGHTS_FILE).write_bytes(_reproducible(content))
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _reproducible(content: bytes) -> bytes:
+    """Return a safetensors file with its metadata sorted: the library's own order is random.
+
+    The same adapter is then the same file, byte for byte.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -66,9 +79,11 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Ten
     use_dora = _all_or_none(modules, "magnitude", "DoRA")
     lora_bias = any(module.lora_B_bias is not None for module in modules.values())
     tensors: dict[str, torch.Tensor] = {}
+    bare = {path for path, module in modules.items() if module.kind is ModuleKind.EXPERTS}
+    wrappers = _wrappers(bare)
     for path, module in modules.items():
         for part, tensor in _parts(module).items():
-            tensors[peft_key(path, part)] = tensor
+            tensors[peft_key(wrappers.get(path, path), part)] = tensor
         if lora_bias and module.lora_B_bias is None:
             tensors[peft_key(path, Part.LORA_B_BIAS)] = torch.zeros(
                 module.lora_B.shape[0], dtype=module.lora_B.dtype
@@ -101,7 +116,8 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Ten
         "rank_pattern": {key: int(value) for key, value in rank_pattern.items()},
         "alpha_pattern": {key: _whole(value) for key, value in alpha_pattern.items()},
         "lora_dropout": adapter.training.get("lora_dropout", 0.0),
-        "target_modules": _targets(list(modules)),
+        "target_modules": _targets([path for path in modules if path not in bare]),
+        "target_parameters": sorted(bare) or None,
         "modules_to_save": sorted(set(saved)) or None,
         "trainable_token_indices": token_indices or None,
         "ensure_weight_tying": bool(adapter.training.get("ensure_weight_tying")),
@@ -125,6 +141,26 @@ def _parts(module: LoraModule) -> dict[Part, torch.Tensor]:
         Part.MAGNITUDE: module.magnitude,
     }
     return {part: tensor for part, tensor in named.items() if tensor is not None}
+
+
+def _wrappers(parameters: Set[str]) -> dict[str, str]:
+    """Return the path of each bare parameter's wrapper.
+
+    Raises:
+        LoraportError: If one module has several whose order is not known.
+    """
+    by_module: dict[str, list[str]] = defaultdict(list)
+    for parameter in parameters:
+        module, _, leaf = parameter.rpartition(".")
+        by_module[module].append(leaf)
+    paths = {}
+    for module, leaves in by_module.items():
+        ordered = in_definition_order(leaves)
+        if ordered is None:
+            raise LoraportError(f"{module}: the order of its parameters {leaves} is not known")
+        for depth, leaf in enumerate(reversed(ordered)):
+            paths[f"{module}.{leaf}"] = wrapped(module, depth)
+    return paths
 
 
 def _uniform_rslora(modules: Mapping[str, LoraModule]) -> dict[str, LoraModule]:

@@ -299,7 +299,10 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
             f"--gradient-checkpointing: expected a model that supports it, got "
             f"{type(model).__name__}"
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers renamed it; the older name warns where the newer one exists.
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    enable = newer or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _last_losses(result: TrainingResult) -> float:

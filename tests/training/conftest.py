@@ -12,7 +12,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(chat_template=CHAT_TEMPLATE):
+def build_tokenizer(chat_template=CHAT_TEMPLATE):
     """A byte tokenizer: what a token is can be counted by hand."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -52,7 +52,12 @@ def tiny_llama(seed=0):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return make_tokenizer()
+    return build_tokenizer()
+
+
+@pytest.fixture
+def make_tokenizer():
+    return build_tokenizer
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ def base_directory(tmp_path_factory):
     """A tiny base in the Hugging Face layout."""
     directory = tmp_path_factory.mktemp("base")
     tiny_llama().save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
+    build_tokenizer().save_pretrained(directory)
     return directory
 
 

@@ -1,0 +1,185 @@
+"""What becomes of a JSONL file, and what is said about a bad one."""
+
+import pytest
+
+from loraport.errors import LoraportError
+from loraport.training.batches import IGNORED, Row, RowBatches, collate
+from loraport.training.text import split_rows
+from loraport.training.tokens import read_rows
+
+
+def learned(row, tokenizer):
+    return tokenizer.decode([label for label in row.labels if label != IGNORED])
+
+
+def shown(row, tokenizer):
+    return tokenizer.decode(list(row.tokens))
+
+
+def test_text_is_learned_whole_and_ended(write_jsonl, tokenizer):
+    rows = read_rows(write_jsonl([{"text": "Hé!"}]), tokenizer, 99).rows
+    assert shown(rows[0], tokenizer) == "Hé!<|end|>"
+    assert rows[0].labels == rows[0].tokens
+
+
+def test_of_a_completion_only_the_completion_is_learned(write_jsonl, tokenizer):
+    rows = read_rows(write_jsonl([{"prompt": "2+2=", "completion": "4"}]), tokenizer, 99).rows
+    assert shown(rows[0], tokenizer) == "2+2=4<|end|>"
+    assert learned(rows[0], tokenizer) == "4<|end|>"
+
+
+def test_every_assistant_turn_is_learned_and_nothing_else(write_jsonl, tokenizer):
+    turns = [("user", "a"), ("assistant", "bcd"), ("user", "e"), ("assistant", "fg")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    rows = read_rows(write_jsonl([{"messages": messages}]), tokenizer, 99).rows
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert shown(rows[0], tokenizer) == rendered
+    # Not the line feed that the template writes after the end of a turn.
+    assert learned(rows[0], tokenizer) == "bcd<|end|>fg<|end|>"
+
+
+def test_a_boundary_that_melts_into_one_token_is_kept_apart(write_jsonl):
+    """At inference the prompt is tokenized alone."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"a": 0, "b": 1, "ab": 2, "<end>": 3}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    melting = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    assert melting("ab")["input_ids"] == [2]
+    row = read_rows(write_jsonl([{"prompt": "a", "completion": "b"}]), melting, 9).rows[0]
+    assert row == Row((0, 1, 3), (IGNORED, 1, 3))
+
+
+def test_a_template_that_rewrites_earlier_turns_is_noticed(write_jsonl, make_tokenizer):
+    template = (
+        "{% for m in messages %}{% if loop.last or m.role != 'assistant' %}"
+        "{{ m.role + ':' + m.content }}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path = write_jsonl([{"messages": messages[:2]}, {"messages": messages}])
+    with pytest.raises(LoraportError, match=r"data.jsonl:2: messages\[1\]: expected a chat temp"):
+        read_rows(path, make_tokenizer(template), 99)
+
+
+def test_a_template_that_refuses_a_row_is_quoted(write_jsonl, make_tokenizer):
+    template = "{{ raise_exception('roles must alternate') }}"
+    messages = [{"role": "assistant", "content": "x"}]
+    with pytest.raises(LoraportError, match=r":1: the chat template refuses it: roles must alt"):
+        read_rows(write_jsonl([{"messages": messages}]), make_tokenizer(template), 99)
+
+
+def test_messages_need_a_chat_template(write_jsonl, make_tokenizer):
+    messages = [{"role": "assistant", "content": "x"}]
+    with pytest.raises(LoraportError, match="expected a base with a chat template"):
+        read_rows(write_jsonl([{"messages": messages}]), make_tokenizer(None), 99)
+
+
+BAD = {
+    b'{"text": "fine"}': None,
+    b"{nonsense": "expected JSON",
+    b"[1]": "expected an object, got a list",
+    b'{"txt": "a"}': 'expected "text", "prompt" with "completion", or "messages", got keys txt',
+    b'{"prompt": "a"}': "got prompt",
+    b'{"text": "a", "messages": []}': "got text, messages",
+    b'{"text": ""}': "expected some text",
+    b'{"text": 5}': "expected a string, got a number",
+    b'{"prompt": null, "completion": "x"}': '"prompt": expected a string, got null',
+    b'{"messages": []}': "got an empty list",
+    b'{"messages": ["x"]}': "messages[0]: expected an object, got a string",
+    b'{"messages": [{"role": "bot", "content": "x"}]}': "messages[0].role: expected one of",
+    b'{"messages": [{"role": "user", "content": "x"}]}': "expected an assistant turn",
+    b'{"messages": [{"role": "user", "content": ["x"]}]}': "content: expected a string, got a list",
+    b'{"text": "\xff"}': "expected UTF-8, got byte 0xff",
+}
+
+
+def test_all_bad_lines_are_told_at_once(tmp_path, tokenizer):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n\n".join(BAD) + b"\n")
+    with pytest.raises(LoraportError) as raised:
+        read_rows(path, tokenizer, 99)
+    text = str(raised.value)
+    assert text.startswith(f"{path}: {len(BAD) - 1} bad lines\n")
+    for index, reason in enumerate(BAD.values()):
+        prefix = f"{path}:{2 * index + 1}: "
+        if reason is None:
+            assert prefix not in text
+        else:
+            line = next(line for line in text.splitlines() if prefix in line)
+            assert reason in line
+
+
+def test_of_very_many_bad_lines_some_are_shown_and_all_counted(write_jsonl, tokenizer):
+    path = write_jsonl([[]] * 50)
+    with pytest.raises(LoraportError) as raised:
+        read_rows(path, tokenizer, 99)
+    assert str(raised.value).count("expected an object") == 20
+    assert "50 bad lines" in str(raised.value)
+    assert str(raised.value).endswith("... and 30 more")
+
+
+def test_files_without_rows(tmp_path, write_jsonl, tokenizer):
+    with pytest.raises(LoraportError, match="cannot be read: No such file"):
+        read_rows(tmp_path / "missing.jsonl", tokenizer, 99)
+    with pytest.raises(LoraportError, match="expected rows to learn, got none"):
+        read_rows(write_jsonl([]), tokenizer, 99)
+
+
+def test_long_rows_are_cut_and_counted_and_rows_without_answer_left_out(write_jsonl, tokenizer):
+    rows = [
+        {"prompt": "ab", "completion": "cd"},
+        {"prompt": "ab", "completion": "cdefgh"},
+        {"prompt": "abcdefgh", "completion": "i"},
+    ]
+    read = read_rows(write_jsonl(rows), tokenizer, 5)
+    assert [shown(row, tokenizer) for row in read.rows] == ["abcd<|end|>", "abcde"]
+    assert read.truncated == 2
+    assert read.dropped == (3,)
+    with pytest.raises(LoraportError, match="3 rows whose answer is cut off at 2 tokens"):
+        read_rows(write_jsonl(rows), tokenizer, 2)
+
+
+def rows_of_lengths(lengths):
+    return [Row((index,) * length, (index,) * length) for index, length in enumerate(lengths)]
+
+
+def test_batches_pad_on_the_right():
+    batch = collate([Row((5, 6, 7), (IGNORED, 6, 7)), Row((8,), (8,))], pad=9)
+    assert batch.tokens.tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch.labels.tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
+    assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert collate([Row((5,), (5,))], pad=9).mask is None
+
+
+def test_an_epoch_has_every_row_once_in_an_order_of_its_own():
+    batches = RowBatches(rows_of_lengths([1 + i % 7 for i in range(50)]), 4, 0, seed=1)
+
+    def order(epoch):
+        return [batch.tokens[:, 0].tolist() for batch in batches.epoch(epoch)]
+
+    assert len(order(0)) == len(batches) == 13
+    assert sorted(row for batch in order(0) for row in batch) == list(range(50))
+    assert order(0) == order(0)
+    assert order(0) != order(1)
+
+
+def test_rows_of_like_length_share_a_batch():
+    lengths = [1 + i % 16 for i in range(64)]
+    batches = list(RowBatches(rows_of_lengths(lengths), 4, 0, seed=1).epoch(0))
+    padded = sum(batch.tokens.numel() for batch in batches)
+    assert padded == sum(lengths)  # four rows of each length: nothing is padded
+
+
+def test_splitting_is_seeded_and_loses_nothing():
+    rows = rows_of_lengths(range(1, 21))
+    train, held_out = split_rows(rows, 0.25, seed=3)
+    assert (len(train), len(held_out)) == (15, 5)
+    assert set(train) | set(held_out) == set(rows)
+    assert split_rows(rows, 0.25, seed=3) == (train, held_out)
+    assert split_rows(rows, 0.25, seed=4)[1] != held_out
+    with pytest.raises(LoraportError, match="--validation-share 0"):
+        split_rows(rows[:1], 0.1, seed=0)

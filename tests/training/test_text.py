@@ -1,0 +1,271 @@
+"""From a JSONL file to an adapter directory, also when killed in between."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from loraport.errors import LoraportError
+from loraport.peft_layout import read_peft
+from loraport.training import (
+    LoopOptions,
+    LoraOptions,
+    TrainOptions,
+    attach,
+    load_into,
+    train_language_model,
+)
+from loraport.training.batches import IGNORED, RowBatches
+from loraport.training.language_model import language_model_loss
+from loraport.training.text import SUMMARY_FILE, work_directory
+from loraport.training.tokens import read_rows
+
+LORA = LoraOptions(rank=4, dropout=0.1)
+LOOP = LoopOptions(learning_rate=0.02, steps=14, save_every=3)
+OPTIONS = TrainOptions(lora=LORA, loop=LOOP, batch_size=4)
+
+
+def test_training_lowers_the_loss_and_writes_all(base_directory, chat_data, tmp_path):
+    out = tmp_path / "adapter"
+    lora = replace(LORA, rank=8, targets=r".*(_proj|lm_head)")
+    options = replace(OPTIONS, lora=lora, loop=replace(LOOP, steps=60))
+    summary = train_language_model(str(base_directory), chat_data, out, options)
+    assert summary.validation_loss < 0.6 * summary.base_validation_loss
+    assert (summary.rows, summary.validation_rows, summary.steps) == (22, 2, 60)
+    names = ["adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.jsonl"]
+    assert sorted(entry.name for entry in out.iterdir()) == [*names, "training.json"]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
+    assert not work_directory(out).exists()
+    assert json.loads((out / SUMMARY_FILE).read_text())["summary"]["steps"] == 60
+    adapter = read_peft(out)
+    assert adapter.parameters == summary.trainable_parameters
+    assert adapter.base_model == str(base_directory)
+
+
+def test_the_written_adapter_gives_the_validation_loss_told(
+    base_directory, chat_data, tmp_path, llama, tokenizer
+):
+    """Control: without the training the loss is the base's."""
+    out = tmp_path / "adapter"
+    summary = train_language_model(
+        str(base_directory), chat_data, out, OPTIONS, validation=chat_data
+    )
+    rows = read_rows(chat_data, tokenizer, 256).rows
+
+    def loss():
+        with torch.no_grad():
+            parts = [language_model_loss(llama, b) for b in RowBatches(rows, 4, 258, None).epoch(0)]
+        return sum(float(p.total) for p in parts) / sum(p.weight for p in parts)
+
+    assert loss() == pytest.approx(summary.base_validation_loss, rel=1e-6)
+    load_into(llama, read_peft(out))
+    assert loss() == pytest.approx(summary.validation_loss, rel=1e-6)
+    assert summary.validation_loss < 0.95 * summary.base_validation_loss
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+def test_the_loss_is_transformers_own(llama, tokenizer, chat_data, with_head, monkeypatch):
+    """Loss and gradients from the picked positions against the model's full logits."""
+    rows = read_rows(chat_data, tokenizer, 256).rows[:5]
+    batch = next(RowBatches(rows, 5, 258, None).epoch(0))
+    assert batch.mask is not None
+    layers = attach(llama, LORA)
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    if not with_head:
+        monkeypatch.setattr(llama, "get_output_embeddings", lambda: None)
+    llama.eval()
+    ours = language_model_loss(llama, batch)
+    (ours.total / ours.weight).backward()
+    gradients = [p.grad.clone() for p in llama.parameters() if p.requires_grad]
+    llama.zero_grad()
+    theirs = llama(input_ids=batch.tokens, attention_mask=batch.mask, labels=batch.labels).loss
+    theirs.backward()
+    assert ours.weight == (batch.labels != IGNORED).sum()
+    torch.testing.assert_close(ours.total / ours.weight, theirs, rtol=1e-6, atol=0)
+    expected = [p.grad for p in llama.parameters() if p.requires_grad]
+    for mine, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_checkpointing_computes_the_same(base_directory, chat_data, tmp_path):
+    losses = []
+    for on in (False, True):
+        out = tmp_path / str(on)
+        options = replace(OPTIONS, gradient_checkpointing=on, loop=replace(LOOP, steps=4))
+        train_language_model(str(base_directory), chat_data, out, options)
+        losses.append((out / "metrics.jsonl").read_text())
+    assert losses[0] == losses[1]
+
+
+def command(base, data, out, *more):
+    options = ["--rank", "4", "--dropout", "0.1", "--lr", "0.02", "--steps", "14"]
+    options += ["--save-every", "3", *more]
+    train = [sys.executable, "-m", "loraport", "train"]
+    return [*train, str(base), str(data), "-o", str(out), *options]
+
+
+def test_killed_at_any_moment_it_resumes_bit_for_bit(base_directory, chat_data, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    subprocess.run(
+        command(base_directory, chat_data, whole, "--quiet"), env=environment, check=True
+    )
+    work = work_directory(parts)
+    stops = [work / "metrics.jsonl", work / "checkpoint-00000003", work / "checkpoint-00000009"]
+    for kill_at in stops:
+        run = subprocess.Popen(
+            command(base_directory, chat_data, parts, "--quiet", "--resume"), env=environment
+        )
+        while run.poll() is None and not kill_at.exists():
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert not parts.exists()
+    done = subprocess.run(
+        command(base_directory, chat_data, parts, "--resume", "--json"),
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(done.stdout)["steps"] == 14
+    assert "resumed after step" in done.stderr
+    for name in ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not work.exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir() if entry.is_dir()) == [
+        "parts",
+        "whole",
+    ]
+
+
+class Stopped(Exception):
+    """Stands for a kill, in this process."""
+
+
+def stopped_run(base, data, out, at=8, options=OPTIONS):
+    from loraport.training.observer import Silent
+
+    class Stop(Silent):
+        def stepped(self, *, step, **_):
+            if step == at:
+                raise Stopped
+
+    with pytest.raises(Stopped):
+        train_language_model(str(base), data, out, options, observer=Stop())
+
+
+def test_torn_and_extra_metrics_lines_are_cut_on_resume(base_directory, chat_data, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    train_language_model(str(base_directory), chat_data, whole, OPTIONS)
+    stopped_run(base_directory, chat_data, out)
+    metrics = work_directory(out) / "metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"step": 9, "lo')
+    train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+    for name in ("metrics.jsonl", "adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_resume_with_other_options_or_data_is_refused(
+    base_directory, chat_data, tmp_path, write_jsonl
+):
+    out = tmp_path / "out"
+    stopped_run(base_directory, chat_data, out)
+    other = replace(
+        OPTIONS, lora=replace(LORA, alpha=3), loop=replace(LOOP, weight_decay=0.5, save_every=7)
+    )
+    data = write_jsonl([{"text": "something else"}] * 9, "other.jsonl")
+    with pytest.raises(LoraportError) as raised:
+        train_language_model(str(base_directory), data, out, other, resume=True)
+    text = str(raised.value)
+    for name in ("lora.alpha: expected None, got 3", "weight_decay: expected 0.0, got 0.5"):
+        assert name in text
+    assert "training rows (data, tokenizer, chat template)" in text
+    assert "save_every" not in text  # it does not change what is computed
+    assert work_directory(out).exists()
+
+
+def test_resume_with_another_base_is_refused(base_directory, chat_data, tmp_path, llama):
+    out = tmp_path / "out"
+    stopped_run(base_directory, chat_data, out)
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    other = tmp_path / "other"
+    llama.save_pretrained(other)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (other / name).write_bytes((base_directory / name).read_bytes())
+    with pytest.raises(LoraportError, match="1 of 14 base weights differ"):
+        train_language_model(str(other), chat_data, out, OPTIONS, resume=True)
+
+
+def test_an_unfinished_run_is_not_discarded_unasked(base_directory, chat_data, tmp_path):
+    out = tmp_path / "out"
+    stopped_run(base_directory, chat_data, out)
+    with pytest.raises(LoraportError, match="was not finished; continue it with --resume"):
+        train_language_model(str(base_directory), chat_data, out, OPTIONS)
+    summary = train_language_model(str(base_directory), chat_data, out, OPTIONS, force=True)
+    assert summary.steps == 14
+    with pytest.raises(LoraportError, match="already exists"):
+        train_language_model(str(base_directory), chat_data, out, OPTIONS)
+
+
+def test_resuming_what_is_finished_only_tidies_up(base_directory, chat_data, tmp_path):
+    """As after a kill between the adapter's appearance and the checkpoints' removal."""
+    out = tmp_path / "out"
+    summary = train_language_model(str(base_directory), chat_data, out, OPTIONS)
+    written = (out / "adapter_model.safetensors").stat().st_mtime_ns
+    work_directory(out).mkdir()
+    again = train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+    assert again == summary
+    assert not work_directory(out).exists()
+    assert (out / "adapter_model.safetensors").stat().st_mtime_ns == written
+    other = replace(OPTIONS, batch_size=3)
+    with pytest.raises(LoraportError, match="not this run's result"):
+        train_language_model(str(base_directory), chat_data, out, other, resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(base_directory, chat_data, tmp_path):
+    out = tmp_path / "out"
+    stopped_run(base_directory, chat_data, out)
+    newest = max(work_directory(out).glob("checkpoint-*"))
+    assert newest.name == "checkpoint-00000006"
+    (newest / "state.json").write_text("{")
+    with pytest.raises(LoraportError, match="resume from the one before"):
+        train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+
+
+def test_checkpoints_are_adapters_without_pickle(base_directory, chat_data, tmp_path):
+    out = tmp_path / "out"
+    stopped_run(base_directory, chat_data, out, at=10)
+    checkpoints = sorted(work_directory(out).glob("checkpoint-*"))
+    assert [path.name[-2:] for path in checkpoints] == ["06", "09"]  # the last two
+    assert read_peft(checkpoints[-1]).modules
+    suffixes = {entry.suffix for path in checkpoints for entry in path.iterdir()}
+    assert suffixes == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("part", [LoraOptions, LoopOptions, TrainOptions])
+def test_every_option_is_consumed(base_directory, chat_data, tmp_path, monkeypatch, part):
+    read = set()
+    original = part.__getattribute__
+
+    def watched(self, name):
+        if sys._getframe(1).f_code.co_name not in ("__post_init__", "asdict", "_asdict_inner"):
+            read.add(name)
+        return original(self, name)
+
+    lora = replace(LORA, targets=("q_proj",), layers="0")
+    options = TrainOptions(lora=lora, loop=replace(LOOP, steps=None, epochs=1, save_every=2))
+    monkeypatch.setattr(part, "__getattribute__", watched)
+    train_language_model(str(base_directory), chat_data, tmp_path / "out", options)
+    assert {field.name for field in fields(part)} <= read
