@@ -51,7 +51,9 @@ def save_contents(
         {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, metadata
     )
     (directory / WEIGHTS_FILE).write_bytes(_reproducible(content))
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    # Sorted on the outside only: of the patterns the first that matches wins.
+    config = dict(sorted(config.items()))
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _reproducible(content: bytes) -> bytes:

@@ -168,3 +168,33 @@ def test_the_encoder_layers_fast_path_does_not_pass_the_adapter_by():
         slow = model(x.requires_grad_())
     torch.testing.assert_close(adapted, slow.detach(), rtol=1e-5, atol=1e-6)
     assert (adapted - base).abs().max() > 1e-2
+
+
+class Nested(nn.Module):
+    """Paths of which one ends with another: a pattern for ``fc`` matches them all."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.x = nn.Sequential()
+        self.x.fc = nn.Linear(4, 4)
+        self.y = nn.Sequential()
+        self.y.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.y.fc(self.x.fc(self.fc(x)))
+
+
+def test_a_rank_of_a_path_that_others_end_with(tmp_path):
+    torch.manual_seed(0)
+    model = Nested()
+    options = LoraOptions(rank=3, rank_pattern={r"[xy]\.fc": 2, "fc": 4})
+    layers = attach(model, options)
+    assert [layer.rank for layer in layers.values()] == [4, 2, 2]
+    randomize_b(layers)
+    x = torch.randn(2, 4)
+    expected = model(x)
+    write_peft(adapter_of(model), tmp_path / "adapter")
+    detach(model)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    torch.testing.assert_close(theirs(x), expected, rtol=1e-5, atol=1e-6)
