@@ -17,6 +17,7 @@ class Feature(StrEnum):
 
     EMBEDDING = "LoRA on an embedding"
     CONV = "LoRA on a convolution"
+    EXPERTS = "LoRA on fused experts"
     DORA = "a DoRA magnitude"
     LORA_BIAS = "a bias on lora_B"
     BIAS = "a trained bias"
@@ -30,6 +31,8 @@ def module_features(module: LoraModule) -> Iterator[Feature]:
         yield Feature.EMBEDDING
     if module.kind is ModuleKind.CONV:
         yield Feature.CONV
+    if module.kind is ModuleKind.EXPERTS:
+        yield Feature.EXPERTS
     if module.magnitude is not None:
         yield Feature.DORA
     if module.lora_B_bias is not None:

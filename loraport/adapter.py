@@ -21,6 +21,7 @@ class ModuleKind(StrEnum):
     LINEAR = "linear"
     EMBEDDING = "embedding"
     CONV = "conv"
+    EXPERTS = "experts"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +30,17 @@ class LoraModule:
 
     Attributes:
         kind: Decides the shapes below.
-        lora_A: linear ``[r, in]``; embedding ``[r, vocab]``; conv ``[r, in, *kernel]``.
-        lora_B: linear ``[out, r]``; embedding ``[dim, r]``; conv ``[out, r / groups, 1, ...]``.
+        lora_A: linear ``[r, in]``; embedding ``[r, vocab]``; conv ``[r, in, *kernel]``;
+            experts ``[experts * r, in]``, one expert after the other.
+        lora_B: linear ``[out, r]``; embedding ``[dim, r]``; conv ``[out, r / groups, 1, ...]``;
+            experts ``[out, r * experts]``, the experts of one rank side by side.
         alpha: ``lora_alpha`` of this module.
         use_rslora: Rank-stabilised scaling.
         fan_in_fan_out: The base weight is stored ``[in, out]`` (transformers' ``Conv1D``).
         lora_B_bias: ``[out]``, bias of ``lora_B`` (PEFT's ``lora_bias``).
         magnitude: ``[out]``, DoRA's magnitude vector (Liu et al. 2024, arXiv:2402.09353).
+        experts: Number of experts of a fused parameter; its module path is then the
+            parameter's own path.
     """
 
     kind: ModuleKind
@@ -46,11 +51,12 @@ class LoraModule:
     fan_in_fan_out: bool = False
     lora_B_bias: torch.Tensor | None = None  # noqa: N815  the field's name for it
     magnitude: torch.Tensor | None = None
+    experts: int = 1
 
     @property
     def rank(self) -> int:
-        """Rank, read off ``lora_A``."""
-        return int(self.lora_A.shape[0])
+        """Rank, read off ``lora_A``; of one expert where there are several."""
+        return int(self.lora_A.shape[0]) // self.experts
 
     @property
     def groups(self) -> int:
@@ -58,7 +64,7 @@ class LoraModule:
 
         PEFT groups ``lora_B`` only: ``lora_A`` sees the channels of all groups.
         """
-        return self.rank // int(self.lora_B.shape[1])
+        return int(self.lora_A.shape[0]) // int(self.lora_B.shape[1])
 
     @property
     def scaling(self) -> float:

@@ -8,6 +8,8 @@ names (PEFT keys, ONNX graph inputs, other formats' tensors) are derived here.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -144,3 +146,38 @@ def packed_slot(module_paths: tuple[str, ...]) -> str:
     if len(parents) > 1:
         return "+".join(module_paths)
     return "+".join([first, *(path.rpartition(".")[2] for path in module_paths[1:])])
+
+
+class NameIndex:
+    """Finds tensors whose names may lack, or have more of, the prefix of a wanted name.
+
+    A checkpoint of GPT-2 may say ``h.0.attn.c_attn.weight`` where the module path starts
+    with ``transformer.``, and the other way about.
+
+    Args:
+        names: The names there are.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(names)
+        self._by_tail: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(self._names):
+            self._by_tail[_tail(name)].append(name)
+
+    def candidates(self, wanted: str) -> list[str]:
+        """Return the names that ``wanted`` may stand for: itself, or all that differ by a prefix.
+
+        >>> NameIndex(["h.0.fc.weight", "h.1.fc.weight"]).candidates("transformer.h.1.fc.weight")
+        ['h.1.fc.weight']
+        """
+        if wanted in self._names:
+            return [wanted]
+        return [
+            name
+            for name in self._by_tail[_tail(wanted)]
+            if name.endswith("." + wanted) or wanted.endswith("." + name)
+        ]
+
+
+def _tail(name: str) -> str:
+    return ".".join(name.split(".")[-2:])

@@ -65,6 +65,36 @@ def bert() -> torch.nn.Module:
     return BertForSequenceClassification(BertConfig(**TINY, num_attention_heads=4, num_labels=3))
 
 
+def mixtral() -> torch.nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(
+        MixtralConfig(
+            **TINY,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        )
+    )
+
+
+def qwen_moe() -> torch.nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **TINY,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_experts=4,
+            head_dim=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+        )
+    )
+
+
 @dataclass(frozen=True)
 class Case:
     """One model and one adapter configuration."""
@@ -140,6 +170,26 @@ CASES: dict[str, Case] = {
     "conv": Case(ConvNet, {"target_modules": [*_CONVS, "head"], "r": 4, "lora_alpha": 3}),
     "conv_dora": Case(ConvNet, {"target_modules": _CONVS, "r": 4, "use_dora": True}),
     "conv_bias": Case(ConvNet, {"target_modules": ["conv2d"], "r": 4, "lora_bias": True}),
+    "experts": Case(
+        mixtral,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "r": 3,
+            "rank_pattern": {"experts.gate_up_proj": 2},
+        },
+    ),
+    "experts_rslora": Case(
+        qwen_moe,
+        {
+            "target_modules": [],
+            "target_parameters": ["mlp.experts.down_proj", "q_proj.weight"],
+            "r": 3,
+            "use_rslora": True,
+            "alpha_pattern": {"layers.1.mlp.experts.down_proj": 20},
+        },
+    ),
+    "router": Case(mixtral, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}),
     "conv_grouped": Case(ConvNet, {"target_modules": ["grouped"], "r": 4}),
 }
 UNMERGEABLE = frozenset({"conv_grouped"})  # a base kernel cannot hold its update; PEFT refuses too

@@ -25,6 +25,7 @@ _HONOURED = frozenset(
         "lora_bias",
         "modules_to_save",
         "trainable_token_indices",
+        "target_parameters",
     )
 )
 # Say how the adapter was made or is to be handled, never what it computes.
@@ -57,7 +58,6 @@ _TRAINING_ONLY = frozenset(
 )
 # Change the maths and are not handled: refused with what to do instead.
 _REFUSED = {
-    "target_parameters": "merge it with PEFT, or convert the experts to separate linear layers",
     "layer_replication": "merge it with PEFT",
     "alora_invocation_tokens": "it switches on inside a prompt, which no merged or exported "
     "model can do; keep it in PEFT",
@@ -83,6 +83,7 @@ class LoraSettings:
         fan_in_fan_out: The targeted linear weights are stored ``[in, out]``.
         token_indices: Rows of trained tokens: embedding module name → rows; ``""`` names
             the model's input embedding.
+        target_parameters: Parameters (rather than modules) with LoRA: fused experts.
         base_model: Name or path of the base.
         training: Facts that do not change the maths.
     """
@@ -93,12 +94,17 @@ class LoraSettings:
     lora_bias: bool = False
     fan_in_fan_out: bool = False
     token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    target_parameters: tuple[str, ...] = ()
     base_model: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_config(path: Path) -> LoraSettings:
+def read_config(path: Path, *, changed_base: bool = False) -> LoraSettings:
     """Read an ``adapter_config.json``.
+
+    Args:
+        path: The file.
+        changed_base: Accept initialisations that change the base weights.
 
     Raises:
         LoraportError: If it cannot be read, is no LoRA configuration, or asks for maths
@@ -118,23 +124,28 @@ def read_config(path: Path) -> LoraSettings:
             "peft_type", "LORA", repr(config["peft_type"]), "only LoRA adapters are handled"
         )
     for key, value in config.items():
-        _check_key(key, value, problems)
+        _check_key(key, value, problems, changed_base=changed_base)
     settings = _settings(config, problems)
     problems.raise_if_any(f"{path} cannot be honoured")
     return settings
 
 
-def _check_key(key: str, value: Any, problems: Problems) -> None:
+def _check_key(key: str, value: Any, problems: Problems, *, changed_base: bool) -> None:
     if value in (None, False, "", 0) or value == [] or value == {}:
         return
     if key in _REFUSED:
         problems.add(key, "it unset", _shown(value), _REFUSED[key])
-    elif key == "init_lora_weights" and str(value).lower().startswith(_BASE_CHANGING_INITS):
+    elif (
+        key == "init_lora_weights"
+        and not changed_base
+        and str(value).lower().startswith(_BASE_CHANGING_INITS)
+    ):
         problems.add(
             key,
             "an initialisation that leaves the base weights alone",
             _shown(value),
-            "this adapter belongs to a changed base: convert it in PEFT with "
+            "this adapter belongs to a changed base: give the adapter as it was before training "
+            "with `loraport merge --initial-adapter`, or convert it in PEFT with "
             "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL_ADAPTER)",
         )
     elif key == "bias" and value not in ("none", "all", "lora_only"):
@@ -171,6 +182,7 @@ def _settings(config: Mapping[str, Any], problems: Problems) -> LoraSettings:
         lora_bias=_flag(config, "lora_bias", problems),
         fan_in_fan_out=_flag(config, "fan_in_fan_out", problems),
         token_indices=_token_indices(config.get("trainable_token_indices"), problems),
+        target_parameters=_names(config, "target_parameters", problems),
         base_model=base_model if isinstance(base_model, str) and base_model else None,
         training={key: config[key] for key in kept if config.get(key) is not None},
     )
@@ -198,6 +210,14 @@ def _flag(config: Mapping[str, Any], key: str, problems: Problems) -> bool:
     if not isinstance(value, bool):
         problems.add(key, "true or false", _shown(value))
     return bool(value)
+
+
+def _names(config: Mapping[str, Any], key: str, problems: Problems) -> tuple[str, ...]:
+    value = config.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        problems.add(key, "a list of names", _shown(value))
+        return ()
+    return tuple(value)
 
 
 def _token_indices(value: Any, problems: Problems) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint
 from loraport.naming import Part, parse_peft_key, peft_key, weight_name
 from loraport.peft_layout.config import LoraSettings, read_config
+from loraport.peft_layout.expert_keys import parameters_of_keys
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ def is_peft(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file()
 
 
-def read_peft(path: Path) -> Adapter:
+def read_peft(path: Path, *, changed_base: bool = False) -> Adapter:
     """Read an adapter directory.
 
     Targets are taken from the tensor keys, not from ``target_modules``. Every tensor must be
@@ -36,11 +37,13 @@ def read_peft(path: Path) -> Adapter:
     Args:
         path: Directory with ``adapter_config.json`` and ``adapter_model.safetensors`` (or
             ``adapter_model.bin``, read without executing pickled code).
+        changed_base: Accept adapters of initialisations that change the base weights; see
+            `loraport.peft_layout.initial`.
 
     Raises:
         LoraportError: All problems of the adapter at once.
     """
-    settings = read_config(path / CONFIG_FILE)
+    settings = read_config(path / CONFIG_FILE, changed_base=changed_base)
     tensors, metadata = _read_tensors(path)
     problems = Problems()
     parts: dict[str, dict[Part, torch.Tensor]] = defaultdict(dict)
@@ -59,10 +62,13 @@ def read_peft(path: Path) -> Adapter:
         else:
             parts[parsed.module_path][parsed.part] = tensor
     modules = {}
+    parameters = parameters_of_keys(parts, settings.target_parameters, problems)
     for module_path, found in parts.items():
-        module = _module(module_path, found, settings, problems)
+        parameter = parameters.get(module_path)
+        module = _module(parameter or module_path, found, settings, problems, parameter is not None)
         if module is not None:
-            modules[module_path] = module
+            bare = module.kind is ModuleKind.EXPERTS
+            modules[parameter if parameter and bare else module_path] = module
     if not parts and not replacements:
         problems.add(str(path / WEIGHTS_FILE), "adapter tensors", "none")
     problems.raise_if_any(f"adapter {path} cannot be read")
@@ -112,7 +118,11 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def _module(
-    path: str, found: dict[Part, torch.Tensor], settings: LoraSettings, problems: Problems
+    path: str,
+    found: dict[Part, torch.Tensor],
+    settings: LoraSettings,
+    problems: Problems,
+    bare_parameter: bool,
 ) -> LoraModule | None:
     embedding = Part.EMBEDDING_A in found or Part.EMBEDDING_B in found
     part_a, part_b = (
@@ -129,7 +139,19 @@ def _module(
     if lora_a.dim() < 2 or lora_b.dim() < 2:
         problems.add(path, "matrices A and B", f"A {_shape(lora_a)} and B {_shape(lora_b)}")
         return None
-    _check_shapes(path, found, part_a, part_b, settings, problems)
+    experts = 1
+    if bare_parameter and lora_a.shape[0] % settings.ranks.rank(path) == 0:
+        experts = lora_a.shape[0] // settings.ranks.rank(path)
+    _check_shapes(path, found, part_a, part_b, settings, problems, experts)
+    if bare_parameter and (experts > 1 or not path.endswith(".weight")):
+        return LoraModule(
+            kind=ModuleKind.EXPERTS,
+            lora_A=lora_a,
+            lora_B=lora_b,
+            alpha=settings.ranks.alpha(path),
+            use_rslora=settings.use_rslora,
+            experts=experts,
+        )
     kind = ModuleKind.EMBEDDING if embedding else ModuleKind.LINEAR
     return LoraModule(
         kind=ModuleKind.CONV if lora_a.dim() > 2 else kind,
@@ -150,9 +172,10 @@ def _check_shapes(
     part_b: Part,
     settings: LoraSettings,
     problems: Problems,
+    experts: int,
 ) -> None:
     lora_a, lora_b = found[part_a], found[part_b]
-    rank = settings.ranks.rank(path)
+    rank = settings.ranks.rank(path) * experts
     if lora_a.shape[0] != rank:
         problems.add(
             peft_key(path, part_a),

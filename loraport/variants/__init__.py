@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from loraport.errors import LoraportError
 from loraport.update import LowRankUpdate
 from loraport.variants import bias, dora
 
@@ -48,6 +49,11 @@ _VARIANTS: tuple[Refine, ...] = (bias.refine, dora.refine)
 
 def lower(module: LoraModule, base_weight: torch.Tensor | None = None) -> LowRankUpdate:
     """Lower one module to the canonical form; see `LoraModule.lower`."""
+    if module.experts > 1:
+        raise LoraportError(
+            "LoRA on fused experts: expected one matrix to update, got "
+            f"{module.experts} experts'; merge it into the base"
+        )
     update = LowRankUpdate(
         a=module.lora_A.flatten(1), b=ungrouped_b(module), scaling=module.scaling
     )

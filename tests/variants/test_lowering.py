@@ -29,6 +29,8 @@ def test_canonical_form_is_pefts_merge(name, tmp_path):
     adapter = read_peft(made.path)
     merged = merge_with_peft(made)
     for path, module in adapter.modules.items():
+        if module.kind is ModuleKind.EXPERTS:
+            continue  # several matrices; the merge's tests cover them
         base = made.base.get_submodule(path)
         # The class decides, as PEFT's flag may be wrong for one of several.
         module = replace(module, fan_in_fan_out=type(base).__name__ == "Conv1D")

@@ -1,0 +1,105 @@
+"""Merge adapters into a checkpoint of any size: streamed, exact, in one pass.
+
+``plan`` decides what becomes of every tensor; ``writer`` streams it; ``arithmetic`` is what
+happens to a block of rows.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from converters.merge.base import BaseCheckpoint, open_base
+from converters.merge.layout import BaseLayout, base_layout
+from converters.merge.model_files import write_model_files
+from converters.merge.options import MergeOptions
+from converters.merge.plan import MergePlan, TensorPlan, plan_merge
+from converters.merge.same_base import require_same_base
+from converters.merge.targets import NamedAdapter
+from converters.merge.writer import write_shards
+from converters.registry import read_adapter
+from loraport.adapter import Adapter
+from loraport.errors import LoraportError
+from loraport.output import new_directory, refuse_existing
+from loraport.peft_layout import is_peft, read_peft
+from loraport.peft_layout.initial import relative_to_initial
+
+__all__ = ["MergeOptions", "MergePlan", "TensorPlan", "make_plan", "merge"]
+
+
+def make_plan(options: MergeOptions) -> MergePlan:
+    """Read everything but the weights, and decide what becomes of every tensor.
+
+    Raises:
+        LoraportError: If anything cannot be read, does not fit, or cannot be merged exactly.
+    """
+    if not options.adapters:
+        raise LoraportError("merge: expected at least one adapter, got none")
+    if options.output is not None:
+        refuse_existing(options.output, force=options.force)
+    adapters = [
+        NamedAdapter(path, _read(path, options), strength) for path, strength in options.adapters
+    ]
+    base = open_base(options.base)
+    layout = _layout(base, adapters)
+    plan = plan_merge(base, layout, adapters)
+    if not options.ignore_fingerprint:
+        require_same_base(base, layout, adapters)
+    return plan
+
+
+def merge(options: MergeOptions, plan: MergePlan, progress: Callable[[int], None]) -> None:
+    """Write a planned merge; the output appears whole or not at all.
+
+    Args:
+        options: What the plan was made from, with an output.
+        plan: From `make_plan`.
+        progress: Told the bytes written, as they are.
+
+    Raises:
+        LoraportError: If the output exists or there is no room for it.
+        OSError: If the disk fills up or a file cannot be read.
+    """
+    assert options.output is not None
+    output = options.output.absolute()
+    refuse_existing(output, force=options.force)
+    _refuse_base_itself(output, plan.base)
+    _require_room(output, plan.nbytes)
+    with new_directory(output, force=options.force) as partial:
+        write_shards(plan, partial, progress, options.threads)
+        write_model_files(plan, partial)
+
+
+def _read(path: Path, options: MergeOptions) -> Adapter:
+    if options.initial_adapter is not None and is_peft(path):
+        trained = read_peft(path, changed_base=True)
+        return relative_to_initial(trained, read_peft(options.initial_adapter, changed_base=True))
+    return read_adapter(path, base=options.base)
+
+
+def _layout(base: BaseCheckpoint, adapters: list[NamedAdapter]) -> BaseLayout:
+    shapes = {name: source.shape for name, source in base.sources().items()}
+    tasks = sorted({str(each.adapter.training.get("task_type") or "") for each in adapters} - {""})
+    if len(tasks) > 1:
+        raise LoraportError(f"the adapters are for different tasks: {', '.join(tasks)}")
+    directory = base.directory if base.config else None
+    return base_layout(directory, shapes, tasks[0] if tasks else None)
+
+
+def _refuse_base_itself(output: Path, base: BaseCheckpoint) -> None:
+    directory = base.directory.resolve()
+    if output.resolve() == directory or output.resolve() in directory.parents:
+        raise LoraportError(f"{output}: expected another directory than the base's own")
+
+
+def _require_room(output: Path, nbytes: int) -> None:
+    place = output.parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        raise LoraportError(
+            f"{output}: expected {nbytes / 1e9:.1f} GB of room for the merged model, "
+            f"got {free / 1e9:.1f} GB free on {place}"
+        )

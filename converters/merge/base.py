@@ -1,0 +1,101 @@
+"""The base checkpoint as a merge sees it."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.merge.sources import FLOATING, Source, StoredSource
+from loraport.base_model import read_model_config, resolve_base
+from loraport.checkpoint import Checkpoint
+from loraport.errors import LoraportError
+
+
+@dataclass(frozen=True, eq=False)
+class BaseCheckpoint:
+    """A base's tensors, shard by shard.
+
+    Attributes:
+        directory: Where its other files lie.
+        shards: Shard file → its tensors in the order of their bytes; dequantized ones
+            stand in the place of their quantized parts.
+        metadata: What the shards' headers say beside their tensors.
+        config: Its ``config.json``, empty if it has none.
+        quantized: How it was quantized, or ``None``.
+    """
+
+    directory: Path
+    shards: Mapping[Path, Mapping[str, Source]]
+    metadata: Mapping[str, str]
+    config: Mapping[str, Any]
+    quantized: str | None = None
+
+    def sources(self) -> dict[str, Source]:
+        """Return every tensor by name."""
+        return {name: source for shard in self.shards.values() for name, source in shard.items()}
+
+    def common_dtype(self) -> str:
+        """Return the floating dtype that most of the checkpoint is in."""
+        weights: Counter[str] = Counter()
+        for source in self.sources().values():
+            if source.dtype in FLOATING:
+                size = 1
+                for length in source.shape:
+                    size *= length
+                weights[source.dtype] += size
+        return weights.most_common(1)[0][0] if weights else "F32"
+
+
+def open_base(base: str) -> BaseCheckpoint:
+    """Open a base for merging.
+
+    Args:
+        base: What `loraport.base_model.resolve_base` takes, or a directory or file that holds
+            safetensors alone.
+
+    Raises:
+        LoraportError: If there is no such base, it is damaged, or it is quantized in a way
+            that cannot be dequantized here.
+    """
+    from converters.merge.nf4 import dequantized_sources
+
+    path = Path(base).expanduser()
+    if path.is_file() and path.suffix == ".safetensors":
+        checkpoint, directory = Checkpoint(path), path.parent
+        config: dict[str, Any] = {}
+    else:
+        holds_weights = path.is_dir() and not (path / "config.json").is_file()
+        directory = path if holds_weights else resolve_base(base)
+        checkpoint = Checkpoint(directory)
+        config = {} if holds_weights else read_model_config(directory)
+    if path.suffix == ".gguf":
+        print(f"{base}: GGUF, dequantized to float32", file=sys.stderr)
+    shards: dict[Path, dict[str, Source]] = {file: {} for file in checkpoint.files}
+    for name in sorted(checkpoint, key=lambda name: checkpoint.info(name).start):
+        info = checkpoint.info(name)
+        shards[info.file][name] = StoredSource(info)
+    quantized = _method(config)
+    if quantized == "bitsandbytes":
+        found = dequantized_sources(checkpoint, shards)
+    elif quantized is None:
+        found = shards
+    else:
+        raise LoraportError(
+            f"base {base}: expected float weights, bitsandbytes 4-bit or GGUF, got weights "
+            f"quantized by {quantized!r}; merge into the float model it was made from"
+        )
+    return BaseCheckpoint(directory, found, checkpoint.metadata, config, quantized)
+
+
+def _method(config: Mapping[str, Any]) -> str | None:
+    settings = config.get("quantization_config")
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method is None and isinstance(settings, dict) and "load_in_4bit" in settings:
+        return "bitsandbytes"
+    return str(method or "an unknown method")

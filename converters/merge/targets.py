@@ -1,0 +1,153 @@
+"""What adapters say about each parameter of the model, and what of it is tied."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from converters.merge.changes import mirrored, same_replacement, touched_parameters
+from converters.merge.layout import BaseLayout
+from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
+from loraport.errors import Problems
+from loraport.naming import weight_name
+
+
+@dataclass(frozen=True, eq=False)
+class NamedAdapter:
+    """An adapter, where it came from and how strongly it is merged."""
+
+    path: Path
+    adapter: Adapter
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """What one adapter says about one parameter.
+
+    Attributes:
+        adapter: The adapter.
+        asked: The parameter as the adapter names it.
+        module: The low-rank update, where the parameter is its weight.
+        bias_of: The low-rank update whose bias goes into this parameter.
+        replacement: What the parameter is replaced with.
+    """
+
+    adapter: NamedAdapter
+    asked: str
+    module: LoraModule | None = None
+    bias_of: LoraModule | None = None
+    replacement: Replacement | None = None
+
+    def same_change(self, other: Said) -> bool:
+        """Tell whether both come to the same for two parameters that are one tensor."""
+        if self is other:
+            return True
+        if not same_replacement(self.replacement, other.replacement):
+            return False
+        if self.module is None or other.module is None:
+            return self.module is other.module and self.bias_of is other.bias_of
+        return mirrored(self.module, other.module)
+
+
+@dataclass(frozen=True, eq=False)
+class Tie:
+    """Parameters that are one tensor in the base.
+
+    Attributes:
+        members: Their names; the first is the one the model stores.
+        kept: They get the same changes and stay one.
+    """
+
+    members: tuple[str, ...]
+    kept: bool
+
+
+def resolve(
+    adapters: Sequence[NamedAdapter], layout: BaseLayout, problems: Problems
+) -> dict[str, list[Said]]:
+    """Find the parameter that each adapter tensor is for.
+
+    Returns:
+        Parameter of the model → what the adapters say about it, one entry per adapter.
+    """
+    index = layout.index()
+    said: dict[str, list[Said]] = defaultdict(list)
+    for each in adapters:
+        claimed: dict[str, str] = {}
+        for asked in touched_parameters(each.adapter.modules, each.adapter.replacements):
+            subject = f"{each.path}: {asked}"
+            found = index.candidates(asked)
+            if len(found) != 1:
+                got = f"{len(found)} that it may mean: {', '.join(found[:4])}" if found else "none"
+                remedy = "use the base the adapter was trained on"
+                problems.add(subject, "one parameter of the base of this name", got, remedy)
+                continue
+            name = found[0]
+            if name in claimed:
+                problems.add(subject, f"one module for {name}", f"{claimed[name]} for it as well")
+                continue
+            claimed[name] = asked
+            said[name].append(_said(each, asked, name, layout))
+    return said
+
+
+def _said(each: NamedAdapter, asked: str, name: str, layout: BaseLayout) -> Said:
+    path, _, leaf = asked.rpartition(".")
+    bare = each.adapter.modules.get(asked)
+    if bare is not None and bare.kind is ModuleKind.EXPERTS:
+        return Said(adapter=each, asked=asked, module=bare)
+    module = each.adapter.modules.get(path)
+    if module is not None and layout.known:
+        # The model's class knows; the adapter's one flag may be wrong for some modules.
+        module = replace(module, fan_in_fan_out=name.rpartition(".")[0] in layout.conv1d)
+    return Said(
+        adapter=each,
+        asked=asked,
+        module=module if asked == weight_name(path) else None,
+        bias_of=module if module is not None and leaf == "bias" else None,
+        replacement=each.adapter.replacements.get(asked),
+    )
+
+
+def settle_ties(said: dict[str, list[Said]], layout: BaseLayout) -> list[Tie]:
+    """Decide which tied parameters stay one tensor, and share what is meant for all of them.
+
+    Trained token rows and a resized vocabulary are for the whole tie, as in PEFT, unless the
+    adapter says something about the other members itself.
+
+    Args:
+        said: From `resolve`; entries are added for members that share another's.
+        layout: The base's.
+    """
+    ties = []
+    for members in layout.tied:
+        if not any(said.get(member) for member in members):
+            continue
+        by_adapter: dict[int, dict[str, Said]] = defaultdict(dict)
+        for member in members:
+            for one in said.get(member, ()):
+                by_adapter[id(one.adapter)][member] = one
+        kept = True
+        for spoken in by_adapter.values():
+            if len(spoken) == 1:
+                member, one = next(iter(spoken.items()))
+                if _for_all(one, layout.shapes.get(member)):
+                    for other in members:
+                        if other != member:
+                            said.setdefault(other, []).append(one)
+                            spoken[other] = one
+            first = next(iter(spoken.values()))
+            same = all(one.same_change(first) for one in spoken.values())
+            kept = kept and same and len(spoken) == len(members)
+        ties.append(Tie(members, kept))
+    return ties
+
+
+def _for_all(one: Said, shape: tuple[int, ...] | None) -> bool:
+    if one.replacement is None or one.module is not None:
+        return False
+    resized = shape is not None and tuple(one.replacement.tensor.shape) != shape
+    return one.replacement.rows is not None or resized

@@ -1,0 +1,87 @@
+"""PEFT's ``target_parameters``: LoRA on bare parameters, above all fused experts.
+
+PEFT wraps a module once for each of its targeted parameters, the first one defined innermost,
+and the keys say only how deep (``experts.base_layer.lora_A`` lies under ``experts.lora_A``).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from loraport.errors import Problems
+
+_WRAPPED = ".base_layer"
+# The order in which models define the parameters of fused experts.
+_DEFINED = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "down_proj", "w2")
+
+
+def unwrapped(module_path: str) -> tuple[str, int]:
+    """Return the module and how many wrappers of it lie outside of this one.
+
+    >>> unwrapped("mlp.experts.base_layer")
+    ('mlp.experts', 1)
+    """
+    depth = 0
+    while module_path.endswith(_WRAPPED):
+        module_path = module_path.removesuffix(_WRAPPED)
+        depth += 1
+    return module_path, depth
+
+
+def wrapped(module_path: str, depth: int) -> str:
+    """Return PEFT's path of the wrapper with ``depth`` others outside of it."""
+    return module_path + _WRAPPED * depth
+
+
+def parameters_of_keys(
+    module_paths: Iterable[str], targets: Sequence[str], problems: Problems
+) -> dict[str, str]:
+    """Find the parameter that each wrapper is for.
+
+    Args:
+        module_paths: Module paths as the adapter's keys have them.
+        targets: ``target_parameters``.
+        problems: Takes what cannot be told.
+
+    Returns:
+        Module path → parameter path, for those that ``targets`` names.
+    """
+    depths: dict[str, dict[int, str]] = defaultdict(dict)
+    for path in module_paths:
+        module, depth = unwrapped(path)
+        depths[module][depth] = path
+    found: dict[str, str] = {}
+    for module, by_depth in depths.items():
+        leaves = {_leaf(module, target) for target in targets} - {""}
+        if not leaves:
+            continue
+        ordered = in_definition_order(leaves)
+        if ordered is None or set(by_depth) != set(range(len(leaves))):
+            problems.add(
+                module,
+                f"{len(leaves)} pairs of matrices, for {', '.join(sorted(leaves))}",
+                f"{len(by_depth)} at depths {sorted(by_depth)}",
+                "the order of its parameters is not known; merge it with PEFT",
+            )
+            continue
+        for depth, leaf in enumerate(reversed(ordered)):
+            found[by_depth[depth]] = f"{module}.{leaf}"
+    return found
+
+
+def in_definition_order(leaves: Iterable[str]) -> list[str] | None:
+    """Return parameter names in the order a model defines them, or ``None`` if unknown."""
+    leaves = list(leaves)
+    if len(leaves) == 1:
+        return leaves
+    if not set(leaves) <= set(_DEFINED):
+        return None
+    return sorted(leaves, key=_DEFINED.index)
+
+
+def _leaf(module: str, target: str) -> str:
+    """Return the parameter's own name where a target is one of a module's, else nothing."""
+    owner, _, leaf = target.rpartition(".")
+    fits = not owner or module == owner or module.endswith("." + owner)
+    return leaf if fits else ""
