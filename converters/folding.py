@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -9,6 +10,8 @@ from dataclasses import replace
 from loraport.adapter import LoraModule
 from loraport.errors import Problems
 from loraport.scaling import alpha_for
+
+_SAME = 1e-11  # alpha / r * r / r may be a few units in the last place off alpha / r
 
 
 def most_common(values: Iterable[float]) -> float:
@@ -30,7 +33,7 @@ def fold_to(path: str, module: LoraModule, scaling: float, problems: Problems) -
         problems: Where an overflow of B's dtype is recorded.
     """
     alpha = alpha_for(module.rank, scaling)
-    if module.scaling == scaling:
+    if math.isclose(module.scaling, scaling, rel_tol=_SAME):
         return replace(module, alpha=alpha, use_rslora=False)
     factor = module.scaling / scaling
     folded = (module.lora_B.double() * factor).to(module.lora_B.dtype)

@@ -104,8 +104,8 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
     }
     refuse_existing(path, force=context.force)
     with (
-        new_file(sidecar(path), force=context.force) as partial_sidecar,
         new_file(path, force=context.force) as partial,
+        new_file(sidecar(path), force=context.force) as partial_sidecar,
     ):
         partial_sidecar.write_text(carried_json(adapter, facts) + "\n")
         _export(tensors, partial)

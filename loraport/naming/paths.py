@@ -1,9 +1,4 @@
-"""Every name that a module or its adapter tensors go by, in one place.
-
-The internal name of a module is its path in the PyTorch model, as
-``model.named_modules()`` gives it (``model.layers.0.self_attn.q_proj``). All other
-names (PEFT keys, ONNX graph inputs, other formats' tensors) are derived here.
-"""
+"""Module paths, PEFT's keys and the inputs of slots in ONNX graphs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,80 @@
+"""What formats need to know of a base model beside its module names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loraport.base_model import read_model_config
+from loraport.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """The part of a base's configuration that adapters' formats depend on.
+
+    Attributes:
+        model_type: transformers' name of the architecture.
+        layers: Number of transformer layers, where the configuration says it.
+        heads: Attention heads.
+        kv_heads: Key and value heads, fewer under grouped-query attention.
+        tied: The output head shares the input embedding's weight.
+    """
+
+    model_type: str
+    layers: int | None
+    heads: int | None
+    kv_heads: int | None
+    tied: bool
+
+
+def read_base_facts(directory: Path) -> BaseFacts:
+    """Read a base's facts; keys that its ``config.json`` leaves out get transformers' defaults.
+
+    Raises:
+        LoraportError: If ``config.json`` is missing or damaged.
+    """
+    config = _with_defaults(directory)
+    heads = _whole(config, "num_attention_heads", "n_head")
+    return BaseFacts(
+        model_type=str(config.get("model_type")),
+        layers=_whole(config, "num_hidden_layers", "n_layer"),
+        heads=heads,
+        kv_heads=_whole(config, "num_key_value_heads") or heads,
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def module_paths(directory: Path) -> list[str]:
+    """Return the paths of all modules of a base that own a weight.
+
+    Raises:
+        LoraportError: If there are no weights or they are damaged.
+    """
+    diffusers = directory / "diffusion_pytorch_model.safetensors"
+    checkpoint = Checkpoint(diffusers if diffusers.is_file() else directory)
+    return [name.removesuffix(".weight") for name in checkpoint if name.endswith(".weight")]
+
+
+def _with_defaults(directory: Path) -> Mapping[str, Any]:
+    raw = read_model_config(directory)
+    if "model_type" not in raw:
+        return raw
+    from transformers import AutoConfig
+
+    try:
+        known = AutoConfig.from_pretrained(directory).get_text_config()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return raw  # an architecture that transformers does not know
+    # `to_dict` renames what GPT-2 and its kin call n_head and n_layer.
+    return {**known.to_dict(), "tie_word_embeddings": known.tie_word_embeddings}
+
+
+def _whole(config: Mapping[str, Any], *keys: str) -> int | None:
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
