@@ -51,7 +51,6 @@ class Matcher:
 
     def __init__(self, modules: Mapping[str, LinearModule]) -> None:
         self._modules = modules
-        self._by_first_row: dict[bytes, list[LinearModule]] = {}
 
     def match(self, site: Site) -> Match | Unmatched:
         """Return the modules whose outputs, side by side, are the site's output."""
@@ -62,9 +61,9 @@ class Matcher:
                 return candidate
             reasons.append(f"{source} says {'+'.join(m.path for m in candidate)}, but {reason}")
         by_value = self._by_value(site)
-        if by_value is not None:
+        if not isinstance(by_value, str):
             return by_value
-        return Unmatched("; ".join(reasons) or f"no module is named or weighted like {_name(site)}")
+        return Unmatched("; ".join(reasons) or by_value)
 
     def _named(self, site: Site) -> Iterator[tuple[str, Match]]:
         for path in _recorded_scopes(site):
@@ -85,24 +84,30 @@ class Matcher:
             if all(len(modules) == 1 for modules in found):
                 yield "the node's name", tuple(modules[0] for modules in found)
 
-    def _by_value(self, site: Site) -> Match | None:
+    def _by_value(self, site: Site) -> Match | str:
+        """Return the modules whose weights, side by side, are the site's; else why there are none.
+
+        Only the first column is compared until it fits: whole weights are large.
+        """
+        nothing = f"no module is named or weighted like {_name(site) or 'this operator'}"
         if site.quantized:
-            return None
+            return nothing
         weight = site.weight()
-        if not self._by_first_row:
-            for module in self._modules.values():
-                self._by_first_row.setdefault(_row_key(module.weight[0]), []).append(module)
         members: list[LinearModule] = []
         start = 0
         while start < site.out_features:
-            row = torch.from_numpy(np.ascontiguousarray(weight[:, start]).astype(np.float32))
+            column = weight[:, start : start + 1]
             fitting = [
                 module
-                for module in self._by_first_row.get(_row_key(row), ())
-                if _equal(module.weight, weight[:, start : start + module.out_features])
+                for module in self._modules.values()
+                if _equal(module.weight[:1], column)
+                and _equal(module.weight, weight[:, start : start + module.out_features])
             ]
-            if len(fitting) != 1:
-                return None
+            if len(fitting) > 1:
+                twins = ", ".join(module.path for module in fitting)
+                return f"the same weights belong to {twins}, and no name tells them apart"
+            if not fitting:
+                return nothing
             members.append(fitting[0])
             start += fitting[0].out_features
         return tuple(members)
@@ -147,11 +152,6 @@ def _equal(module_weight: torch.Tensor, weight: np.ndarray) -> bool:
         ):
             return True
     return False
-
-
-def _row_key(row: torch.Tensor) -> bytes:
-    """Return a key that survives rounding to half precision: the first values as bfloat16."""
-    return row[:64].float().to(torch.bfloat16).view(torch.int16).numpy().tobytes()
 
 
 def _recorded_scopes(site: Site) -> list[str]:
