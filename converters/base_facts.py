@@ -58,6 +58,18 @@ def module_paths(directory: Path) -> list[str]:
     return [name.removesuffix(".weight") for name in checkpoint if name.endswith(".weight")]
 
 
+def component_class(directory: Path) -> str:
+    """Return the name of a base's class, transformers' or diffusers'; empty where it has none.
+
+    Raises:
+        LoraportError: If ``config.json`` is missing or damaged.
+    """
+    config = read_model_config(directory)
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
+    return str(config.get("_class_name") or first)
+
+
 def _with_defaults(directory: Path) -> Mapping[str, Any]:
     raw = read_model_config(directory)
     if "model_type" not in raw:

@@ -20,6 +20,7 @@ class Feature(StrEnum):
     EXPERTS = "LoRA on fused experts"
     DORA = "a DoRA magnitude"
     LORA_BIAS = "a bias on lora_B"
+    ZERO_SCALING = "an alpha of 0 (most formats take it for no scaling at all)"
     BIAS = "a trained bias"
     WHOLE_PARAMETER = "a parameter saved in full (modules_to_save)"
     TOKEN_ROWS = "trained token rows"
@@ -37,6 +38,8 @@ def module_features(module: LoraModule) -> Iterator[Feature]:
         yield Feature.DORA
     if module.lora_B_bias is not None:
         yield Feature.LORA_BIAS
+    if module.scaling == 0:
+        yield Feature.ZERO_SCALING
 
 
 def replacement_feature(parameter: str, replacement: Replacement) -> Feature:

@@ -101,7 +101,7 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
     problems = cannot_hold(adapter, _HOLDS, "MLX")
     base = _base(context, adapter.base_model)
     model_type = base.model_type if base else None
-    scaling = most_common(m.scaling for m in adapter.modules.values() if m.scaling) or 1.0
+    scaling = most_common(m.scaling for m in adapter.modules.values() if m.scaling)
     rank = max((module.rank for module in adapter.modules.values()), default=0)
     tensors: dict[str, torch.Tensor] = {}
     for module_path, module in adapter.modules.items():
