@@ -73,7 +73,10 @@ class Lane:
         except Exception as error:  # onnxruntime raises classes of its own without a common base
             first = str(error).strip().splitlines()[0]
             raise LoraportError(f"the model refuses these inputs: {first}") from error
-        return dict(zip(names, binding.get_outputs(), strict=True))
+        values = dict(zip(names, binding.get_outputs(), strict=True))
+        # A resting lane keeps no outputs; the caller's values live on their own.
+        binding.clear_binding_outputs()
+        return values
 
     def run(
         self, inputs: Mapping[str, Any], outputs: Iterable[str] | None = None
