@@ -25,6 +25,8 @@ _TORCH_DTYPES = {
     "BFLOAT16": torch.bfloat16,
     "DOUBLE": torch.float64,
 }
+_HEADLINE = "the adapter does not fit the exported model's slots"
+_MERGE = "merge the adapter and export that"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +61,13 @@ def pack(adapter: Adapter, table: SlotTable, unslotted: Mapping[str, str]) -> Pa
     places = table.modules()
     updates: dict[str, LowRankUpdate] = {}
     for path, module in adapter.modules.items():
+        if module.magnitude is not None or module.kind is not ModuleKind.LINEAR:
+            variant = "DoRA" if module.magnitude is not None else module.kind.value
+            problems.add(path, "plain LoRA on a linear layer", variant, _MERGE)
+            continue
         if path not in places:
             reason = unslotted.get(path, "the exported model has no such module")
             problems.add(path, "a slot for this module", "none", reason)
-            continue
-        if module.magnitude is not None or module.kind is not ModuleKind.LINEAR:
-            variant = "DoRA" if module.magnitude is not None else module.kind.value
-            problems.add(
-                path, "plain LoRA on a linear layer", variant, "merge the adapter and export that"
-            )
             continue
         update = module.lower()
         slot, member = places[path]
@@ -75,16 +75,18 @@ def pack(adapter: Adapter, table: SlotTable, unslotted: Mapping[str, str]) -> Pa
         if (got := (update.a.shape[1], update.b.shape[0])) != expected:
             problems.add(path, f"in and out features {expected}", f"{tuple(got)}")
         if update.bias is not None:
-            problems.add(path, "no bias", "lora_bias", "merge the adapter and export that")
+            problems.add(path, "no bias", "lora_bias", _MERGE)
         updates[path] = update
     for parameter in adapter.replacements:
         problems.add(
             parameter,
             "low-rank updates only",
             "a whole parameter (modules_to_save, bias or trained tokens)",
-            "merge the adapter and export that",
+            _MERGE,
         )
-    problems.raise_if_any("the adapter does not fit the exported model's slots")
+    if not updates and not problems.found:
+        problems.add("the adapter", "low-rank updates", "none")
+    problems.raise_if_any(_HEADLINE)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     for slot in table.slots:
@@ -92,6 +94,8 @@ def pack(adapter: Adapter, table: SlotTable, unslotted: Mapping[str, str]) -> Pa
             a, b = _slot_tensors(slot, updates)
             tensors[slot.input_a], tensors[slot.input_b] = a, b
             ranks[slot.name] = int(a.shape[1])
+            _require_finite(slot, a, b, problems)
+    problems.raise_if_any(_HEADLINE)
     return PackedAdapter(
         tensors=tensors,
         ranks=ranks,
@@ -136,3 +140,12 @@ def _slot_tensors(
         start = stop
     dtype = _TORCH_DTYPES[ir.DataType[slot.dtype].name]
     return a.to(dtype).contiguous(), b.to(dtype).contiguous()
+
+
+def _require_finite(slot: Slot, a: torch.Tensor, b: torch.Tensor, problems: Problems) -> None:
+    """Note what is no number: a diverged training, or values too large for the slot's type."""
+    for name, tensor in ((slot.input_a, a), (slot.input_b, b)):
+        count = int(tensor.numel() - tensor.isfinite().sum())
+        if count:
+            remedy = "look at the training, or export in a wider precision"
+            problems.add(name, f"finite numbers as {slot.dtype}", f"{count} others", remedy)

@@ -1,0 +1,118 @@
+"""Any nn.Module, exported with slots, computes with an adapter what PEFT computes."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from peft_cases import Case, load_with_peft, make_case
+from torch import nn
+
+from converters.onnx import add_adapters, export_torch_module
+from converters.registry import read_adapter
+from loraport.bundle.manifest import read_manifest
+from loraport.errors import LoraportError
+from loraport.parity import verify_bundle
+from loraport.runtime import Runtime
+
+
+class Net(nn.Module):
+    """A convolution, non-square layers, one of them called twice, one last."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(3, 6, 3, padding=1)
+        self.mix = nn.Linear(6, 6)
+        self.wide = nn.Linear(6, 10)
+        self.head = nn.Linear(10, 4, bias=False)
+
+    def forward(self, signal, scale):
+        hidden = torch.relu(self.conv(signal)).transpose(1, 2)
+        hidden = self.mix(torch.tanh(self.mix(hidden))) * scale
+        return self.head(torch.tanh(self.wide(hidden)))
+
+
+def signals(rows, seed=0):
+    random = np.random.default_rng(seed)
+    return {
+        "signal": random.standard_normal((rows, 3, 8)).astype(np.float32),
+        "scale": random.standard_normal((rows, 1, 1)).astype(np.float32),
+    }
+
+
+def as_torch(arrays):
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture(scope="module")
+def net_adapter(net, tmp_path_factory):
+    options = {
+        "target_modules": ["mix", "wide", "head"],
+        "r": 3,
+        "lora_alpha": 5,
+        "rank_pattern": {"head": 2},
+    }
+    return make_case(Case(lambda: net, options), tmp_path_factory.mktemp("net") / "a", base=net)
+
+
+@pytest.fixture(scope="module")
+def net_bundle(net, net_adapter, tmp_path_factory):
+    out = tmp_path_factory.mktemp("net") / "bundle"
+    export_torch_module(net, as_torch(signals(2)), out)
+    add_adapters(out, {"a": read_adapter(net_adapter.path)})
+    return out
+
+
+def test_every_linear_layer_has_a_slot_and_the_convolution_none(net_bundle):
+    manifest = read_manifest(net_bundle)
+    assert [slot.name for slot in manifest.slots.slots] == ["mix", "wide", "head"]
+    assert manifest.unslotted == {}
+    onnx.checker.check_model(str(net_bundle / "model.onnx"), full_check=True)
+    onnx.checker.check_model(str(net_bundle / "model.required.onnx"), full_check=True)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_base_and_adapter_equal_peft(net, net_adapter, net_bundle, rows):
+    runtime = Runtime(net_bundle)
+    arrays = signals(rows, seed=1)
+    peft_model = load_with_peft(net_adapter.fresh_base(), net_adapter.path)
+    (output,) = (entry.name for entry in runtime.session.get_outputs())
+    with torch.no_grad():
+        base, adapted = net(**as_torch(arrays)), peft_model(**as_torch(arrays))
+    # float32 sums in another order.
+    np.testing.assert_allclose(runtime.run(arrays)[output], base, atol=1e-5)
+    np.testing.assert_allclose(runtime.run(arrays, "a")[output], adapted, atol=1e-4)
+    assert (adapted - base).abs().max() > 0.1
+
+
+def test_the_protocol_holds(net, net_adapter, net_bundle):
+    report = verify_bundle(net_bundle, net, {"a": read_adapter(net_adapter.path)})
+    assert report.passed, [check for check in report.checks if not check.passed]
+
+
+def test_a_module_without_linear_layers_is_refused(tmp_path):
+    conv = nn.Sequential(nn.Conv1d(3, 4, 3))
+    with pytest.raises(LoraportError, match="expected linear operators that match"):
+        export_torch_module(conv, {"input": torch.ones(2, 3, 8)}, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_torch_cannot_export_is_refused(tmp_path):
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 0 else x
+
+    with pytest.raises(LoraportError, match=r"torch\.onnx\.export of Branching failed: "):
+        export_torch_module(Branching(), {"x": torch.ones(2, 3)}, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_kept(net, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(LoraportError, match="already exists"):
+        export_torch_module(net, as_torch(signals(2)), tmp_path / "out")
