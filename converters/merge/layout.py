@@ -48,6 +48,7 @@ class BaseLayout:
         conv1d: Modules of transformers' ``Conv1D``, whose weights are stored ``[in, out]``.
         known: transformers knows the model: ``conv1d`` and ``tied`` are complete.
         model_class: Its class, where it is known.
+        input_embeddings: Weights that are looked up by token or position.
         embeddings: Parameters with one row per token of the vocabulary.
         unsupported: Parameters that are computed from the stored tensors in a way that is
             not handled.
@@ -59,6 +60,7 @@ class BaseLayout:
     conv1d: frozenset[str] = frozenset()
     known: bool = False
     model_class: str | None = None
+    input_embeddings: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
     unsupported: frozenset[str] = frozenset()
 
@@ -147,11 +149,20 @@ def _layout_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> BaseLayout:
         conv1d=frozenset(path for path, module in modules if type(module).__name__ == "Conv1D"),
         known=True,
         model_class=type(model).__name__,
+        input_embeddings=frozenset(
+            weight_name(path) for path, module in modules if _is_embedding(module)
+        ),
         embeddings=frozenset(
             weight_name(path) for path, module in modules if any(module is end for end in ends)
         ),
         unsupported=frozenset(unsupported),
     )
+
+
+def _is_embedding(module: Any) -> bool:
+    import torch
+
+    return isinstance(module, torch.nn.Embedding)
 
 
 def _renamed(
