@@ -120,18 +120,24 @@ def train(
 
     from loraport.training import train_language_model
     from loraport.training.report import ProgressReport, summary_table
+    from loraport.training.text import work_directory
 
     logging.disable_progress_bar()
-    summary = train_language_model(
-        base,
-        data,
-        out,
-        options,
-        validation=validation,
-        resume=resume,
-        force=force,
-        observer=None if quiet else ProgressReport(Console(stderr=True)),
-    )
+    try:
+        summary = train_language_model(
+            base,
+            data,
+            out,
+            options,
+            validation=validation,
+            resume=resume,
+            force=force,
+            observer=None if quiet else ProgressReport(Console(stderr=True)),
+        )
+    except KeyboardInterrupt:
+        if work_directory(out).exists():
+            click.echo(f"stopped; {work_directory(out)} is kept, continue with --resume", err=True)
+        raise
     if as_json:
         click.echo(json.dumps(asdict(summary), indent=2))
     elif not quiet:

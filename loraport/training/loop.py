@@ -13,6 +13,7 @@ from torch import nn
 
 from loraport.base_model import fingerprint_model
 from loraport.errors import LoraportError
+from loraport.fingerprint import BaseFingerprint
 from loraport.training import rng
 from loraport.training.checkpoints import (
     Position,
@@ -140,6 +141,7 @@ class _Run:
     work: Path | None
     identity: dict[str, Any]
     observer: Observer
+    fingerprint: BaseFingerprint | None = None
     step: int = 0
     tokens: int = 0
 
@@ -243,7 +245,7 @@ class _Run:
     def _resume(self, checkpoint: Path, stream: BatchStream) -> MetricsLog:
         adapter, state = load_checkpoint(checkpoint)
         require_same_run(checkpoint, state.identity, self.identity)
-        if adapter.base_fingerprint is not None:
+        if adapter.base_fingerprint is not None and self.fingerprint is not None:
             adapter.base_fingerprint.require_same_base(
                 self.fingerprint, f"checkpoint {checkpoint}", "the base at hand"
             )

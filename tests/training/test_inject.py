@@ -198,3 +198,25 @@ def test_a_rank_of_a_path_that_others_end_with(tmp_path):
     detach(model)
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
     torch.testing.assert_close(theirs(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_trained_tokens_hold_for_a_tied_head_too(llama, fresh, tmp_path):
+    for model in (llama, fresh):
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    base = logits(llama)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 7])
+    wrapped = peft.get_peft_model(llama, config)
+    torch.manual_seed(3)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape) * 0.2
+    theirs = logits(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    load_into(fresh, read_peft(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(fresh), theirs, rtol=1e-5, atol=1e-5)
+    detach(fresh)
+    assert torch.equal(logits(fresh), base)
+    assert fresh.lm_head.weight is fresh.model.embed_tokens.weight

@@ -269,3 +269,32 @@ def test_every_option_is_consumed(base_directory, chat_data, tmp_path, monkeypat
     monkeypatch.setattr(part, "__getattribute__", watched)
     train_language_model(str(base_directory), chat_data, tmp_path / "out", options)
     assert {field.name for field in fields(part)} <= read
+
+
+def test_cut_and_repeated_rows_are_told(base_directory, write_jsonl, tmp_path):
+    from loraport.training.observer import Silent
+
+    notes = []
+
+    class Watch(Silent):
+        def note(self, text):
+            notes.append(text)
+
+    rows = [{"prompt": "ab", "completion": "cdefgh"}, {"prompt": "a" * 9, "completion": "b"}]
+    data = write_jsonl([*rows, {"text": "xyz"}])
+    held_out = write_jsonl([{"text": "xyz"}], "held_out.jsonl")
+    options = replace(OPTIONS, max_length=6, loop=replace(LOOP, steps=1))
+    summary = train_language_model(
+        str(base_directory),
+        data,
+        tmp_path / "out",
+        options,
+        validation=held_out,
+        observer=Watch(),
+    )
+    assert notes == [
+        f"{data}: 2 rows were cut to 6 tokens",
+        f"{data}: 1 rows were left out, since nothing of their answer is within 6 tokens (lines 2)",
+        "1 validation rows also occur in the training rows",
+    ]
+    assert (summary.rows, summary.truncated_rows, summary.dropped_rows) == (2, 2, 1)
