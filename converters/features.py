@@ -9,6 +9,9 @@ from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.errors import Problems
 from loraport.naming import bias_name
 
+# Kinds whose A and B are matrices.
+PLAIN_KINDS = frozenset({ModuleKind.LINEAR, ModuleKind.EMBEDDING})
+
 _MERGE_FIRST = "merge it into the base and convert that, or choose another format"
 
 

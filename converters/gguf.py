@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from converters.assembly import FoundTensor, assemble, check_values
 from converters.base_facts import module_paths, read_base_facts
 from converters.carried import CARRIED_KEY, Carried, carried_json, read_carried, restore
-from converters.features import Feature, cannot_hold
+from converters.features import PLAIN_KINDS, Feature, cannot_hold
 from converters.folding import fold_to, most_common
 from converters.format import AdapterFormat, FormatContext
 from converters.gguf_file import read_gguf, write_gguf
@@ -145,7 +145,7 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
     for module_path, module in adapter.modules.items():
         tensor = layout.tensors.get(module_path)
         _check_module(module_path, module, tensor, layout, problems)
-        if tensor is None or module.kind is ModuleKind.CONV:
+        if tensor is None or module.kind not in PLAIN_KINDS:
             continue
         folded = fold_to(module_path, module, lora_scaling(module.rank, alpha), problems)
         heads = layout.permuted_heads(tensor)

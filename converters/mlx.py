@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from converters.assembly import FoundTensor, assemble, check_values
 from converters.base_facts import BaseFacts, read_base_facts
 from converters.carried import CARRIED_KEY, carried_json, read_carried, restore
-from converters.features import Feature, cannot_hold
+from converters.features import PLAIN_KINDS, Feature, cannot_hold
 from converters.folding import fold_to, most_common
 from converters.format import AdapterFormat, FormatContext
 from converters.json_object import read_json_object
@@ -106,7 +106,7 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for module_path, module in adapter.modules.items():
         _check_module(module_path, module, adapter, base, problems)
-        if module.kind is ModuleKind.CONV:
+        if module.kind not in PLAIN_KINDS:
             continue
         folded = fold_to(module_path, module, scaling, problems)
         mlx_path = mlx_module(module_path, model_type)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.assembly import FoundTensor, assemble, check_values
 from converters.carried import Carried, carried_json, read_carried, restore
-from converters.features import Feature, cannot_hold
+from converters.features import PLAIN_KINDS, Feature, cannot_hold
 from converters.folding import fold_to
 from converters.format import AdapterFormat, FormatContext
 from loraport.adapter import Adapter, ModuleKind
@@ -88,7 +88,7 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for module_path, module in adapter.modules.items():
         folded = fold_to(module_path, module, 1.0, problems)
-        if folded.kind is not ModuleKind.CONV:
+        if folded.kind in PLAIN_KINDS:
             tensors[slot_a(module_path)] = folded.lora_A.T.contiguous()
             tensors[slot_b(module_path)] = folded.lora_B.T.contiguous()
     for name, tensor in tensors.items():

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import converters
+from converters.base_copies import without_base_copies
+from converters.features import Feature
 from converters.format import AdapterFormat, FormatContext
 from loraport.adapter import Adapter
 from loraport.errors import LoraportError, Problems
@@ -78,7 +80,7 @@ def write_adapter(
     *,
     base: str | None = None,
     force: bool = False,
-) -> None:
+) -> list[str]:
     """Write an adapter in the named format; the output appears whole or not at all.
 
     Args:
@@ -87,6 +89,9 @@ def write_adapter(
         format_name: One of `adapter_formats`.
         base: The base model, for formats that need its names or head counts.
         force: Replace an existing output.
+
+    Returns:
+        Names of parameters that were left out because they equal the base's own.
 
     Raises:
         LoraportError: If there is no such format, it cannot hold the adapter (everything it
@@ -98,4 +103,11 @@ def write_adapter(
         raise LoraportError(f"format {format_name!r}: expected one of {known}")
     path = Path(path)
     refuse_existing(path, force=force)
-    chosen.write(adapter, path, FormatContext(base=base, force=force))
+    context = FormatContext(base=base, force=force)
+    copies: list[str] = []
+    if Feature.WHOLE_PARAMETER not in chosen.holds and adapter.replacements:
+        directory = context.base_directory(adapter.base_model)
+        if directory is not None:
+            adapter, copies = without_base_copies(adapter, directory)
+    chosen.write(adapter, path, context)
+    return copies

@@ -33,5 +33,7 @@ def convert(adapter: Path, format_name: str, output: Path, base: str | None, for
     is refused, never dropped.
     """
     read = read_adapter(adapter, base=base)
-    write_adapter(read, output, format_name, base=base, force=force)
+    copies = write_adapter(read, output, format_name, base=base, force=force)
+    for name in copies:
+        click.echo(f"{name}: left out, it equals the base's own", err=True)
     click.echo(f"{output}: {len(read.modules)} modules as {format_name}", err=True)

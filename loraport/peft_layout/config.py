@@ -118,6 +118,23 @@ def read_config(path: Path, *, changed_base: bool = False) -> LoraSettings:
         raise LoraportError(f"{path}: expected JSON, got: {error}") from error
     if not isinstance(config, dict):
         raise LoraportError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return parse_config(config, str(path), changed_base=changed_base)
+
+
+def parse_config(
+    config: Mapping[str, Any], source: str, *, changed_base: bool = False
+) -> LoraSettings:
+    """Return what a configuration's keys mean; see `read_config`.
+
+    Args:
+        config: The keys of an ``adapter_config.json``.
+        source: Where they are from, for messages.
+        changed_base: Accept initialisations that change the base weights.
+
+    Raises:
+        LoraportError: If it is no LoRA configuration, or asks for maths that loraport does not
+            do; every such key is named.
+    """
     problems = Problems()
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
         problems.add(
@@ -126,7 +143,7 @@ def read_config(path: Path, *, changed_base: bool = False) -> LoraSettings:
     for key, value in config.items():
         _check_key(key, value, problems, changed_base=changed_base)
     settings = _settings(config, problems)
-    problems.raise_if_any(f"{path} cannot be honoured")
+    problems.raise_if_any(f"{source} cannot be honoured")
     return settings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,26 @@ def read_peft(path: Path, *, changed_base: bool = False) -> Adapter:
     """
     settings = read_config(path / CONFIG_FILE, changed_base=changed_base)
     tensors, metadata = _read_tensors(path)
+    return adapter_of_contents(settings, tensors, metadata.get(FINGERPRINT_KEY), path)
+
+
+def adapter_of_contents(
+    settings: LoraSettings,
+    tensors: Mapping[str, torch.Tensor],
+    fingerprint: str | None,
+    path: Path,
+) -> Adapter:
+    """Return the adapter that a configuration and tensors by PEFT key make up.
+
+    Args:
+        settings: The configuration.
+        tensors: The tensors.
+        fingerprint: The stored fingerprint of the base, as JSON.
+        path: Where all this is from, for messages.
+
+    Raises:
+        LoraportError: All problems of the adapter at once.
+    """
     problems = Problems()
     parts: dict[str, dict[Part, torch.Tensor]] = defaultdict(dict)
     replacements: dict[str, Replacement] = {}
@@ -70,14 +91,13 @@ def read_peft(path: Path, *, changed_base: bool = False) -> Adapter:
             bare = module.kind is ModuleKind.EXPERTS
             modules[parameter if parameter and bare else module_path] = module
     if not parts and not replacements:
-        problems.add(str(path / WEIGHTS_FILE), "adapter tensors", "none")
+        problems.add(str(path), "adapter tensors", "none")
     problems.raise_if_any(f"adapter {path} cannot be read")
-    stored = metadata.get(FINGERPRINT_KEY)
     return Adapter(
         modules=modules,
         replacements=replacements,
         base_model=settings.base_model,
-        base_fingerprint=BaseFingerprint.from_json(stored) if stored else None,
+        base_fingerprint=BaseFingerprint.from_json(fingerprint) if fingerprint else None,
         training=settings.training,
     )
 
