@@ -41,7 +41,7 @@ class ExportOptions:
     """How a base is exported.
 
     Attributes:
-        precision: Of the base's weights: ``fp32``, ``fp16``, ``bf16`` or ``int4``.
+        precision: Of the base's weights: ``fp32``, ``fp16`` or ``int4``.
         provider: Execution provider the graph is made for: ``cpu`` or ``cuda``.
         lm_head: Put a slot beside the output head too.
     """
@@ -87,11 +87,12 @@ def export_base(
     options = options or ExportOptions()
     directory = resolve_base(base)
     decoder = is_causal_lm(directory)
-    if options.precision not in PRECISIONS or (not decoder and options.precision != "fp32"):
-        allowed = PRECISIONS if decoder else ("fp32",)
+    allowed = PRECISIONS[options.provider] if decoder else ("fp32",)
+    if options.precision not in allowed:
         raise LoraportError(
-            f"precision: expected one of {', '.join(allowed)} for "
-            f"{read_model_config(directory).get('architectures')}, got {options.precision!r}"
+            f"precision: expected {' or '.join(allowed)} for "
+            f"{read_model_config(directory).get('architectures')} on {options.provider}, "
+            f"got {options.precision}"
         )
     with new_directory(out, force=force) as bundle:
         if decoder:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from loraport.errors import LoraportError
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int4")
+# Precisions by provider. The builder's fp32 graph for CUDA is invalid (its cache outputs have no
+# producer, version 0.18); a bf16 graph runs nowhere but on CUDA, where we could not prove it yet.
+PRECISIONS = {"cpu": ("fp32", "fp16", "int4"), "cuda": ("fp16", "int4")}
 _ERROR_LINES = 8
 
 
@@ -23,7 +25,7 @@ def build_with_genai(base: Path, out: Path, *, precision: str, provider: str) ->
     Args:
         base: Model directory in the Hugging Face layout.
         out: An existing, empty directory.
-        precision: One of `PRECISIONS`.
+        precision: One of the provider's `PRECISIONS`.
         provider: ``"cpu"`` or ``"cuda"``.
 
     Raises:

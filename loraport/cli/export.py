@@ -15,7 +15,7 @@ from loraport.cli.options import log, named_paths, progress
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=ADAPTER", help="Add at once.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "int4"]),
+    type=click.Choice(["fp32", "fp16", "int4"]),
     default="fp32",
     show_default=True,
     help="Of the base's weights; adapters stay in floating point.",
