@@ -113,7 +113,8 @@ def _leading_vectors(rows: torch.Tensor, rank: int) -> torch.Tensor:
         basis = torch.linalg.qr(rows @ torch.linalg.qr(rows.T @ basis).Q).Q
     small = basis.T @ rows
     vectors = torch.linalg.eigh(small @ small.T).eigenvectors.flip(1)
-    return basis @ vectors[:, :rank]
+    leading: torch.Tensor = basis @ vectors[:, :rank]
+    return leading
 
 
 def refactor(

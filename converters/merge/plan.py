@@ -259,14 +259,12 @@ class _Builder:
         one = entries[0]
         whole = one.replacement is not None and one.replacement.rows is None
         if one.module is not None or not whole or len(entries) > 1 or one.adapter.strength != 1.0:
-            got = "none"
-            remedy = (
-                "the module has no bias, so `lora_bias` has no place in the merged model; keep "
-                "the adapter beside the base"
-                if one.bias_of is not None
-                else "use the base the adapter was trained on"
+            self.problems.add(
+                subject,
+                f"a tensor for {parameter} in the base",
+                "none",
+                "use the base the adapter was trained on",
             )
-            self.problems.add(subject, f"a tensor for {parameter} in the base", got, remedy)
             return
         assert one.replacement is not None
         tensor = one.replacement.tensor

@@ -82,7 +82,7 @@ def resolve(
             found = index.candidates(asked)
             if len(found) != 1:
                 got = f"{len(found)} that it may mean: {', '.join(found[:4])}" if found else "none"
-                remedy = "use the base the adapter was trained on"
+                remedy = _remedy(each.adapter, asked)
                 problems.add(subject, "one parameter of the base of this name", got, remedy)
                 continue
             name = found[0]
@@ -92,6 +92,17 @@ def resolve(
             claimed[name] = asked
             said[name].append(_said(each, asked, name, layout))
     return said
+
+
+def _remedy(adapter: Adapter, asked: str) -> str:
+    path, _, leaf = asked.rpartition(".")
+    module = adapter.modules.get(path)
+    if leaf == "bias" and module is not None and asked not in adapter.replacements:
+        return (
+            "the module has no bias, so `lora_bias` has no place in the merged model; keep the "
+            "adapter beside the base"
+        )
+    return "use the base the adapter was trained on"
 
 
 def _said(each: NamedAdapter, asked: str, name: str, layout: BaseLayout) -> Said:

@@ -1,0 +1,317 @@
+"""What a merge does to a checkpoint: names, shards, ties, vocabularies, several adapters."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from merge_bases import load_merged, save_base
+from peft_cases import Case, bert, gpt2, llama, load_with_peft, logits, make_case
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from converters.merge import MergeOptions, make_plan
+from loraport.checkpoint import Checkpoint
+from loraport.errors import LoraportError
+from loraport.fingerprint import BaseFingerprint
+from loraport.peft_layout import read_peft, write_peft
+
+PLAIN = {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 7}
+
+
+def raw_tensors(directory):
+    """Bytes of every tensor by name, straight from the files."""
+    checkpoint = Checkpoint(directory)
+    found = {}
+    for name in checkpoint:
+        info = checkpoint.info(name)
+        data = info.file.read_bytes()[info.start : info.start + info.nbytes]
+        found[name] = (info.file.name, info.dtype, info.shape, data)
+    return found
+
+
+def test_shards_stay_and_untouched_tensors_keep_every_byte(tmp_path, merge_into):
+    made = make_case(Case(llama, PLAIN), tmp_path / "adapter")
+    save_base(made.base.to(torch.bfloat16), tmp_path / "base", max_shard_size="15KB")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    (tmp_path / "base" / "pytorch_model.bin").write_text("the unmerged weights")
+    merge_into(tmp_path / "base", tmp_path / "merged", made.path)
+    before, after = raw_tensors(tmp_path / "base"), raw_tensors(tmp_path / "merged")
+    assert list(before) == list(after)
+    assert len({file for file, *_ in before.values()}) > 2
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {f"{path}.weight" for path in read_peft(made.path).modules}
+    for name in before:
+        assert before[name][:3] == after[name][:3]
+    names = {file.name for file in (tmp_path / "merged").iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= names
+    assert "pytorch_model.bin" not in names
+    with safe_open(next((tmp_path / "merged").glob("*.safetensors")), "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(len(data) for *_, data in after.values())
+
+
+def test_prefix_of_a_bare_checkpoint(tmp_path, merge_into):
+    """GPT-2's own files say ``h.0`` where the module path is ``transformer.h.0``."""
+    options = {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True}
+    made = make_case(Case(gpt2, options), tmp_path / "adapter")
+    save_base(made.base, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    bare = {name.removeprefix("transformer."): t for name, t in load_file(file).items()}
+    save_file(bare, file, {"format": "pt"})
+    expected = logits(load_with_peft(made.fresh_base(), made.path))
+    for config in (True, False):
+        if not config:
+            (tmp_path / "base" / "config.json").unlink()  # the names alone must do
+        out = tmp_path / f"merged-{config}"
+        merge_into(tmp_path / "base", out, made.path)
+        assert load_file(out / "model.safetensors").keys() == bare.keys()
+        if not config:
+            torch.testing.assert_close(
+                load_file(out / "model.safetensors"),
+                load_file(tmp_path / "merged-True" / "model.safetensors"),
+                rtol=0,
+                atol=0,
+            )
+            continue
+        assert torch.allclose(logits(load_merged(made, out)), expected, rtol=0, atol=1e-4)
+
+
+def test_module_paths_of_the_inner_model(tmp_path, merge_into):
+    """An adapter trained on ``BertModel`` merges into the classifier's checkpoint."""
+    made = make_case(Case(bert, {"target_modules": ["query"]}), tmp_path / "adapter")
+    save_base(made.base, tmp_path / "base")
+    file = made.path / "adapter_model.safetensors"
+    inner = {name.replace("model.bert.", "model."): t for name, t in load_file(file).items()}
+    merge_into(tmp_path / "base", tmp_path / "outer", made.path)
+    save_file(inner, file)
+    merge_into(tmp_path / "base", tmp_path / "inner", made.path)
+    assert raw_tensors(tmp_path / "outer") == raw_tensors(tmp_path / "inner")
+
+
+def test_names_that_fit_nothing_or_several_are_all_listed(tmp_path):
+    a, b = torch.ones(2, 6), torch.ones(4, 2)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({f"{x}.fc.weight": torch.zeros(4, 6) for x in "ab"}, base / "model.safetensors")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    keys = {}
+    for path in ("fc", "gone"):
+        keys |= {f"base_model.model.{path}.lora_A.weight": a.clone()}
+        keys |= {f"base_model.model.{path}.lora_B.weight": b.clone()}
+    save_file(keys, adapter / "adapter_model.safetensors")
+    with pytest.raises(LoraportError) as error:
+        make_plan(MergeOptions(base=str(base), adapters=((adapter, 1.0),)))
+    assert "fc.weight: expected one parameter" in str(error.value)
+    assert "2 that it may mean: a.fc.weight, b.fc.weight" in str(error.value)
+    assert "gone.weight: expected one parameter" in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_adapters_are_their_exact_weighted_sum(dtype, tmp_path, merge_into):
+    first = make_case(Case(llama, PLAIN), tmp_path / "a")
+    second = make_case(
+        Case(llama, {"target_modules": ["q_proj"], "use_dora": True}),
+        tmp_path / "b",
+        seed=1,
+        base=first.base,
+    )
+    saved = {"target_modules": ["q_proj"], "modules_to_save": ["norm"], "r": 3}
+    third = make_case(Case(llama, saved), tmp_path / "c", seed=2, base=first.base)
+    save_base(first.fresh_base().to(dtype), tmp_path / "base")
+    pairs = ((first.path, 0.5), (second.path, -1.25), (third.path, 2.0))
+    merge_into(tmp_path / "base", tmp_path / "merged", *pairs)
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    got = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, stored in base.items():
+        exact = stored.double()
+        path = name.removesuffix(".weight")
+        for adapter_path, strength in pairs:
+            adapter = read_peft(adapter_path)
+            alone = stored.double()
+            if name in adapter.replacements:
+                alone = adapter.replacements[name].tensor.double()
+            if path in adapter.modules:
+                module = adapter.modules[path]
+                delta = module.lora_B.double() @ module.lora_A.double() * module.scaling
+                alone = alone + delta
+                if module.magnitude is not None:
+                    norm = alone.norm(dim=1, keepdim=True)
+                    alone = alone * module.magnitude.double()[:, None] / norm
+            exact = exact + strength * (alone - stored.double())
+        if dtype == torch.float32:
+            # Rounded once: half a unit in the last place.
+            assert ((got[name].double() - exact).abs() <= exact.abs() * 2.0**-24 + 1e-40).all()
+        else:
+            assert (got[name].double() - exact).abs().max() <= exact.abs().max() * 2.0**-8
+        adapters = [read_peft(adapter_path) for adapter_path, _ in pairs]
+        touched = any(path in a.modules or name in a.replacements for a in adapters)
+        assert touched == (not got[name].equal(stored))
+
+
+def test_order_and_strength_zero(tmp_path, merge_into):
+    first = make_case(Case(llama, PLAIN), tmp_path / "a")
+    save_base(first.base, tmp_path / "base")
+    merge_into(tmp_path / "base", tmp_path / "zero", (first.path, 0.0))
+    merge_into(tmp_path / "base", tmp_path / "none", (first.path, 1.0), (first.path, -1.0))
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    for other in ("zero", "none"):
+        torch.testing.assert_close(
+            load_file(tmp_path / other / "model.safetensors"), base, rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_one_of_a_tied_pair_is_untied(target, tmp_path, merge_into):
+    made = make_case(Case(lambda: llama(tie=True), {"target_modules": [target]}), tmp_path / "a")
+    save_base(made.base, tmp_path / "base")
+    plan = merge_into(tmp_path / "base", tmp_path / "merged", made.path)
+    before = load_file(tmp_path / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    touched, other = "model.embed_tokens.weight", "lm_head.weight"
+    if target == "lm_head":
+        touched, other = other, touched
+    assert torch.equal(after[other], before)
+    assert not torch.equal(after[touched], before)
+    assert (
+        json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+        is False
+    )
+    assert any("untied" in note for note in plan.notes)
+
+
+def test_a_pair_that_was_tied_in_training_stays_tied(tmp_path, merge_into):
+    options = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    made = make_case(Case(lambda: llama(tie=True), options), tmp_path / "a")
+    save_base(made.base, tmp_path / "base")
+    merge_into(tmp_path / "base", tmp_path / "merged", made.path)
+    assert "lm_head.weight" not in Checkpoint(tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_resized_vocabulary(tie, tmp_path, merge_into):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = llama(tie=tie).eval()
+    save_base(base, tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base.resize_token_embeddings(70)
+        model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+        torch.nn.init.normal_(
+            model.get_submodule(
+                "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default"
+            ).weight
+        )
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    merge_into(tmp_path / "base", tmp_path / "merged", tmp_path / "adapter")
+    import transformers
+
+    merged = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert merged.config.vocab_size == 70
+    ids = torch.tensor([[1, 69, 65, 3]])
+    with torch.no_grad():
+        expected, got = model.eval()(input_ids=ids).logits, merged(input_ids=ids).logits
+    assert torch.allclose(got, expected, rtol=0, atol=1e-5 * expected.abs().max())
+
+
+def test_resizing_one_of_two_embeddings_is_refused(tmp_path):
+    made = make_case(
+        Case(llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+        tmp_path / "a",
+    )
+    save_base(made.base, tmp_path / "base")
+    file = made.path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.model.embed_tokens.weight"
+    save_file({**tensors, key: torch.ones(70, 32)}, file)
+    with pytest.raises(LoraportError, match=r"lm_head\.weight: expected it resized to 70 rows too"):
+        make_plan(MergeOptions(base=str(tmp_path / "base"), adapters=((made.path, 1.0),)))
+
+
+def test_a_new_head_on_a_base_without_one(tmp_path, merge_into):
+    """The usual way of a classifier: the base is the encoder, the adapter brings the head."""
+    options = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    made = make_case(Case(bert, options), tmp_path / "adapter")
+    save_base(made.base.bert, tmp_path / "base")
+    merge_into(tmp_path / "base", tmp_path / "merged", made.path)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert len(config["id2label"]) == 3
+    expected = logits(load_with_peft(made.fresh_base(), made.path))
+    assert torch.allclose(logits(load_merged(made, tmp_path / "merged")), expected, atol=1e-5)
+
+
+def test_lora_bias_without_a_bias_is_refused(tmp_path):
+    options = {"target_modules": ["q_proj"], "lora_bias": True}
+    made = make_case(Case(llama, options), tmp_path / "a")
+    save_base(made.base, tmp_path / "base")
+    with pytest.raises(LoraportError, match="has no bias, so `lora_bias` has no place"):
+        make_plan(MergeOptions(base=str(tmp_path / "base"), adapters=((made.path, 1.0),)))
+
+
+def test_another_base_is_refused_unless_forced(tmp_path, merge_into):
+    made = make_case(Case(llama, PLAIN), tmp_path / "adapter")
+    save_base(made.base, tmp_path / "base")
+    adapter = read_peft(made.path)
+    from dataclasses import replace
+
+    from loraport.fingerprint import fingerprint
+
+    right = fingerprint(adapter.modules, lambda path: made.base.get_submodule(path).weight)
+    path = next(iter(right.modules))
+    wrong = BaseFingerprint({**right.modules, path: "0" * 32})
+    for name, mark in (("right", right), ("wrong", wrong)):
+        write_peft(replace(adapter, base_fingerprint=mark), tmp_path / name)
+    merge_into(tmp_path / "base", tmp_path / "one", tmp_path / "right")
+    with pytest.raises(LoraportError, match=rf"{path}: .*(?s:.*)--ignore-fingerprint"):
+        merge_into(tmp_path / "base", tmp_path / "two", tmp_path / "wrong")
+    assert not (tmp_path / "two").exists()
+    merge_into(tmp_path / "base", tmp_path / "two", tmp_path / "wrong", ignore_fingerprint=True)
+    assert raw_tensors(tmp_path / "one") == raw_tensors(tmp_path / "two")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_initialisations_that_change_the_base(init, tmp_path, merge_into):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = llama().eval()
+    save_base(base, tmp_path / "base")
+    options = {"target_modules": ["q_proj", "down_proj"], "r": 4, "init_lora_weights": init}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, LoraConfig(**options)).eval()
+        model.save_pretrained(tmp_path / "initial")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(tmp_path / "trained")
+    expected = logits(model)
+    with pytest.raises(LoraportError, match="--initial-adapter"):
+        merge_into(tmp_path / "base", tmp_path / "merged", tmp_path / "trained")
+    merge_into(
+        tmp_path / "base",
+        tmp_path / "merged",
+        tmp_path / "trained",
+        initial_adapter=tmp_path / "initial",
+    )
+    import transformers
+
+    got = logits(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged"))
+    # PEFT subtracts the initial update from the base in float32; that rounding is in `expected`.
+    assert torch.allclose(got, expected, rtol=0, atol=3e-5 * expected.abs().max())
+
+
+def test_overflow_is_an_error_not_infinity(tmp_path, merge_into):
+    made = make_case(Case(llama, PLAIN), tmp_path / "adapter")
+    save_base(made.base.to(torch.float16), tmp_path / "base")
+    with pytest.raises(LoraportError, match=r"beyond what F16 holds"):
+        merge_into(tmp_path / "base", tmp_path / "merged", (made.path, 1e6))
+    assert [each.name for each in tmp_path.iterdir() if "merged" in each.name] == []
