@@ -80,9 +80,8 @@ def add_adapters(
         entries[name] = entry
         written += [entry.file, entry.tensors]
     manifest = replace(manifest, adapters=entries).with_files(bundle, written)
-    write_manifest(manifest, bundle)
     progress("recording golden outputs")
-    return write_golden(bundle, [*packed])
+    return write_golden(bundle, manifest, packed)
 
 
 def write_onnx_adapter(tensors: Mapping[str, torch.Tensor], file: Path) -> None:

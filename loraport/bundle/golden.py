@@ -7,12 +7,12 @@ are PyTorch's too is what ``loraport verify`` proves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraport.bundle.manifest import GoldenCase, Manifest, read_manifest, write_manifest
+from loraport.bundle.manifest import GoldenCase, Manifest, write_manifest
 from loraport.checkpoint import Checkpoint
 from loraport.output import new_file
 
@@ -38,15 +38,27 @@ def write_base_golden(bundle: Path, inputs: Mapping[str, np.ndarray]) -> Manifes
     return _record(Runtime(bundle, check=False), {BASE_CASE: {}}, inputs)
 
 
-def write_golden(bundle: Path, names: list[str]) -> Manifest:
-    """Record the outputs of adapters, and of the first two blended, for the base's inputs."""
+def write_golden(bundle: Path, manifest: Manifest, names: Iterable[str]) -> Manifest:
+    """Record the outputs of adapters, and of the first two blended, for the base's inputs.
+
+    The manifest is written with them, once all files are there.
+
+    Args:
+        bundle: The bundle's directory, with the adapters' files.
+        manifest: Its manifest, which need not be written yet.
+        names: The adapters whose outputs are recorded.
+
+    Returns:
+        The manifest with the golden cases.
+    """
     from loraport.runtime import Runtime
 
     runtime = Runtime(bundle, check=False)
-    inputs, _ = read_golden(bundle, runtime.manifest.golden[BASE_CASE])
+    runtime.manifest = manifest
+    inputs, _ = read_golden(bundle, manifest.golden[BASE_CASE])
     cases: dict[str, dict[str, float]] = {f"adapter-{name}": {name: 1.0} for name in names}
     first_two = runtime.adapters[:2]
-    if len(first_two) == 2:
+    if len(first_two) == 2 and BLEND_CASE not in manifest.golden:
         cases[BLEND_CASE] = {first_two[0]: 0.75, first_two[1]: 0.5}
     return _record(runtime, cases, inputs)
 
@@ -79,7 +91,7 @@ def _record(
         golden[name] = GoldenCase(dict(adapters), f"{GOLDEN_DIRECTORY}/{name}.safetensors")
         with new_file(bundle / golden[name].file, force=True) as partial:
             save_file(tensors, partial)
-    manifest = replace(read_manifest(bundle), golden=golden)
+    manifest = replace(runtime.manifest, golden=golden)
     manifest = manifest.with_files(bundle, [golden[name].file for name in cases])
     write_manifest(manifest, bundle)
     return manifest
