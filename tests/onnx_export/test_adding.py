@@ -88,12 +88,12 @@ def test_one_bad_adapter_keeps_all_out(own_bare, adapter_a):
     good = read_adapter(adapter_a)
     bad = replace(good, modules={"nowhere": next(iter(good.modules.values()))})
     before = contents(own_bare)
-    with pytest.raises(LoraportError, match="adapter 'bad'.*\n  - nowhere: expected a slot"):
+    with pytest.raises(LoraportError, match=r"adapter 'bad'.*\n  - nowhere: expected a slot"):
         add_adapters(own_bare, {"good": good, "bad": bad})
     assert contents(own_bare) == before
 
 
-def test_force_replaces_an_adapter_and_its_golden_cases(own_bundle, adapter_a, adapter_b):
+def test_force_replaces_an_adapter_and_its_golden_cases(own_bundle, adapter_b):
     add_adapters(own_bundle, {"a": read_adapter(adapter_b)}, force=True)
     manifest = read_manifest(own_bundle)
     check_files(manifest, own_bundle)

@@ -1,0 +1,55 @@
+"""Decoders of several architectures: every linear module has a slot or a reason, parity holds."""
+
+import pytest
+import torch
+import transformers
+from peft_cases import Case
+from tiny_llm import SIZES, save_adapter, save_base
+
+from converters.onnx import add_adapters, export_base
+from converters.registry import read_adapter
+from loraport.base_model import load_model
+from loraport.bundle.manifest import read_manifest
+from loraport.parity import verify_bundle
+
+# Phi-3 has no head size of its own, and its rotation covers the whole head.
+PHI3 = {key: value for key, value in SIZES.items() if key != "head_dim"} | {
+    "hidden_size": 64,
+    "original_max_position_embeddings": SIZES["max_position_embeddings"],
+}
+# The builder rounds Gemma's embedding scale, sqrt(hidden size), to two decimals: 8 is exact.
+GEMMA = SIZES | {"hidden_size": 64}
+ARCHITECTURES = {
+    "Qwen2": SIZES,
+    "Qwen3": SIZES,
+    "Mistral": SIZES,
+    "Gemma": GEMMA,
+    "Phi3": PHI3,
+}
+# One module of PyTorch's that the builder computes with two operators.
+SPLIT = {"Phi3": "gate_up_proj"}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_slots_and_parity(name, tmp_path):
+    config = getattr(transformers, f"{name}Config")(**ARCHITECTURES[name])
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    base = save_base(tmp_path / "base", model)
+    export_base(str(base), tmp_path / "bundle")
+    manifest = read_manifest(tmp_path / "bundle")
+    linear = {path for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    unslotted = dict(manifest.unslotted)
+    assert "--lm-head" in unslotted.pop("lm_head")
+    for path in [path for path in unslotted if path.endswith(SPLIT.get(name, "?"))]:
+        assert unslotted.pop(path) == "no operator of the graph computes it by itself"
+    assert unslotted == {}
+    assert manifest.slots.modules().keys() | manifest.unslotted.keys() == linear
+    targets = sorted({path.rpartition(".")[2] for path in manifest.slots.modules()})
+    case = Case(lambda: model, {"target_modules": targets, "r": 4, "lora_alpha": 6})
+    adapter = read_adapter(save_adapter(base, case, tmp_path / "adapter"))
+    assert adapter.modules.keys() == manifest.slots.modules().keys()
+    add_adapters(tmp_path / "bundle", {"a": adapter})
+    report = verify_bundle(tmp_path / "bundle", load_model(str(base)), {"a": adapter})
+    assert report.passed, [check for check in report.checks if not check.passed]
+    assert report.samples >= 20
