@@ -29,7 +29,7 @@ from loraport.bundle.sources import record_base
 from loraport.errors import LoraportError
 from loraport.fingerprint import fingerprint
 from loraport.output import new_directory
-from loraport.parity.tolerances import golden_tolerance
+from loraport.parity.tolerances import golden_tolerance, golden_tolerances
 
 GOLDEN_TEXT = "The port keeps its light on."
 _ENCODER_TEXTS = ("The port keeps its light on.", "Ships swap their cargo here.")
@@ -183,6 +183,7 @@ def _slot_and_describe(
         slots=slotted.slots,
         unslotted=slotted.unslotted,
         tolerance=golden_tolerance(options.precision),
+        tolerances=golden_tolerances(options.precision),
         made_by=f"loraport {__version__}",
     )
     files = [str(file.relative_to(bundle)) for file in sorted(bundle.rglob("*")) if file.is_file()]

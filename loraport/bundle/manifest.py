@@ -65,6 +65,7 @@ class Manifest:
         adapters: By name.
         golden: By case name.
         tolerance: Largest allowed absolute difference of an output from its golden value.
+        tolerances: Runtime (``"wasm"``, ``"webgpu"``) → its own, where it needs another.
         files: Path inside the bundle → sha256 of its content.
         made_by: Tool and version.
     """
@@ -77,6 +78,7 @@ class Manifest:
     adapters: Mapping[str, BundledAdapter] = field(default_factory=dict)
     golden: Mapping[str, GoldenCase] = field(default_factory=dict)
     tolerance: float = 0.0
+    tolerances: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     made_by: str = ""
 
@@ -127,6 +129,7 @@ class Manifest:
             "adapters": {name: vars(adapter) for name, adapter in self.adapters.items()},
             "golden": {name: vars(case) for name, case in self.golden.items()},
             "tolerance": self.tolerance,
+            "tolerances": dict(self.tolerances),
             "files": dict(self.files),
         }
         return json.dumps(document, indent=1) + "\n"
@@ -166,6 +169,9 @@ class Manifest:
             },
             golden={name: GoldenCase(**entry) for name, entry in document["golden"].items()},
             tolerance=float(document["tolerance"]),
+            tolerances={
+                runtime: float(bound) for runtime, bound in document.get("tolerances", {}).items()
+            },
             files=dict(document["files"]),
             made_by=str(document["made_by"]),
         )

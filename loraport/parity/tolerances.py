@@ -42,11 +42,20 @@ _TOLERANCES = {
 AS_DEPLOYED = Tolerance(float("inf"), 1.0, 0.75, "activations rounded to 8 bits by the kernel")
 # Between one ONNX Runtime and another, on the golden cases.
 _GOLDEN = {"fp32": 1e-3, "fp16": 0.1, "int4": 1.0}
+# Native kernels round the activations of 4-bit products to 8 bits, WASM's do so otherwise and
+# WebGPU's not at all: 1.3 and 1.5 seen on SmolLM2, whose logits reach 31. That is as much as a
+# small adapter changes, so a runner must also find each output nearest to its own golden case.
+_GOLDEN_IN_BROWSERS = {"int4": {"wasm": 3.0, "webgpu": 3.0}}
 
 
 def golden_tolerance(precision: str) -> float:
     """Return how far a runner's output may be from a golden value."""
     return _GOLDEN[precision]
+
+
+def golden_tolerances(precision: str) -> dict[str, float]:
+    """Return the browser runtimes that need another golden tolerance, each with its own."""
+    return dict(_GOLDEN_IN_BROWSERS.get(precision, {}))
 
 
 def tolerance_for(precision: str, provider: str) -> Tolerance:

@@ -39,6 +39,8 @@ def test_every_key_that_is_written_is_described(document):
     [
         lambda d: d.update(schema_version=2),
         lambda d: d.pop("tolerance"),
+        lambda d: d.update(tolerances={"wasm": -1}),
+        lambda d: d.update(tolerances={"toaster": 1}),
         lambda d: d["files"].update({"../outside": "0" * 64}),
         lambda d: d["files"].update({"/etc/passwd": "0" * 64}),
         lambda d: d["files"].update({"model.onnx": "not a hash"}),
