@@ -85,7 +85,12 @@ def _check(weighted: Sequence[tuple[str, Adapter, float]], problems: Problems) -
     remedy = "merge the adapters into the base instead: that is exact for every variant"
     for name, adapter, _ in weighted:
         for parameter in adapter.replacements:
-            problems.add(f"{name}: {parameter}", "low-rank updates", "a replaced parameter", remedy)
+            problems.add(
+                f"{name}: {parameter}",
+                "low-rank updates",
+                "a replaced parameter",
+                f"{remedy}; or give --base if it is only a copy of the base's",
+            )
         for path, module in adapter.modules.items():
             if module.magnitude is not None:
                 problems.add(f"{name}: {path}", "a plain update", "DoRA, which has a gain", remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -50,7 +51,7 @@ class Extracted:
     unchanged: int
 
 
-def extract(options: ExtractOptions, progress: Callable[[int], None]) -> Extracted:
+def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Extracted:
     """Factor what a fine-tune changed.
 
     Differences of weights are factored by a truncated SVD in float64; biases, norms and every
@@ -58,7 +59,7 @@ def extract(options: ExtractOptions, progress: Callable[[int], None]) -> Extract
 
     Args:
         options: What to extract.
-        progress: Told the bytes of the base that were compared, as they are.
+        progress: Told how many more bytes of the base were compared, and of how many.
 
     Raises:
         LoraportError: If the checkpoints cannot be read or are not of the same model.
@@ -76,10 +77,11 @@ def extract(options: ExtractOptions, progress: Callable[[int], None]) -> Extract
     errors: dict[str, float] = {}
     hashes: dict[str, str] = {}
     unchanged = 0
+    total = sum(math.prod(source.shape) * FLOATING[source.dtype] for source in before.values())
     with open_files() as files:
         for parameter, source in before.items():
             old, new = _read(source, files), _read(after[parameter], files)
-            progress(old.nbytes)
+            progress(old.nbytes, total)
             if old.double().equal(new.double()):
                 unchanged += 1
                 continue
@@ -161,7 +163,4 @@ def _check_same_model(before: Mapping[str, Source], after: Mapping[str, Source])
 
 
 def _read(source: Source, files: OpenFiles) -> torch.Tensor:
-    count = 1
-    for length in source.shape:
-        count *= length
-    return source.read(files, 0, count).reshape(source.shape)
+    return source.read(files, 0, math.prod(source.shape)).reshape(source.shape)

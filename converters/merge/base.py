@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,16 +71,14 @@ def open_base(base: str) -> BaseCheckpoint:
         directory = path if holds_weights else resolve_base(base)
         checkpoint = Checkpoint(directory)
         config = {} if holds_weights else read_model_config(directory)
-    if path.suffix == ".gguf":
-        print(f"{base}: GGUF, dequantized to float32", file=sys.stderr)
     shards: dict[Path, dict[str, Source]] = {file: {} for file in checkpoint.files}
     for name in sorted(checkpoint, key=lambda name: checkpoint.info(name).start):
         info = checkpoint.info(name)
         shards[info.file][name] = StoredSource(info)
-    quantized = _method(config)
+    quantized = "GGUF" if path.suffix == ".gguf" else _method(config)
     if quantized == "bitsandbytes":
         found = dequantized_sources(checkpoint, shards)
-    elif quantized is None:
+    elif quantized in (None, "GGUF"):
         found = shards
     else:
         raise LoraportError(

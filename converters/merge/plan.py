@@ -19,6 +19,8 @@ from converters.merge.targets import NamedAdapter, Said, Tie, resolve, settle_ti
 from loraport.adapter import ModuleKind
 from loraport.errors import LoraportError, Problems
 
+_DEQUANTIZED = "the output is its dequantized weights, merged, as a float checkpoint"
+
 
 @dataclass(frozen=True, eq=False)
 class TensorPlan:
@@ -115,6 +117,8 @@ def plan_merge(
         problems=problems,
     )
     problems.raise_if_any("the merge cannot be exact")
+    if base.quantized is not None:
+        builder.notes.insert(0, f"the base was quantized ({base.quantized}); {_DEQUANTIZED}")
     return MergePlan(base, builder.shards(), config, tuple(builder.notes))
 
 

@@ -12,10 +12,10 @@ class ByteProgress:
 
     Args:
         what: What is being done.
-        total: Bytes altogether.
+        total: Bytes altogether, or 0 where each call tells.
     """
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int = 0) -> None:
         self._what = what
         self._total = total
         self._done = 0
@@ -35,8 +35,9 @@ class ByteProgress:
         if self._live:
             print(file=sys.stderr)
 
-    def __call__(self, nbytes: int) -> None:
-        """Take note of ``nbytes`` more."""
+    def __call__(self, nbytes: int, total: int | None = None) -> None:
+        """Take note of ``nbytes`` more, of ``total``."""
+        self._total = total or self._total
         self._done += nbytes
         share = self._done / self._total if self._total else 1.0
         if share < 1 and share - self._shown < (0.002 if self._live else 0.1):

@@ -12,7 +12,11 @@ import click
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where to.")
 @click.option("--rank", type=click.IntRange(min=1), help="Reduce the sum to this rank.")
 @click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Or to this energy.")
-@click.option("--base", help="The base model, for formats that need its names.")
+@click.option(
+    "--base",
+    help="The base model, to leave out copies of its weights that PEFT saves with embeddings, and "
+    "for formats that need its names.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--json", "as_json", is_flag=True, help="Print ranks and errors as JSON.")
 def compose(
@@ -29,8 +33,10 @@ def compose(
     Ranks are laid side by side, which is exact: no cross terms arise. With --rank or --energy
     the sum is reduced by a singular value decomposition and the error of each module reported.
     """
+    from converters.base_copies import without_base_copies
     from converters.compose import compose as add_up
     from converters.registry import read_adapter
+    from loraport.base_model import resolve_base
     from loraport.cli.error_table import show_errors
     from loraport.cli.merge import parse_strength
     from loraport.output import refuse_existing
@@ -41,6 +47,12 @@ def compose(
     refuse_existing(output, force=force)
     pairs = [parse_strength(text) for text in adapters]
     weighted = [(str(path), read_adapter(path, base=base), weight) for path, weight in pairs]
+    if base is not None:
+        directory = resolve_base(base)
+        weighted = [
+            (name, without_base_copies(adapter, directory)[0], weight)
+            for name, adapter, weight in weighted
+        ]
     composed = add_up(weighted, rank, energy)
     write_peft(composed.adapter, output, force=force)
     show_errors(output, composed.adapter, composed.errors, as_json=as_json)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from loraport.cli.byte_progress import ByteProgress
+
 
 @click.command()
 @click.argument("base")
@@ -38,10 +40,7 @@ def extract(
     if (rank is None) == (energy is None):
         raise click.UsageError("expected either --rank or --energy")
     refuse_existing(output, force=force)
-
-    def ignore(nbytes: int) -> None:
-        del nbytes
-
-    extracted = run(ExtractOptions(base, tuned, rank, energy), ignore)
+    with ByteProgress("comparing") as progress:
+        extracted = run(ExtractOptions(base, tuned, rank, energy), progress)
     write_peft(extracted.adapter, output, force=force)
     show_errors(output, extracted.adapter, extracted.errors, as_json=as_json)

@@ -1,0 +1,104 @@
+"""A fine-tune becomes an adapter: exact at full rank, the best there is below."""
+
+import copy
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from merge_bases import save_base
+from peft_cases import ConvNet, bert, gpt2, llama, load_with_peft, logits, qwen_moe
+
+from converters.extract import ExtractOptions, extract
+from loraport.cli import cli
+from loraport.errors import LoraportError
+from loraport.peft_layout import read_peft, write_peft
+
+
+def tune(base, rank=3, seed=0):
+    """Change every weight by a matrix of rank ``rank`` and every vector freely."""
+    torch.manual_seed(seed)
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.dim() < 2:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+                continue
+            flat = parameter.flatten(1)
+            b, a = torch.randn(len(flat), rank), torch.randn(rank, flat.shape[1])
+            parameter.add_((b @ a).reshape(parameter.shape) * 0.05)
+    return tuned
+
+
+@pytest.mark.parametrize("make_model", [llama, gpt2, bert, ConvNet])
+def test_low_rank_fine_tune_is_found_again(make_model, tmp_path):
+    torch.manual_seed(0)
+    base = make_model().eval()
+    tuned = tune(base)
+    save_base(base, tmp_path / "base")
+    save_base(tuned, tmp_path / "tuned")
+    options = ExtractOptions(str(tmp_path / "base"), str(tmp_path / "tuned"), rank=3)
+    extracted = extract(options, lambda *_: None)
+    if make_model is not ConvNet:  # without a configuration nothing tells an embedding apart
+        write_peft(extracted.adapter, tmp_path / "adapter")
+        got = logits(load_with_peft(copy.deepcopy(base), tmp_path / "adapter"))
+        expected = logits(tuned)
+        if make_model is not gpt2:  # its head is tied: PEFT's embedding alone is adapted
+            assert torch.allclose(got, expected, rtol=0, atol=1e-4 * expected.abs().max())
+    # The difference was computed in float32: that is the noise below the three values.
+    assert max(extracted.errors.values()) < 1e-4
+    # Merged, it is the fine-tune to a rounding.
+    write_peft(extracted.adapter, tmp_path / "again", force=True)
+    run = CliRunner().invoke(
+        cli,
+        ["merge", str(tmp_path / "base"), str(tmp_path / "again"), "-o", str(tmp_path / "merged")],
+    )
+    if make_model is not ConvNet:
+        assert run.exit_code == 0, run.exception
+
+
+def test_errors_are_reported_and_energy_chooses_ranks(tmp_path):
+    torch.manual_seed(0)
+    base = llama().eval()
+    save_base(base, tmp_path / "base")
+    save_base(tune(base, rank=6), tmp_path / "tuned")
+    command = ["extract", str(tmp_path / "base"), str(tmp_path / "tuned"), "--json", "-o"]
+    result = CliRunner().invoke(cli, [*command, str(tmp_path / "one"), "--rank", "2"])
+    document = json.loads(result.stdout)
+    adapter = read_peft(tmp_path / "one")
+    state = {name: p.detach() for name, p in base.named_parameters()}
+    tuned = {name: p.detach() for name, p in tune(base, rank=6).named_parameters()}
+    for path, module in adapter.modules.items():
+        if "embed" in path:
+            continue
+        delta = tuned[f"{path}.weight"].double() - state[f"{path}.weight"].double()
+        approximation = module.lora_B.double() @ module.lora_A.double() * module.scaling
+        actual = float((delta - approximation).norm() / delta.norm())
+        singular = torch.linalg.svdvals(delta)
+        assert document["modules"][path]["relative_error"] == pytest.approx(actual, rel=1e-5)
+        assert actual == pytest.approx(float(singular[2:].norm() / singular.norm()), rel=1e-5)
+    assert "model.norm.weight" in document["replaced"]
+    CliRunner().invoke(cli, [*command, str(tmp_path / "two"), "--energy", "0.8"])
+    ranks = {module.rank for module in read_peft(tmp_path / "two").modules.values()}
+    assert ranks <= {2, 3, 4, 5, 6}
+    assert CliRunner().invoke(cli, [*command, str(tmp_path / "three")]).exit_code == 2
+
+
+def test_what_cannot_be_extracted(tmp_path):
+    torch.manual_seed(0)
+    save_base(llama(), tmp_path / "base")
+    save_base(bert(), tmp_path / "other")
+    save_base(qwen_moe(), tmp_path / "experts")
+
+    def run(base, tuned, **options):
+        chosen = ExtractOptions(str(tmp_path / base), str(tmp_path / tuned), **options)
+        return extract(chosen, lambda *_: None)
+
+    with pytest.raises(LoraportError, match="does not differ"):
+        run("base", "base", rank=2)
+    with pytest.raises(LoraportError, match="not the same but for their values"):
+        run("base", "other", rank=2)
+    with pytest.raises(LoraportError, match="mixtures of experts"):
+        run("experts", "experts", rank=2)
+    with pytest.raises(LoraportError, match="--energy"):
+        run("base", "base", energy=1.5)
