@@ -7,6 +7,7 @@ Each command is one file in this package and is imported only when it runs, so
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
@@ -62,6 +63,9 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 parity fails, 2 wrong usage or bad input."""
+    # Before torch is imported: its threads then sleep while they wait for each other. By default
+    # they spin, and where another process wants a core too, a step takes many times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = cli.main(args=arguments, prog_name="loraport", standalone_mode=False)
     except click.exceptions.Exit as stop:
