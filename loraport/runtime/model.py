@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +62,16 @@ class Lane:
         """
         self._check_inputs(inputs)
         binding = self._binding
-        for name, value in inputs.items():
-            if isinstance(value, np.ndarray):
-                binding.bind_cpu_input(name, np.ascontiguousarray(value))
-            else:
-                binding.bind_ortvalue_input(name, value)
         names = list(outputs) if outputs is not None else self._outputs
         binding.clear_binding_outputs()
-        for name in names:
-            binding.bind_output(name, self._device)
         try:
+            for name, value in inputs.items():
+                if isinstance(value, np.ndarray):
+                    binding.bind_cpu_input(name, np.ascontiguousarray(value))
+                else:
+                    binding.bind_ortvalue_input(name, value)
+            for name in names:
+                binding.bind_output(name, self._device)
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises classes of its own without a common base
             first = str(error).strip().splitlines()[0]
@@ -128,6 +131,7 @@ class Runtime:
         self.manifest: Manifest = read_manifest(self.directory)
         if check:
             check_files(self.manifest, self.directory)
+        self._check = check
         self._device = provider
         self.session = open_session(
             self.directory / MODEL_FILE,
@@ -146,8 +150,25 @@ class Runtime:
         return list(self.manifest.adapters)
 
     def refresh(self) -> None:
-        """Read the manifest again, so that adapters added since are known."""
-        self.manifest = read_manifest(self.directory)
+        """Read the manifest again: adapters added since are known, replaced ones take effect.
+
+        Raises:
+            LoraportError: If a file that is new is damaged, or the graph is another one.
+        """
+        known, manifest = self.manifest, read_manifest(self.directory)
+        new = {path: sha for path, sha in manifest.files.items() if known.files.get(path) != sha}
+        if MODEL_FILE in new:
+            raise LoraportError(
+                f"bundle {self.directory}: expected the graph that is open, got another; open the "
+                "bundle again"
+            )
+        if self._check:
+            check_files(replace(manifest, files=new), self.directory)
+        with self._lock:
+            self.manifest = manifest
+            for name, entry in known.adapters.items():
+                if manifest.adapters.get(name) != entry or entry.tensors in new:
+                    self._forget(name)
 
     def load(self, selection: Selection) -> ResidentAdapter | None:
         """Make a selection resident; ``None`` for the base.
@@ -175,8 +196,18 @@ class Runtime:
             self._resident.pop(key, None)
             for name, _ in key:
                 self._packed.pop(name, None)
-            # Lanes of other threads drop theirs when they next look.
-            self._threads = threading.local()
+            self._drop_lanes()
+
+    def _forget(self, name: str) -> None:
+        """Forget an adapter and every blend it is part of."""
+        self._packed.pop(name, None)
+        for key in [key for key in self._resident if name in dict(key)]:
+            del self._resident[key]
+        self._drop_lanes()
+
+    def _drop_lanes(self) -> None:
+        """Let every thread make its lanes anew when it next runs."""
+        self._threads = threading.local()
 
     def lane(self, selection: Selection = None) -> Lane:
         """Return a new lane for a selection, to be used by one thread at a time."""
@@ -201,9 +232,10 @@ class Runtime:
         return self._lane_of_this_thread(adapter).run(inputs, outputs)
 
     def _lane_of_this_thread(self, selection: Selection) -> Lane:
-        if not hasattr(self._threads, "lanes"):
-            self._threads.lanes = {}
-        lanes: dict[tuple[tuple[str, float], ...], Lane] = self._threads.lanes
+        own = self._threads  # another thread may put a new one in its place meanwhile
+        if not hasattr(own, "lanes"):
+            own.lanes = {}
+        lanes: dict[tuple[tuple[str, float], ...], Lane] = own.lanes
         key = _key(selection)
         if key not in lanes:
             lanes[key] = self.lane(selection)
@@ -223,6 +255,10 @@ def _key(selection: Selection) -> tuple[tuple[str, float], ...]:
     if isinstance(selection, str):
         return ((selection, 1.0),)
     for name, strength in selection.items():
-        if not np.isfinite(strength):
+        if not _is_finite(strength):
             raise LoraportError(f"strength of {name!r}: expected a finite number, got {strength}")
     return tuple((name, float(strength)) for name, strength in selection.items())
+
+
+def _is_finite(strength: object) -> bool:
+    return isinstance(strength, numbers.Real) and math.isfinite(strength)

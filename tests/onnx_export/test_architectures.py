@@ -22,7 +22,6 @@ GEMMA = SIZES | {"hidden_size": 64}
 ARCHITECTURES = {
     "Qwen2": SIZES,
     "Qwen3": SIZES,
-    "Mistral": SIZES,
     "Gemma": GEMMA,
     "Phi3": PHI3,
 }
