@@ -62,7 +62,7 @@ class TextGenerator:
             raise LoraportError("prompt: expected some text, got none")
         started = time.perf_counter()
         new: list[int] = []
-        shown = ""
+        shown = text = ""
         for token in generate(self._runtime, token_ids, adapter, sampling):
             new.append(token)
             text = str(self._tokenizer.decode(new, skip_special_tokens=True))
@@ -71,6 +71,8 @@ class TextGenerator:
                 continue
             yield text[len(shown) :]
             shown = text
+        if text != shown:
+            yield text[len(shown) :]
         seconds = time.perf_counter() - started
         self.last_speed = f"{len(new)} tokens, {len(new) / max(seconds, 1e-9):.1f} tokens/s"
 
