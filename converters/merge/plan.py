@@ -182,6 +182,14 @@ class _Builder:
             return
         name = pieces[0].tensor
         source = self.sources[name]
+        if self._perhaps_tied(source) and any(one.module or one.bias_of for one in entries):
+            self.problems.add(
+                subject,
+                "to know whether the output head shares this embedding",
+                "a model that transformers does not know, whose config.json does not tell",
+                'set "tie_word_embeddings": false in its config.json if it does not',
+            )
+            return
         if source.dtype not in FLOATING:
             self.problems.add(
                 subject,
@@ -198,6 +206,16 @@ class _Builder:
                 self.problems.add(
                     f"{one.adapter.path}: {one.asked}", "it to fit the base", str(error)
                 )
+
+    def _perhaps_tied(self, source: Source) -> bool:
+        config = self.base.config
+        if self.layout.known or not config or config.get("tie_word_embeddings") is False:
+            return False
+        vocabulary = config.get("vocab_size")
+        if len(source.shape) != 2 or source.shape[0] != vocabulary:
+            return False
+        same = [other for other in self.sources.values() if other.shape == source.shape]
+        return len(same) == 1
 
     def _change_whole(self, name: str, parameter: str, one: Said, *, alone: bool) -> None:
         source, strength = self.sources[name], one.adapter.strength

@@ -315,3 +315,19 @@ def test_overflow_is_an_error_not_infinity(tmp_path, merge_into):
     with pytest.raises(LoraportError, match=r"beyond what F16 holds"):
         merge_into(tmp_path / "base", tmp_path / "merged", (made.path, 1e6))
     assert [each.name for each in tmp_path.iterdir() if "merged" in each.name] == []
+
+
+def test_a_tie_that_nobody_knows_of_is_no_guess(tmp_path):
+    """A model that transformers does not know: its head may share the embedding."""
+    made = make_case(
+        Case(lambda: llama(tie=True), {"target_modules": ["embed_tokens"]}), tmp_path / "a"
+    )
+    save_base(made.base, tmp_path / "base")
+    config = {"model_type": "unheard_of", "architectures": ["Unheard"], "vocab_size": 61}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    options = MergeOptions(base=str(tmp_path / "base"), adapters=((made.path, 1.0),))
+    with pytest.raises(LoraportError, match="whether the output head shares this embedding"):
+        make_plan(options)
+    config["tie_word_embeddings"] = False
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    assert make_plan(options).tensors
