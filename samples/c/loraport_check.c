@@ -65,7 +65,7 @@ static char *join(const char *left, const char *right) {
   return text;
 }
 
-/* ---- JSON: strict, and refusing deep nesting ------------------------------------------------ */
+/* ---- JSON, refusing keys that occur twice and deep nesting ---------------------------------- */
 
 typedef enum { NUL, BOOLEAN, NUMBER, STRING, ARRAY, OBJECT } Kind;
 typedef struct Json {
@@ -164,6 +164,14 @@ static double read_number(Text *text) {
   return number;
 }
 
+static const Json *find(const Json *object, const char *key) {
+  for (const Json *member = object->kind == OBJECT ? object->first : NULL; member != NULL;
+       member = member->next) {
+    if (strcmp(member->key, key) == 0) return member;
+  }
+  return NULL;
+}
+
 static Json *read_value(Text *text, int depth) {
   Json *value = take(sizeof *value);
   if (depth > MAX_DEPTH) refuse_json(text, "less nesting");
@@ -191,11 +199,13 @@ static Json *read_value(Text *text, int depth) {
         skip_space(text);
         if (!accept(text, "\"")) refuse_json(text, "a key");
         key = read_string(text);
+        if (find(value, key) != NULL) refuse_json(text, "each key once");
         skip_space(text);
         if (!accept(text, ":")) refuse_json(text, "a colon");
       }
-      *last = read_value(text, depth + 1);
-      (*last)->key = key;
+      Json *item = read_value(text, depth + 1);
+      item->key = key;
+      *last = item;
       last = &(*last)->next;
       value->length++;
       skip_space(text);
@@ -211,14 +221,6 @@ static const Json *parse_json(const char *bytes, uint64_t size, const char *name
   skip_space(&text);
   if (text.at != text.end) refuse_json(&text, "nothing behind its end");
   return value;
-}
-
-static const Json *find(const Json *object, const char *key) {
-  for (const Json *member = object->kind == OBJECT ? object->first : NULL; member != NULL;
-       member = member->next) {
-    if (strcmp(member->key, key) == 0) return member;
-  }
-  return NULL;
 }
 
 static const Json *need(const Json *object, const char *key, Kind kind, const char *name) {
@@ -342,6 +344,7 @@ static const struct {
 } types[] = {{"F32", "FLOAT", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, 4},
              {"F16", "FLOAT16", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, 2},
              {"BF16", "BFLOAT16", ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, 2},
+             {"F64", "DOUBLE", ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE, 8},
              {"I64", "INT64", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, 8},
              {"I32", "INT32", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32, 4},
              {"BOOL", "BOOL", ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL, 1}};
@@ -358,6 +361,7 @@ static float half_to_float(uint16_t bits) {
 static uint16_t float_to_half(float value) { /* to nearest, ties to even */
   const uint16_t sign = signbit(value) ? 0x8000 : 0;
   const float magnitude = fabsf(value);
+  if (magnitude == 0) return sign;
   if (!(magnitude < 65520.0F)) return sign | 0x7C00;
   int exponent;
   frexpf(magnitude, &exponent); /* magnitude = [0.5, 1) * 2^exponent */
@@ -372,6 +376,7 @@ static double element(const Tensor *tensor, uint64_t index) {
   int32_t i32;
   int64_t i64;
   float real;
+  double real64;
   switch (tensor->type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
       memcpy(&real, tensor->data + 4 * index, 4);
@@ -384,6 +389,9 @@ static double element(const Tensor *tensor, uint64_t index) {
       bits = (uint32_t)half << 16;
       memcpy(&real, &bits, 4);
       return real;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE:
+      memcpy(&real64, tensor->data + 8 * index, 8);
+      return real64;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
       memcpy(&i64, tensor->data + 8 * index, 8);
       return (double)i64;
@@ -397,6 +405,7 @@ static double element(const Tensor *tensor, uint64_t index) {
 
 static void multiply(Tensor *tensor, float factor) { /* rounds once to the tensor's type */
   for (uint64_t i = 0; i < tensor->count; ++i) {
+    const double exact = element(tensor, i) * factor;
     const float product = (float)element(tensor, i) * factor;
     uint32_t bits;
     memcpy(&bits, &product, 4);
@@ -405,6 +414,8 @@ static void multiply(Tensor *tensor, float factor) { /* rounds once to the tenso
                               : (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
     if (tensor->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
       memcpy(tensor->data + 4 * i, &product, 4);
+    } else if (tensor->type == ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE) {
+      memcpy(tensor->data + 8 * i, &exact, 8);
     } else {
       memcpy(tensor->data + 2 * i, &half, 2);
     }
@@ -634,8 +645,10 @@ static const OrtApi *ort;
 
 static void require_ok(OrtStatus *status, const char *what) {
   if (status == NULL) return;
-  const char *message = ort->GetErrorMessage(status);
-  refuse("%s: %.*s", what, (int)strcspn(message, "\n"), message);
+  char *message = join("", ort->GetErrorMessage(status));
+  ort->ReleaseStatus(status);
+  message[strcspn(message, "\n")] = '\0'; /* a stack trace may follow */
+  refuse("%s: %s", what, message);
 }
 
 static void load_onnxruntime(const char *path) {
@@ -728,12 +741,12 @@ static bool replay(const Bundle *bundle, OrtSession *session, const Json *entry,
   for (const Tensor *tensor = slots; tensor != NULL; tensor = tensor->next) most++;
   const char **input_names = take(most * sizeof *input_names);
   const char **output_names = take(most * sizeof *output_names);
-  const Tensor **expected = take(most * sizeof *expected);
+  const Tensor **fed = take(most * sizeof *fed), **expected = take(most * sizeof *expected);
   OrtValue **values = take(most * sizeof *values), **results = take(most * sizeof *results);
   for (const Tensor *tensor = golden; tensor != NULL; tensor = tensor->next) {
     if (strncmp(tensor->name, "input.", 6) == 0) {
       input_names[inputs] = tensor->name + 6;
-      values[inputs++] = view(tensor);
+      fed[inputs++] = tensor;
     } else if (strncmp(tensor->name, "output.", 7) == 0) {
       output_names[outputs] = tensor->name + 7;
       expected[outputs++] = tensor;
@@ -743,21 +756,22 @@ static bool replay(const Bundle *bundle, OrtSession *session, const Json *entry,
   for (const Tensor *tensor = slots; tensor != NULL; tensor = tensor->next) {
     require_finite(tensor, "blend");
     input_names[inputs] = tensor->name;
-    values[inputs++] = view(tensor);
+    fed[inputs++] = tensor;
   }
   OrtRunOptions *options;
   require_ok(ort->CreateRunOptions(&options), "run options");
   if (adapter) require_ok(ort->RunOptionsAddActiveLoraAdapter(options, adapter), entry->key);
-  require_ok(ort->Run(session, options, input_names, (const OrtValue *const *)values, inputs,
-                      output_names, outputs, results),
-             entry->key);
+  for (size_t i = 0; i < inputs; ++i) values[i] = view(fed[i]);
+  OrtStatus *status = ort->Run(session, options, input_names, (const OrtValue *const *)values,
+                               inputs, output_names, outputs, results);
+  for (size_t i = 0; i < inputs; ++i) ort->ReleaseValue(values[i]);
+  require_ok(status, entry->key);
   double largest = 0;
   for (size_t i = 0; i < outputs; ++i) largest = fmax(largest, difference(expected[i], results[i]));
   const double tolerance = section(bundle, "tolerance", NUMBER)->number;
   const bool passed = largest <= tolerance;
   printf("%-6s %s%s: largest difference %.3g, allowed %.3g\n", passed ? "ok" : "FAILED", entry->key,
          note, largest, tolerance);
-  for (size_t i = 0; i < inputs; ++i) ort->ReleaseValue(values[i]);
   for (size_t i = 0; i < outputs; ++i) ort->ReleaseValue(results[i]);
   ort->ReleaseRunOptions(options);
   return passed;

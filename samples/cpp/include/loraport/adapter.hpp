@@ -54,7 +54,7 @@ inline void require_fit(const Tensors& tensors, const std::vector<Slot>& slots,
   }
 }
 
-// strength * B, computed in float and rounded once to B's own type.
+// strength * B, rounded once to B's own type.
 inline void scale(Tensor& b, float strength) {
   const auto each = [&](auto sample, auto to_float) {
     for (std::size_t at = 0; at < b.bytes.size(); at += sizeof sample) {
@@ -69,8 +69,10 @@ inline void scale(Tensor& b, float strength) {
     each(Ort::Float16_t{}, [](Ort::Float16_t value) { return value.ToFloat(); });
   } else if (b.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16) {
     each(Ort::BFloat16_t{}, [](Ort::BFloat16_t value) { return value.ToFloat(); });
+  } else if (b.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE) {
+    each(double{}, [](double value) { return value; });
   } else {
-    throw Error("blend", "float, float16 or bfloat16 adapters", "another element type");
+    throw Error("blend", "adapters of a floating-point type", "another element type");
   }
 }
 
