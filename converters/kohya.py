@@ -30,6 +30,7 @@ from loraport.naming.kohya import (
     without_prefix,
 )
 from loraport.output import new_file
+from loraport.safetensors_file import write_safetensors
 from loraport.scaling import alpha_for
 
 if TYPE_CHECKING:
@@ -93,7 +94,6 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
             ``path`` exists.
     """
     import torch
-    from safetensors.torch import save_file
 
     problems = cannot_hold(adapter, _HOLDS, FORMAT.name)
     paths = list(adapter.modules)
@@ -120,7 +120,7 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
     metadata = {"format": "pt", "ss_network_module": "networks.lora"}
     metadata[CARRIED_KEY] = carried_json(adapter)
     with new_file(path, force=context.force) as partial:
-        save_file(tensors, partial, metadata=metadata)
+        write_safetensors(tensors, partial, metadata)
 
 
 def _module(path: str, found: dict[str, FoundTensor], problems: Problems) -> LoraModule | None:

@@ -24,6 +24,7 @@ from loraport.checkpoint import Checkpoint
 from loraport.errors import Problems
 from loraport.naming.mlx import mlx_key, mlx_module, mlx_targets, parse_mlx_key, torch_module
 from loraport.output import new_directory
+from loraport.safetensors_file import write_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -96,8 +97,6 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
         LoraportError: If MLX cannot hold the adapter, naming everything it cannot, or ``path``
             exists.
     """
-    from safetensors.torch import save_file
-
     problems = cannot_hold(adapter, _HOLDS, "MLX")
     base = _base(context, adapter.base_model)
     model_type = base.model_type if base else None
@@ -138,7 +137,7 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
         CARRIED_KEY: carried_json(adapter, facts),
     }
     with new_directory(path, force=context.force) as partial:
-        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "mlx"})
+        write_safetensors(tensors, partial / WEIGHTS_FILE, {"format": "mlx"})
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -3,11 +3,13 @@
 The tensors go under the names of an exported model's slots, ``<module>.lora_A`` ``[in, r]`` and
 ``<module>.lora_B`` ``[r, out]`` with the scaling folded into B, so the file fits a model with one
 slot per module as it is. (A bundle whose operators are packed needs `loraport add` instead.)
-What the format cannot say stands in a sidecar, ``<file>.json``.
+What the format cannot say stands in a sidecar, ``<file>.json``: alphas, what is an embedding, and
+a checksum, as the format has none.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +86,7 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
     Raises:
         LoraportError: If the format cannot hold the adapter or an output exists.
     """
-    problems = cannot_hold(adapter, _HOLDS, FORMAT.name)
+    problems = cannot_hold(adapter, _HOLDS, ".onnx_adapter")
     tensors: dict[str, torch.Tensor] = {}
     for module_path, module in adapter.modules.items():
         folded = fold_to(module_path, module, 1.0, problems)
@@ -94,8 +96,10 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
     for name, tensor in tensors.items():
         if str(tensor.dtype).removeprefix("torch.") not in _ONNX_TYPES:
             problems.add(name, f"one of {', '.join(_ONNX_TYPES)}", str(tensor.dtype))
-    problems.raise_if_any(f"{FORMAT.name} cannot hold this adapter")
-    facts = {
+    if not adapter.modules:
+        problems.add("the adapter", "LoRA modules", "none")
+    problems.raise_if_any(".onnx_adapter cannot hold this adapter")
+    facts: dict[str, Any] = {
         "embeddings": [
             module_path
             for module_path, module in adapter.modules.items()
@@ -107,8 +111,9 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
         new_file(path, force=context.force) as partial,
         new_file(sidecar(path), force=context.force) as partial_sidecar,
     ):
-        partial_sidecar.write_text(carried_json(adapter, facts) + "\n")
         _export(tensors, partial)
+        facts["sha256"] = hashlib.sha256(partial.read_bytes()).hexdigest()
+        partial_sidecar.write_text(carried_json(adapter, facts) + "\n")
 
 
 # torch name → number of the type in ONNX; the types that ONNX Runtime computes LoRA in.
@@ -167,7 +172,16 @@ def _read_sidecar(path: Path) -> Carried:
         text: Any = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LoraportError(f"{file}: cannot be read: {error}") from error
-    return read_carried(text, str(file))
+    carried = read_carried(text, str(file))
+    expected = carried.format_facts.get("sha256")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if expected is not None and found != expected:
+        raise LoraportError(
+            f"adapter {path}: expected the file that {file.name} was written for (sha256 "
+            f"{str(expected)[:12]}), got {found[:12]}; fetch both again, or delete {file.name} if "
+            "the other is meant to be new"
+        )
+    return carried
 
 
 FORMAT = AdapterFormat(

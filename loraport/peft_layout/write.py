@@ -16,6 +16,7 @@ from loraport.naming import Part, peft_key, peft_parameter_key
 from loraport.output import new_directory
 from loraport.peft_layout.expert_keys import in_definition_order, wrapped
 from loraport.peft_layout.read import CONFIG_FILE, FINGERPRINT_KEY, WEIGHTS_FILE
+from loraport.safetensors_file import write_safetensors
 from loraport.scaling import alpha_for
 
 if TYPE_CHECKING:
@@ -42,31 +43,13 @@ def save_contents(
     directory: Path, adapter: Adapter, config: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> None:
     """Write the two files into an existing directory."""
-    from safetensors.torch import save
-
     metadata = {"format": "pt"}
     if adapter.base_fingerprint is not None:
         metadata[FINGERPRINT_KEY] = adapter.base_fingerprint.to_json()
-    content = save(
-        {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, metadata
-    )
-    (directory / WEIGHTS_FILE).write_bytes(_reproducible(content))
+    write_safetensors(tensors, directory / WEIGHTS_FILE, metadata)
     # Sorted on the outside only: of the patterns the first that matches wins.
     config = dict(sorted(config.items()))
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _reproducible(content: bytes) -> bytes:
-    """Return a safetensors file with its metadata sorted: the library's own order is random.
-
-    The same adapter is then the same file, byte for byte.
-    """
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -24,5 +24,5 @@ def test_an_unknown_thing_is_refused_with_the_known_formats(tmp_path: Path) -> N
 
 
 def test_an_unknown_target_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LoraportError, match="expected one of .*peft"):
+    with pytest.raises(LoraportError, match=r"expected one of .*peft"):
         write_adapter(Adapter(modules={}), tmp_path / "out", "zip")

@@ -1,11 +1,11 @@
-"""Write a Llama as an F32 GGUF file, from llama.cpp's documentation: a base for the tests."""
+"""Write a Llama or Qwen2 as an F32 GGUF file, after llama.cpp's rules: a base for the tests."""
 
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 _NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -20,9 +20,9 @@ _NAMES = {
 }
 
 
-def write_llama(model: LlamaForCausalLM, path: Path) -> None:
+def write_gguf_base(model: PreTrainedModel, path: Path) -> Path:
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -36,9 +36,12 @@ def write_llama(model: LlamaForCausalLM, path: Path) -> None:
     _add_vocabulary(writer, config.vocab_size)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         weight = tensor.float().numpy()
         for projection, count in heads.items():
-            if name.endswith(f"{projection}.weight"):
+            # llama.cpp stores Llama's heads for interleaved rotary embeddings, Qwen2's as they are.
+            if config.model_type == "llama" and name.endswith(f"{projection}.weight"):
                 rows, columns = weight.shape
                 halves = weight.reshape(count, 2, rows // count // 2, columns)
                 weight = halves.swapaxes(1, 2).reshape(rows, columns)
@@ -47,14 +50,16 @@ def write_llama(model: LlamaForCausalLM, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
 
 
-def tiny_llama(*, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
-    """A Llama with grouped-query attention and no square projection but q and o."""
-    from transformers import LlamaConfig
+def tiny_decoder(model_type: str) -> PreTrainedModel:
+    """A model with grouped-query attention, ``k``, ``v`` and the MLP not square."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type,
         vocab_size=320,
         hidden_size=64,
         intermediate_size=96,
@@ -62,9 +67,10 @@ def tiny_llama(*, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def _tensor_name(name: str) -> str:
@@ -75,7 +81,8 @@ def _tensor_name(name: str) -> str:
     if name == "lm_head.weight":
         return "output.weight"
     _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{_NAMES[rest.removesuffix('.weight')]}.weight"
+    module, _, leaf = rest.rpartition(".")
+    return f"blk.{layer}.{_NAMES[module]}.{leaf}"
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
