@@ -44,7 +44,8 @@ AS_DEPLOYED = Tolerance(float("inf"), 1.0, 0.75, "activations rounded to 8 bits 
 _GOLDEN = {"fp32": 1e-3, "fp16": 0.1, "int4": 1.0}
 # Native kernels round the activations of 4-bit products to 8 bits, WASM's do so otherwise and
 # WebGPU's not at all: 1.3 and 1.5 seen on SmolLM2, whose logits reach 31. That is as much as a
-# small adapter changes, so a runner must also find each output nearest to its own golden case.
+# small adapter changes, so these runners also ask that an adapter changes the base's outputs in
+# the direction in which it changes the golden ones.
 _GOLDEN_IN_BROWSERS = {"int4": {"wasm": 3.0, "webgpu": 3.0}}
 
 

@@ -7,6 +7,8 @@
  * @throws {LoraportError} if there is no case for the base or an adapter, or one cannot be run
  */
 export function checkGolden(model: import("./model.js").Model, runtime: import("./manifest.js").RuntimeKind, onCase?: (report: CaseReport) => void): Promise<CaseReport[]>;
+export type PlainTensor = import("./tensor_types.js").PlainTensor;
+export type Tensor = import("onnxruntime-common").Tensor;
 export type CaseReport = {
     name: string;
     /**
@@ -22,8 +24,31 @@ export type CaseReport = {
      */
     relative: number;
     /**
+     * cosine between the change from the base here and in the golden
+     * outputs: 1 is the same direction, 0 none or another; NaN for the base
+     */
+    direction: number;
+    /**
+     * the effect is larger than twice the runtime's rounding, so that its
+     * direction says something
+     */
+    telling: boolean;
+    /**
+     * the base changes, and where that is telling, in the right direction
+     */
+    swapped: boolean;
+    /**
      * largest difference allowed
      */
     tolerance: number;
     passed: boolean;
+};
+export type ReadCase = {
+    name: string;
+    adapters: Record<string, number>;
+    inputs: Record<string, Tensor>;
+    expected: Map<string, {
+        shape: number[];
+        values: Float32Array;
+    }>;
 };
