@@ -82,6 +82,7 @@ _HELD = {
     "mlx": {"plain", "rslora", "patterns", "dora", "bert_dora", "conv1d_storage", "embedding"},
     "gguf": {"plain", "rslora", "patterns", "rslora_patterns", "embedding_and_head"},
     "kohya": {"plain", "rslora_patterns", "dora", "conv", "conv_dora", "conv1d_storage"},
+    "diffusers": {"plain", "rslora_patterns", "dora", "conv", "conv_bias"},
     "onnx": {"plain", "rslora_patterns", "conv1d_storage", "embedding"},
 }
 
