@@ -55,7 +55,12 @@ def export_module(
         with warnings.catch_warnings(), contextlib.redirect_stdout(noise):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                module, kwargs=dict(inputs), dynamic_shapes=shapes, dynamo=True, verbose=False
+                module,
+                kwargs=dict(inputs),
+                dynamic_shapes=shapes,
+                output_names=_output_names(module, inputs),
+                dynamo=True,
+                verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
@@ -67,3 +72,14 @@ def export_module(
     if program is None:
         raise LoraportError(f"torch.onnx.export of {type(module).__name__} gave no model")
     ir.save(program.model, out / "model.onnx", external_data=DATA_FILE)
+
+
+def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[str] | None:
+    """Return what the module itself calls its outputs, where it names them all."""
+    with torch.no_grad():
+        result = module(**inputs)
+    if not isinstance(result, Mapping):
+        return None
+    if not all(isinstance(value, torch.Tensor) for value in result.values()):
+        return None
+    return [str(name) for name in result]
