@@ -3,7 +3,11 @@
 import shutil
 
 import pytest
+import torch
 from tiny_llm import ALL_LINEAR, SOME_RANKS, save_adapter, save_base
+
+# Models this small only lose time to threads that wait for one another.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

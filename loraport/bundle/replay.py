@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loraport.bundle.golden import read_golden
+
+if TYPE_CHECKING:
+    from loraport.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,18 @@ def replay_golden(bundle: Path, *, provider: str = "cpu") -> list[GoldenResult]:
     """
     from loraport.runtime import Runtime
 
-    runtime = Runtime(bundle, provider=provider)
+    return replay(Runtime(bundle, provider=provider))
+
+
+def replay(runtime: Runtime) -> list[GoldenResult]:
+    """Run every golden case of an opened bundle."""
     results = []
     for name, case in runtime.manifest.golden.items():
-        inputs, expected = read_golden(bundle, case)
+        inputs, expected = read_golden(runtime.directory, case)
         outputs = runtime.run(inputs, case.adapters or None, list(expected))
-        worst = max(_difference(expected[key], outputs[key]) for key in expected)
-        results.append(GoldenResult(name, worst, runtime.manifest.tolerance))
+        differences = [_difference(expected[key], outputs[key]) for key in expected]
+        largest = max(differences, default=float("inf"))
+        results.append(GoldenResult(name, largest, runtime.manifest.tolerance))
     return results
 
 

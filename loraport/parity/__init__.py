@@ -1,7 +1,8 @@
 """Parity: the same numbers from PyTorch and from ONNX Runtime."""
 
+from loraport.parity.check import Check
 from loraport.parity.metrics import Comparison, compare
-from loraport.parity.protocol import Check, Sample
+from loraport.parity.protocol import Sample
 from loraport.parity.tolerances import Tolerance, tolerance_for
 from loraport.parity.verification import Verification, verify_bundle
 

@@ -8,7 +8,9 @@
    adapter changes the outputs by more than the tolerance; greedy tokens agree;
 5. two adapters blended: ONNX Runtime = PyTorch's weighted sum;
 6. swaps: A → B → A → none repeats bit for bit;
-7. as deployed: where a quantized kernel rounds its activations, how far that takes the outputs.
+7. as shipped: both files of an adapter hold the same bits, ``model.required.onnx`` computes what
+   ``model.onnx`` does, and the golden cases are reproduced;
+8. as deployed: where a quantized kernel rounds its activations, how far that takes the outputs.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from torch import nn
 from loraport.adapter import Adapter
 from loraport.bundle.manifest import check_files
 from loraport.errors import LoraportError
-from loraport.parity.metrics import Comparison, compare, worst
+from loraport.parity.check import Check
+from loraport.parity.metrics import compare, worst
 from loraport.parity.reference import (
     Updates,
     adapted,
@@ -32,6 +35,7 @@ from loraport.parity.reference import (
     torch_outputs,
     updates_of,
 )
+from loraport.parity.shipped import golden_cases, required_graph, same_in_both_files
 from loraport.parity.tolerances import AS_DEPLOYED, Tolerance
 from loraport.runtime import Runtime, Sampling, Selection, generate
 
@@ -41,23 +45,6 @@ _GREEDY_PROMPTS = 3
 _PACKED_RELATIVE = {"FLOAT": 1e-6, "FLOAT16": 1e-3, "BFLOAT16": 8e-3, "DOUBLE": 1e-6}
 
 Inputs = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the report.
-
-    Attributes:
-        name: What was compared, e.g. ``"adapter tickets: onnxruntime = torch"``.
-        passed: The verdict.
-        detail: Why it failed, or what was seen.
-        comparison: The numbers, where the check has any.
-    """
-
-    name: str
-    passed: bool
-    detail: str = ""
-    comparison: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +107,7 @@ class Protocol:
             checks.append(self._blend(names[0], names[1]))
         if names:
             checks.append(self._swaps(names[0], names[-1]))
+        checks += self._shipped(names)
         if self._deployed is not None:
             checks.append(self._as_deployed(self._deployed))
         return checks
@@ -286,6 +274,23 @@ class Protocol:
         back = all(np.array_equal(a, b) for a, b in zip(base, after, strict=True))
         detail = "" if same and back else "the adapter" if not same else "the base"
         return Check(title, same and back, detail and f"{detail} gives other outputs after a swap")
+
+    def _shipped(self, names: list[str]) -> list[Check]:
+        self._progress("files for other runners")
+        runtime, inputs = self._runtime, self._samples[0].session
+        adapters = [name for name in names if self._loads(name)]
+        return [
+            *(same_in_both_files(runtime, name) for name in adapters),
+            required_graph(runtime, inputs, self._outputs, adapters, self._tolerance),
+            golden_cases(self._deployed or runtime),
+        ]
+
+    def _loads(self, name: str) -> bool:
+        """Tell whether an adapter's tensors fit; why they do not, its own check says."""
+        try:
+            return self._runtime.load(name) is not None
+        except LoraportError:
+            return False
 
     def _as_deployed(self, deployed: Runtime) -> Check:
         comparisons = []

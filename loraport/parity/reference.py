@@ -23,12 +23,21 @@ def updates_of(parts: Sequence[tuple[Adapter, float]], model: nn.Module) -> Upda
     Args:
         parts: Adapter and strength.
         model: The base, for variants whose update depends on its weights.
+
+    Raises:
+        LoraportError: Naming every module whose update does not fit the base's weight.
     """
+    problems = Problems()
     found: dict[str, list[tuple[LowRankUpdate, float]]] = {}
     for adapter, strength in parts:
         for path, module in adapter.modules.items():
-            update = module.lower(_weight(model, path))
+            weight = _weight(model, path)
+            update = module.lower(weight)
+            shape, stored = (update.b.shape[0], update.a.shape[1]), tuple(weight.flatten(1).shape)
+            if stored not in (shape, shape[::-1]):
+                problems.add(path, f"an update of a weight {list(stored)}", f"{list(shape)}")
             found.setdefault(path, []).append((update, strength))
+    problems.raise_if_any("the adapter does not fit the base")
     return {path: weighted_sum(terms) for path, terms in found.items()}
 
 

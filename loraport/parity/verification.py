@@ -14,8 +14,9 @@ from loraport.adapter import Adapter
 from loraport.base_model import load_tokenizer
 from loraport.bundle.golden import BASE_CASE, read_golden
 from loraport.bundle.manifest import MODEL_FILE
+from loraport.parity.check import Check
 from loraport.parity.prompts import PROMPTS
-from loraport.parity.protocol import Check, Protocol, Sample
+from loraport.parity.protocol import Protocol, Sample
 from loraport.parity.tolerances import Tolerance, tolerance_for
 from loraport.runtime import Runtime
 from loraport.runtime.full_precision import with_float32_activations

@@ -132,7 +132,7 @@ class Runtime:
         if check:
             check_files(self.manifest, self.directory)
         self._check = check
-        self._device = provider
+        self.provider = provider
         self.session = open_session(
             self.directory / MODEL_FILE,
             provider=provider,
@@ -185,7 +185,7 @@ class Runtime:
             if found is None:
                 table = self.manifest.slots
                 parts = [(self._read(name), strength) for name, strength in key]
-                found = make_resident(blend_packed(parts, table), self._device)
+                found = make_resident(blend_packed(parts, table), self.provider)
                 self._resident[key] = found
         return found
 
@@ -211,7 +211,7 @@ class Runtime:
 
     def lane(self, selection: Selection = None) -> Lane:
         """Return a new lane for a selection, to be used by one thread at a time."""
-        return Lane(self.session, self.load(selection), self._device)
+        return Lane(self.session, self.load(selection), self.provider)
 
     def run(
         self,

@@ -1,0 +1,113 @@
+"""What other runners read from a bundle says the same as what loraport's runtime reads.
+
+ONNX Runtime's own adapter API reads ``.onnx_adapter`` files, runtimes without overridable
+initializers open ``model.required.onnx``, and any of them may check itself against ``golden/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from loraport.bundle.manifest import REQUIRED_MODEL_FILE
+from loraport.bundle.replay import replay
+from loraport.errors import LoraportError
+from loraport.parity.check import Check
+from loraport.parity.metrics import compare, worst
+from loraport.parity.tolerances import Tolerance
+from loraport.runtime import Runtime
+from loraport.runtime.session import open_session
+
+_NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+}
+_SHOWN = 5
+
+
+def same_in_both_files(runtime: Runtime, name: str) -> Check:
+    """Compare an adapter's ``.onnx_adapter`` with its ``.safetensors``, bit for bit."""
+    import onnxruntime
+
+    title = f"adapter {name}: .onnx_adapter = .safetensors"
+    file = runtime.directory / runtime.manifest.require_adapter(name).file
+    resident = runtime.load(name)
+    expected = resident.values if resident is not None else {}
+    try:
+        contents = onnxruntime.AdapterFormat.read_adapter(str(file))
+        got: Mapping[str, Any] = contents.get_parameters()
+    except Exception as error:  # onnxruntime raises classes of its own without a common base
+        return Check(title, False, f"{file.name} cannot be read: {str(error).splitlines()[-1]}")
+    wrong = [f"{key} is missing" for key in expected if key not in got]
+    wrong += [f"{key} is not in the .safetensors" for key in got if key not in expected]
+    wrong += [f"{key} differs" for key in expected if key in got and not _same(expected, got, key)]
+    return Check(title, not wrong, _listed(wrong) or f"{len(got)} tensors")
+
+
+def required_graph(
+    runtime: Runtime,
+    inputs: Mapping[str, np.ndarray],
+    outputs: Sequence[str],
+    names: Iterable[str],
+    tolerance: Tolerance,
+) -> Check:
+    """Compare ``model.required.onnx`` with the runtime: the base and every adapter, one input."""
+    title = f"{REQUIRED_MODEL_FILE} = model.onnx"
+    try:
+        session = open_session(
+            runtime.directory / REQUIRED_MODEL_FILE,
+            provider=runtime.provider,
+            float32_activations=True,
+        )
+    except LoraportError as error:
+        return Check(title, False, str(error))
+    entries = {entry.name: entry for entry in session.get_inputs()}
+    slots = runtime.manifest.slots
+    strange = entries.keys() ^ (inputs.keys() | set(slots.inputs()))
+    if strange:
+        detail = f"its inputs are not the model's and the slots': {_listed(sorted(strange))}"
+        return Check(title, False, detail)
+    zeros = {
+        key: np.zeros(shape, _NUMPY_TYPES[entries[key].type])
+        for slot in slots.slots
+        for key, shape in (
+            (slot.input_a, (slot.in_features, 1)),
+            (slot.input_b, (1, slot.out_features)),
+        )
+    }
+    comparisons = []
+    for name in (None, *names):
+        resident = runtime.load(name)
+        filled = {key: value.numpy() for key, value in resident.values.items()} if resident else {}
+        got = session.run(list(outputs), {**inputs, **zeros, **filled})
+        expected = runtime.run(inputs, name, outputs)
+        comparisons += [compare(expected[key], g) for key, g in zip(outputs, got, strict=True)]
+    found = worst(comparisons)
+    return Check(title, found.within(tolerance), "", found)
+
+
+def golden_cases(runtime: Runtime) -> Check:
+    """Replay the bundle's golden cases."""
+    try:
+        results = replay(runtime)
+    except LoraportError as error:
+        return Check("golden cases", False, str(error))
+    wrong = [f"{r.name}: max abs {r.max_abs:.3g}" for r in results if not r.passed]
+    if not results:
+        return Check("golden cases", False, "the manifest lists none")
+    seen = f"{len(results)} cases within {runtime.manifest.tolerance:g}"
+    return Check("golden cases", not wrong, _listed(wrong) or seen)
+
+
+def _same(expected: Mapping[str, Any], got: Mapping[str, Any], key: str) -> bool:
+    ours, theirs = expected[key].numpy(), got[key].numpy()
+    alike = ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    return bool(alike and ours.tobytes() == theirs.tobytes())
+
+
+def _listed(wrong: list[str]) -> str:
+    more = len(wrong) - _SHOWN
+    return "; ".join(wrong[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
