@@ -21,7 +21,7 @@ from converters.folding import fold_to
 from converters.format import AdapterFormat, FormatContext
 from loraport.adapter import Adapter, ModuleKind
 from loraport.errors import LoraportError, Problems
-from loraport.naming import parse_slot_input, slot_a, slot_b
+from loraport.naming import is_module_path, parse_slot_input, slot_a, slot_b
 from loraport.output import new_file, refuse_existing
 
 if TYPE_CHECKING:
@@ -64,6 +64,14 @@ def read(path: Path, context: FormatContext) -> Adapter:  # noqa: ARG001  one si
                 "a slot's input, MODULE.lora_A or MODULE.lora_B, as a matrix",
                 f"a tensor {list(tensor.shape)}",
                 "convert the adapter that this file was made from",
+            )
+            continue
+        if not is_module_path(slot[0]):
+            problems.add(
+                name,
+                "a slot of one module",
+                "one of a packed operator",
+                "convert the adapter that this bundle's file was made from",
             )
             continue
         found[slot[0]][slot[1]] = FoundTensor(name, tensor.T)

@@ -20,7 +20,7 @@ from loraport.errors import LoraportError
 COMMANDS = {
     "demo": "The whole story on a real model: train, export, swap, verify.",
     "train": "Train a LoRA adapter on JSONL data.",
-    "convert": "Write an adapter in another format: PEFT, MLX, GGUF, kohya, .onnx_adapter.",
+    "convert": "Write an adapter as PEFT, MLX, GGUF, kohya, diffusers or .onnx_adapter.",
     "merge": "Merge adapters into a base of any size: streamed, exact, one pass.",
     "extract": "Turn a full fine-tune into an adapter.",
     "compose": "Write a weighted sum of adapters as one adapter.",

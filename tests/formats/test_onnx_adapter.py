@@ -108,3 +108,17 @@ def test_a_changed_file_is_refused(case_of, tmp_path) -> None:
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(LoraportError, match=r"expected the file that x\.json was written for"):
         read_adapter(tmp_path / "x")
+
+
+def test_a_packed_slot_is_refused(tmp_path) -> None:
+    """Bundles lay q, k and v side by side; which columns are whose only the bundle knows."""
+    names = {"h.q_proj+k_proj.lora_A": np.ones((4, 2)), "h.q_proj+k_proj.lora_B": np.ones((2, 6))}
+    values = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(array.astype(np.float32))
+        for name, array in names.items()
+    }
+    adapter = onnxruntime.AdapterFormat()
+    adapter.set_parameters(values)
+    adapter.export_adapter(str(tmp_path / "x"))
+    with pytest.raises(LoraportError, match="expected a slot of one module, got one of a packed"):
+        read_adapter(tmp_path / "x")
