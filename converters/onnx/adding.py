@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from converters.onnx.pack import PackedAdapter, pack
 from loraport.adapter import Adapter
-from loraport.bundle.golden import write_golden
+from loraport.bundle.golden import base_inputs, write_golden
 from loraport.bundle.manifest import BundledAdapter, Manifest, read_manifest, write_manifest
 from loraport.errors import LoraportError, Problems
 from loraport.output import new_file
@@ -51,6 +51,7 @@ def add_adapters(
             anything that finds no slot.
     """
     manifest = read_manifest(bundle)
+    base_inputs(bundle, manifest)  # what the golden cases need, before anything is written
     problems = Problems()
     for name in adapters:
         if not _NAME.fullmatch(name):

@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraport.bundle.manifest import GoldenCase, Manifest, write_manifest
+from loraport.bundle.manifest import MANIFEST_FILE, GoldenCase, Manifest, write_manifest
 from loraport.checkpoint import Checkpoint
+from loraport.errors import LoraportError
 from loraport.output import new_file
 
 if TYPE_CHECKING:
@@ -55,12 +56,27 @@ def write_golden(bundle: Path, manifest: Manifest, names: Iterable[str]) -> Mani
 
     runtime = Runtime(bundle, check=False)
     runtime.manifest = manifest
-    inputs, _ = read_golden(bundle, manifest.golden[BASE_CASE])
+    inputs = base_inputs(bundle, manifest)
     cases: dict[str, dict[str, float]] = {f"adapter-{name}": {name: 1.0} for name in names}
     first_two = runtime.adapters[:2]
     if len(first_two) == 2 and BLEND_CASE not in manifest.golden:
         cases[BLEND_CASE] = {first_two[0]: 0.75, first_two[1]: 0.5}
     return _record(runtime, cases, inputs)
+
+
+def base_inputs(bundle: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+    """Return the inputs that all golden cases share.
+
+    Raises:
+        LoraportError: If the base's case is missing.
+    """
+    case = manifest.golden.get(BASE_CASE)
+    if case is None:
+        raise LoraportError(
+            f"bundle {bundle}: golden case {BASE_CASE!r}: expected it in {MANIFEST_FILE}, got "
+            "none; export the base again"
+        )
+    return read_golden(bundle, case)[0]
 
 
 def read_golden(

@@ -150,9 +150,9 @@ class Manifest:
                     "use the loraport that wrote the bundle, or a newer one"
                 )
             manifest = cls._from_document(document)
+            manifest._refuse_outside_paths()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise LoraportError(f"{MANIFEST_FILE}: expected a manifest, got: {error!r}") from error
-        manifest._refuse_outside_paths()
         return manifest
 
     @classmethod
@@ -163,7 +163,7 @@ class Manifest:
             fingerprint=BaseFingerprint.from_json(json.dumps(base["fingerprint"])),
             precision=str(document["precision"]),
             slots=SlotTable.from_json(document["slots"]),
-            unslotted=dict(document["unslotted"]),
+            unslotted=_texts(document["unslotted"]),
             adapters={
                 name: BundledAdapter(**entry) for name, entry in document["adapters"].items()
             },
@@ -172,7 +172,7 @@ class Manifest:
             tolerances={
                 runtime: float(bound) for runtime, bound in document.get("tolerances", {}).items()
             },
-            files=dict(document["files"]),
+            files=_texts(document["files"]),
             made_by=str(document["made_by"]),
         )
 
@@ -185,6 +185,12 @@ class Manifest:
             if parts.is_absolute() or ".." in parts.parts or "\\" in path or ":" in path:
                 problems.add(path, "a path inside the bundle", "one that leaves it")
         problems.raise_if_any(f"{MANIFEST_FILE} names files outside the bundle")
+
+
+def _texts(document: Mapping[str, Any]) -> dict[str, str]:
+    if not all(isinstance(value, str) for value in document.values()):
+        raise TypeError("expected texts")
+    return dict(document)
 
 
 def read_manifest(directory: Path) -> Manifest:

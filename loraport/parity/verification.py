@@ -12,7 +12,7 @@ from torch import nn
 
 from loraport.adapter import Adapter
 from loraport.base_model import load_tokenizer
-from loraport.bundle.golden import BASE_CASE, read_golden
+from loraport.bundle.golden import base_inputs
 from loraport.bundle.manifest import MODEL_FILE
 from loraport.parity.check import Check
 from loraport.parity.prompts import PROMPTS
@@ -95,7 +95,7 @@ def default_samples(runtime: Runtime) -> list[Sample]:
     bundle = runtime.directory
     if (bundle / GENAI_CONFIG).is_file():
         return _decoder_samples(runtime)
-    golden, _ = read_golden(bundle, runtime.manifest.golden[BASE_CASE])
+    golden = base_inputs(bundle, runtime.manifest)
     if "input_ids" not in golden or not (bundle / "tokenizer.json").is_file():
         return [Sample(golden, golden)]
     tokenizer = load_tokenizer(str(bundle))

@@ -1,0 +1,125 @@
+"""manifest.json: round trip, and one clear error for each way it can be wrong."""
+
+import json
+
+import pytest
+
+from converters.onnx import add_adapters
+from converters.registry import read_adapter
+from loraport.bundle.manifest import MANIFEST_FILE, Manifest, check_files, read_manifest
+from loraport.errors import LoraportError
+
+
+@pytest.fixture
+def document(bundle):
+    return json.loads((bundle / MANIFEST_FILE).read_text())
+
+
+def refused(document):
+    with pytest.raises(LoraportError) as error:
+        Manifest.from_json(json.dumps(document))
+    return str(error.value)
+
+
+def test_round_trip(bundle):
+    manifest = read_manifest(bundle)
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert manifest.to_json() == (bundle / MANIFEST_FILE).read_text()
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])
+def test_another_schema_version(document, version):
+    document["schema_version"] = version
+    text = refused(document)
+    assert f"expected schema version 1, got {version!r}" in text
+    assert "use the loraport that wrote the bundle" in text
+
+
+OUTSIDE = ["../secret", "/etc/passwd", "a/../../b", "C:/x", "a\\b"]
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+@pytest.mark.parametrize("place", ["files", "file", "tensors", "golden"])
+def test_a_path_that_leaves_the_bundle(document, path, place):
+    if place == "files":
+        document["files"][path] = "0" * 64
+    elif place == "golden":
+        document["golden"]["base"]["file"] = path
+    else:
+        document["adapters"]["a"][place] = path
+    text = refused(document)
+    assert "names files outside the bundle" in text
+    assert f"  - {path}: expected a path inside the bundle" in text
+
+
+def test_all_paths_that_leave_the_bundle_are_named_at_once(document):
+    document["files"] |= dict.fromkeys(OUTSIDE, "0" * 64)
+    text = refused(document)
+    assert all(f"  - {path}: " in text for path in OUTSIDE)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", "{}", '{"schema_version": 1}', "\ud800", "[" * 100_000]
+)
+def test_a_damaged_manifest(own_bundle, text):
+    (own_bundle / MANIFEST_FILE).write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(LoraportError, match=r"manifest\.json: expected a manifest, got: "):
+        read_manifest(own_bundle)
+
+
+KEYS = ("base", "precision", "slots", "unslotted", "adapters", "golden", "files", "made_by")
+
+
+@pytest.mark.parametrize("key", [*KEYS, "tolerance"])
+def test_a_missing_entry(document, key):
+    del document[key]
+    assert key in refused(document)
+
+
+@pytest.mark.parametrize("key", ["base", "slots", "unslotted", "adapters", "golden", "files"])
+@pytest.mark.parametrize("value", [3, "text", ["text"], None, {"a": 3}, {"a": {"b": 3}}])
+def test_an_entry_of_another_kind(document, key, value):
+    document[key] = value
+    assert "manifest" in refused(document)
+
+
+@pytest.mark.parametrize("field", ["file", "tensors"])
+def test_a_path_that_is_no_text(document, field):
+    document["adapters"]["a"][field] = 5
+    assert "manifest" in refused(document)
+
+
+def test_no_such_bundle(tmp_path):
+    with pytest.raises(LoraportError, match=r"expected a directory with manifest\.json, got: No "):
+        read_manifest(tmp_path / "nowhere")
+
+
+def test_every_file_is_listed_with_its_hash(bundle):
+    listed = read_manifest(bundle).files
+    there = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    # The manifest cannot hold its own hash; where things came from is this machine's affair.
+    assert there - listed.keys() == {MANIFEST_FILE, "sources.json"}
+    assert listed.keys() <= there
+
+
+def test_all_files_that_are_not_intact_are_named_at_once(own_bundle):
+    (own_bundle / "tokenizer.json").write_text("{}")
+    (own_bundle / "model.onnx.data").unlink()
+    with pytest.raises(LoraportError) as error:
+        check_files(read_manifest(own_bundle), own_bundle)
+    assert "  - tokenizer.json: expected sha256" in str(error.value)
+    assert "  - model.onnx.data: expected the file the manifest lists" in str(error.value)
+
+
+def test_an_adapter_for_a_bundle_without_golden_inputs_is_refused(own_bundle, document, adapter_b):
+    document["golden"] = {}
+    (own_bundle / MANIFEST_FILE).write_text(json.dumps(document))
+    with pytest.raises(LoraportError, match="golden case 'base': expected"):
+        add_adapters(own_bundle, {"c": read_adapter(adapter_b)})
+    assert not list((own_bundle / "adapters").glob("c.*"))
+
+
+def test_no_path_of_this_machine_is_in_the_manifest(bundle, tiny_base):
+    text = (bundle / MANIFEST_FILE).read_text()
+    assert str(tiny_base.parent) not in text
+    assert read_manifest(bundle).base_name == tiny_base.name
