@@ -32,10 +32,10 @@ async function check(bundle, json) {
   const model = await openModel(bundle);
   const reports = await checkGolden(model, 'native', (report) => {
     if (json) return;
-    const verdict = report.passed ? 'ok' : 'DIFFERS';
+    const verdict = report.passed ? 'ok' : 'FAILED';
     const figures = `max |difference| ${report.maxAbs.toExponential(1)} of ${report.tolerance} allowed`;
     const swap = report.swapped ? '' : ', but the base does not change as this adapter changes it';
-    print(`${report.name}: ${verdict}, ${figures}${swap}`);
+    print(`${verdict} ${report.name}: ${figures}${swap}`);
   });
   if (json) print(JSON.stringify(reports, null, 1));
   return reports.every((report) => report.passed) ? 0 : 1;

@@ -13,7 +13,7 @@ import { LoraportError } from './errors.js';
 import { toleranceFor } from './manifest.js';
 import { toOrt } from './model.js';
 import { parseSafetensors } from './safetensors.js';
-import { asFloat32 } from './tensor_types.js';
+import { asFloat32, isFiniteTensor } from './tensor_types.js';
 
 /**
  * @typedef {import('./tensor_types.js').PlainTensor} PlainTensor
@@ -123,6 +123,9 @@ async function readCase(model, name) {
     const bare = key.slice(key.indexOf('.') + 1);
     if (key.startsWith(INPUT)) read.inputs[bare] = toOrt(model.ort, bare, tensor);
     if (key.startsWith(OUTPUT)) {
+      if (!isFiniteTensor(tensor)) {
+        throw new LoraportError(`${file}, ${key}: expected finite numbers, got NaN or infinity`);
+      }
       read.expected.set(bare, {
         shape: tensor.shape,
         values: asFloat32(/** @type {any} */ (tensor.data)),

@@ -1,6 +1,7 @@
 /** `manifest.json`: what is in a bundle. */
 
-import { LoraportError, Problems } from './errors.js';
+import { LoraportError, Problems, firstLine } from './errors.js';
+import { parseStrictJson } from './strict_json.js';
 
 export const MANIFEST_FILE = 'manifest.json';
 export const SCHEMA_VERSION = 1;
@@ -57,10 +58,10 @@ export function parseManifest(bytes) {
   /** @type {any} */
   let document;
   try {
-    document = JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(bytes));
+    document = parseStrictJson(bytes);
   } catch (error) {
     throw new LoraportError(
-      `${MANIFEST_FILE}: expected JSON, got something else (${String(error)}); copy the bundle again`,
+      `${MANIFEST_FILE}: expected sound JSON, got: ${firstLine(error)}; copy the bundle again`,
     );
   }
   const version = document?.schema_version;
@@ -120,8 +121,8 @@ function readDocument(document) {
       adapters: Object.fromEntries(mapped(entry?.adapters, `${where}.adapters`, number)),
       file: text(entry?.file, `${where}.file`),
     })),
-    tolerance: number(document.tolerance, 'tolerance'),
-    tolerances: mapped(document.tolerances ?? {}, 'tolerances', number),
+    tolerance: bound(document.tolerance, 'tolerance'),
+    tolerances: mapped(document.tolerances ?? {}, 'tolerances', bound),
     files: mapped(document.files, 'files', text),
   };
 }
@@ -180,6 +181,10 @@ const text = (value, where) => (typeof value === 'string' ? value : refuse('a te
 /** @type {(value: unknown, where: string) => number} */
 const number = (value, where) =>
   typeof value === 'number' && Number.isFinite(value) ? value : refuse('a number', where, value);
+
+/** @type {(value: unknown, where: string) => number} */
+const bound = (value, where) =>
+  number(value, where) >= 0 ? Number(value) : refuse('0 or more', where, value);
 
 /** @type {(value: unknown, where: string) => number} */
 const size = (value, where) =>

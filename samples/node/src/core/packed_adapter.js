@@ -1,7 +1,7 @@
 /** Packed adapters: tensors named like the slots' inputs, scaling folded into B. */
 
 import { LoraportError, Problems } from './errors.js';
-import { ELEMENT_TYPES, SLOT_DTYPES, floatToHalf, halfToFloat } from './tensor_types.js';
+import { ELEMENT_TYPES, SLOT_DTYPES, floatToHalf, halfToFloat, isFiniteTensor } from './tensor_types.js';
 
 /**
  * @typedef {import('./manifest.js').Slot} Slot
@@ -19,8 +19,9 @@ import { ELEMENT_TYPES, SLOT_DTYPES, floatToHalf, halfToFloat } from './tensor_t
 export function requireFit(tensors, slots, file) {
   const problems = new Problems();
   const known = new Set(slots.flatMap((slot) => [slot.inputA, slot.inputB]));
-  for (const name of tensors.keys()) {
+  for (const [name, tensor] of tensors) {
     if (!known.has(name)) problems.add(name, 'a slot input of this bundle', 'none of this name');
+    if (!isFiniteTensor(tensor)) problems.add(name, 'finite numbers', 'NaN or infinity');
   }
   for (const slot of slots) {
     const [a, b] = [tensors.get(slot.inputA), tensors.get(slot.inputB)];

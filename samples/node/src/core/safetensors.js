@@ -1,6 +1,7 @@
 /** The safetensors format: a length, a JSON header, and the tensors' bytes. */
 
 import { LoraportError } from './errors.js';
+import { parseStrictJson } from './strict_json.js';
 import { ELEMENT_TYPES } from './tensor_types.js';
 
 /** @typedef {import('./tensor_types.js').PlainTensor} PlainTensor */
@@ -32,7 +33,7 @@ export function parseSafetensors(bytes, file) {
   const tensors = new Map();
   let reached = 0;
   for (const [name, entry] of byOffset(header)) {
-    const place = readPlace(entry) ?? refuse(`a damaged entry of tensor ${name}`);
+    const place = readPlace(entry) ?? refuse(`tensor ${name} without a dtype, or a whole number`);
     const { dtype, shape, begin, end } = place;
     const type = ELEMENT_TYPES.get(dtype) ?? refuse(`tensor ${name} of unknown dtype ${dtype}`);
     if (begin !== reached) refuse(`tensor ${name} at ${begin} where ${reached} comes next`);
@@ -56,7 +57,7 @@ export function parseSafetensors(bytes, file) {
  */
 function parseHeader(bytes) {
   try {
-    const header = JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(bytes));
+    const header = parseStrictJson(bytes);
     if (typeof header !== 'object' || header === null || Array.isArray(header)) return null;
     return Object.entries(header).filter(([name]) => name !== '__metadata__');
   } catch {

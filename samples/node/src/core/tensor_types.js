@@ -100,3 +100,17 @@ export function asFloat32(data) {
   if (data instanceof Uint16Array) return Float32Array.from(data, halfToFloat);
   return Float32Array.from(data);
 }
+
+/**
+ * Is every number finite?
+ * @param {PlainTensor} tensor
+ * @returns {boolean}
+ */
+export function isFiniteTensor({ dtype, data }) {
+  if (data instanceof Uint16Array) {
+    const exponent = dtype === 'BF16' ? 0x7f80 : 0x7c00;
+    return (dtype !== 'F16' && dtype !== 'BF16') || data.every((bits) => (bits & exponent) !== exponent);
+  }
+  if (data instanceof Float32Array || data instanceof Float64Array) return data.every(Number.isFinite);
+  return true;
+}

@@ -84,13 +84,16 @@ export class TextGenerator {
     /** @type {number[]} */
     const tokens = [];
     let shown = '';
+    let text = '';
     for await (const token of generate(this.model, this.tokens(prompt, { chat }), options)) {
       tokens.push(token);
-      const text = this.tokenizer.decode(tokens, { skip_special_tokens: true });
+      text = this.tokenizer.decode(tokens, { skip_special_tokens: true });
       if (text.endsWith(INCOMPLETE)) continue;
       yield text.slice(shown.length);
       shown = text;
     }
+    // A character that never became complete is shown as such.
+    if (text.length > shown.length) yield text.slice(shown.length);
   }
 
   /**

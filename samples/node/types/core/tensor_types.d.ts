@@ -16,6 +16,12 @@ export function floatToHalf(value: number): number;
  * @returns {Float32Array}
  */
 export function asFloat32(data: ArrayLike<number>): Float32Array;
+/**
+ * Is every number finite?
+ * @param {PlainTensor} tensor
+ * @returns {boolean}
+ */
+export function isFiniteTensor({ dtype, data }: PlainTensor): boolean;
 /** Element types: as safetensors, ONNX and ONNX Runtime's JavaScript API call them. */
 /**
  * A tensor in plain memory.
