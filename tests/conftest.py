@@ -1,5 +1,6 @@
 """What several test folders share: a tiny language model, its adapters, its bundle."""
 
+import functools
 import shutil
 
 import pytest
@@ -63,3 +64,12 @@ def bundle(bare_bundle, adapters, tmp_path_factory):
 def own_bundle(bundle, tmp_path):
     """A copy of the bundle, to be changed by one test."""
     return shutil.copytree(bundle, tmp_path / "bundle")
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Verify tiny models on one thread: more would only wait for one another."""
+    from loraport.runtime import Runtime
+
+    one = functools.partial(Runtime, threads=1)
+    monkeypatch.setattr("loraport.parity.verification.Runtime", one)

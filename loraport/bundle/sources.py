@@ -23,7 +23,7 @@ def record_base(bundle: Path, base: str) -> None:
 def record_adapter(bundle: Path, name: str, path: str) -> None:
     """Remember where an adapter was read from."""
     sources = _read(bundle)
-    _write(bundle, {**sources, "adapters": {**sources.get("adapters", {}), name: path}})
+    _write(bundle, {**sources, "adapters": {**_adapters(sources), name: path}})
 
 
 def base_source(bundle: Path) -> str | None:
@@ -34,7 +34,7 @@ def base_source(bundle: Path) -> str | None:
 
 def adapter_source(bundle: Path, name: str) -> str | None:
     """Return where an adapter came from, if that is known."""
-    path = _read(bundle).get("adapters", {}).get(name)
+    path = _adapters(_read(bundle)).get(name)
     return path if isinstance(path, str) else None
 
 
@@ -44,6 +44,11 @@ def _read(bundle: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return sources if isinstance(sources, dict) else {}
+
+
+def _adapters(sources: dict[str, Any]) -> dict[str, Any]:
+    found = sources.get("adapters")
+    return found if isinstance(found, dict) else {}
 
 
 def _write(bundle: Path, sources: dict[str, Any]) -> None:

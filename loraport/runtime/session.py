@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,9 @@ def open_session(
         raise LoraportError(f"provider: expected one of {', '.join(PROVIDERS)}, got {provider!r}")
     wanted = PROVIDERS[provider]
     if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-        # Finds the CUDA and cuDNN libraries that PyTorch brings.
-        onnxruntime.preload_dlls()
+        # Finds the CUDA and cuDNN libraries that PyTorch brings; prints what it does not find.
+        with contextlib.redirect_stdout(sys.stderr):
+            onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     # The runtime warns of every overridable initializer; slots are overridable on purpose.
     options.log_severity_level = _ERRORS_ONLY

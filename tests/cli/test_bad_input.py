@@ -1,0 +1,179 @@
+"""Every user's mistake: exit code 2, one error on stderr that names it, no traceback."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from loraport.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def call(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+@pytest.fixture
+def places(bundle, tiny_base, adapter_a, adapter_b, tmp_path):
+    """Names that the command lines below use."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no model")
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    (tmp_path / "taken").mkdir()
+    damaged = shutil.copytree(adapter_a, tmp_path / "damaged")
+    (damaged / "adapter_config.json").write_text("{")
+    cut = shutil.copytree(adapter_a, tmp_path / "cut")
+    weights = cut / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    torn = shutil.copytree(bundle, tmp_path / "torn")
+    (torn / "manifest.json").write_text("{")
+    orphan = shutil.copytree(bundle, tmp_path / "orphan")
+    (orphan / "sources.json").write_text("{}")
+    odd = shutil.copytree(bundle, tmp_path / "odd")
+    (odd / "sources.json").write_text(json.dumps({"base": str(tiny_base), "adapters": ["a"]}))
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    return {
+        "BUNDLE": bundle,
+        "BASE": tiny_base,
+        "A": adapter_a,
+        "B": adapter_b,
+        "HERE": tmp_path,
+        "DAMAGED": damaged,
+        "CUT": cut,
+        "TORN": torn,
+        "ORPHAN": orphan,
+        "ODD": odd,
+        "OTHER": other,
+    }
+
+
+CASES = [
+    ("", "Usage:"),
+    ("sail", "No such command 'sail'"),
+    # export
+    ("export", "Missing argument 'BASE'"),
+    ("export BASE", "Missing option '-o'"),
+    ("export BASE -o HERE/out --precision fp8", "'fp8' is not one of"),
+    ("export HERE/nowhere -o HERE/out", "nowhere"),
+    ("export HERE/empty -o HERE/out", "expected a model directory with config.json"),
+    ("export HERE/notes.txt -o HERE/out", "expected a directory or a .gguf file"),
+    ("export nothing -o HERE/out", "expected a model directory, a .gguf file, a hub name"),
+    ("export BASE -o HERE/taken", "already exists; choose another output or pass --force"),
+    ("export BASE -o HERE/notes.txt --force", "is a file; a directory is to be written there"),
+    ("export BASE -o HERE/out --adapter a", "expected NAME=PATH, got 'a'"),
+    ("export BASE -o HERE/out --adapter a=A --adapter a=B", "'a' is given twice"),
+    ("export BASE -o HERE/out --adapter a=HERE/nowhere", "expected a file or directory"),
+    # add
+    ("add", "Missing argument 'BUNDLE'"),
+    ("add BUNDLE", "Missing argument 'NAME=ADAPTER"),
+    ("add BUNDLE x=HERE/nowhere", "expected a file or directory, got none there"),
+    ("add BUNDLE x=HERE/empty", "expected one of the known formats"),
+    ("add BUNDLE x=DAMAGED", "adapter_config.json"),
+    ("add BUNDLE x=CUT", "adapter_model.safetensors"),
+    ("add BUNDLE A", "expected NAME=PATH"),
+    ("add BUNDLE x=A x=B", "'x' is given twice"),
+    ("add BUNDLE a=A", "a: expected a new name, got one the bundle has"),
+    ("add BUNDLE ../x=A", "expected letters, digits"),
+    ("add HERE/empty x=A", "expected a directory with manifest.json"),
+    ("add TORN x=A", "manifest.json: expected a manifest"),
+    # run
+    ("run BUNDLE", "Missing option '--prompt'"),
+    ("run HERE/nowhere --prompt hi", "expected a directory with manifest.json"),
+    ("run TORN --prompt hi", "manifest.json: expected a manifest"),
+    ("run BUNDLE --prompt hi --adapter c", "adapter 'c': expected one of the bundle's (a, b)"),
+    ("run BUNDLE --prompt hi --adapter a=much", "expected NAME or NAME=STRENGTH, a number"),
+    ("run BUNDLE --prompt hi --adapter a=nan", "expected NAME or NAME=STRENGTH, a number"),
+    ("run BUNDLE --prompt hi --adapter a --adapter a=2", "expected each adapter once"),
+    ("run BUNDLE --prompt= --raw", "prompt: expected some text, got none"),
+    ("run BUNDLE --prompt hi --max-new-tokens 0", "'--max-new-tokens'"),
+    ("run BUNDLE --prompt hi --temperature -1", "'--temperature'"),
+    ("run BUNDLE --prompt hi --top-p 0", "'--top-p'"),
+    ("run BUNDLE --prompt hi --provider tpu", "'tpu' is not one of"),
+    # verify
+    ("verify HERE/nowhere", "expected a directory with manifest.json"),
+    ("verify TORN", "manifest.json: expected a manifest"),
+    ("verify BUNDLE --adapter c", "adapter 'c': expected one of the bundle's (a, b)"),
+    ("verify BUNDLE --adapter a=HERE/nowhere", "expected the adapter it was packed from"),
+    ("verify BUNDLE --adapter a=B", "expected the one it was packed from"),
+    ("verify BUNDLE --base HERE/nowhere", "nowhere"),
+    ("verify BUNDLE --base OTHER", "model.layers.0.mlp.up_proj: expected base weight"),
+    ("verify ORPHAN", "give --base"),
+    ("verify ORPHAN --base BASE", "give --adapter a=PATH"),
+    ("verify ODD", "give --adapter a=PATH"),
+    # inspect
+    ("inspect", "Missing argument 'PATH'"),
+    ("inspect HERE/nowhere", "got nothing of this name"),
+    ("inspect HERE/empty", "expected an adapter, a checkpoint, an .onnx file or a bundle"),
+    ("inspect HERE/notes.txt", "expected an adapter, a checkpoint, an .onnx file or a bundle"),
+    ("inspect HERE/broken.onnx", "expected an ONNX model"),
+    ("inspect CUT", "adapter_model.safetensors"),
+    ("inspect TORN", "manifest.json: expected a manifest"),
+]
+
+
+def test_each_mistake(places, capsys):
+    # One test for all: they share the places, and each is a moment.
+    wrong = []
+    for line, expected in CASES:
+        arguments = [
+            "/".join(str(places.get(part, part)) for part in word.split("/"))
+            if "=" not in word
+            else word.partition("=")[0]
+            + "="
+            + "/".join(str(places.get(part, part)) for part in word.partition("=")[2].split("/"))
+            for word in line.split()
+        ]
+        code, out, err = call(capsys, *arguments)
+        shown = " ".join(err.split())
+        sound = (
+            code == 2
+            and expected in shown
+            and ("error:" in err.lower() or not line)
+            and "Traceback" not in err
+            and out == ""
+        )
+        if not sound:
+            wrong.append(f"{line!r}: {code}, {out[-200:]!r}, {err[-500:]!r}")
+    assert not wrong, "\n".join(wrong)
+    assert not (places["HERE"] / "out").exists()
+    assert not list(places["HERE"].glob(".*partial*"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("command", ["run {} --prompt hi", "verify {}"])
+def test_cuda_where_there_is_none(bundle, capsys, command):
+    code, out, err = call(capsys, *command.format(bundle).split(), "--provider", "cuda")
+    assert code == 2
+    assert "CUDA" in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_a_flipped_byte_is_refused(own_bundle, capsys):
+    data = bytearray((own_bundle / "model.onnx.data").read_bytes())
+    data[100] ^= 1
+    (own_bundle / "model.onnx.data").write_bytes(data)
+    code, out, err = call(capsys, "run", own_bundle, "--prompt", "hi")
+    assert code == 2
+    assert "model.onnx.data: expected sha256" in err
+    assert out == ""
+
+
+def test_a_disk_that_refuses_is_no_traceback(own_bundle, adapter_b, capsys, monkeypatch):
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("converters.onnx.adding.save_file", full)
+    code, _, err = call(capsys, "add", own_bundle, f"c={adapter_b}")
+    assert code == 2
+    assert "error: [Errno 28] No space left on device" in err
