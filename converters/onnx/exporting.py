@@ -110,7 +110,7 @@ def export_base(
             load_tokenizer(str(directory)).save_pretrained(bundle)
         progress("putting in the slots")
         _slot_and_describe(bundle, model, options, base_name=_base_name(base, directory))
-        record_base(bundle, str(directory))
+        record_base(bundle, str(directory.resolve()))
         progress("recording golden outputs")
         if decoder:
             write_base_golden(bundle, _decoder_golden_inputs(bundle))
@@ -186,7 +186,7 @@ def _slot_and_describe(
         tolerances=golden_tolerances(options.precision),
         made_by=f"loraport {__version__}",
     )
-    files = [str(file.relative_to(bundle)) for file in sorted(bundle.rglob("*")) if file.is_file()]
+    files = sorted(f.relative_to(bundle).as_posix() for f in bundle.rglob("*") if f.is_file())
     write_manifest(manifest.with_files(bundle, files), bundle)
 
 

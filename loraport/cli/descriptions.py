@@ -82,10 +82,12 @@ def _adapter(path: Path) -> Description:
         ),
         "targets": _listed(path.rpartition(".")[2] for path in adapter.modules),
     }
-    if any(module.magnitude is not None for module in adapter.modules.values()):
-        facts["variant"] = "DoRA"
-    if any(module.use_rslora for module in adapter.modules.values()):
-        facts["variant"] = "rsLoRA"
+    variants = {
+        "DoRA": any(module.magnitude is not None for module in adapter.modules.values()),
+        "rsLoRA": any(module.use_rslora for module in adapter.modules.values()),
+    }
+    if any(variants.values()):
+        facts["variant"] = ", ".join(name for name, present in variants.items() if present)
     if adapter.replacements:
         facts["replaced parameters"] = ", ".join(adapter.replacements)
     rows = tuple(

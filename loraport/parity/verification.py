@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,14 +46,21 @@ class Verification:
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as an object for ``--json``."""
+        """Return the report as an object for ``--json``; a number that is none becomes null."""
         return {
             "passed": self.passed,
             "provider": self.provider,
             "samples": self.samples,
             "tolerance": asdict(self.tolerance),
-            "checks": [asdict(check) for check in self.checks],
+            "checks": [_finite(asdict(check)) for check in self.checks],
         }
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with ``None`` for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def verify_bundle(
