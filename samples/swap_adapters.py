@@ -7,8 +7,8 @@ The same story as ``loraport demo``, in the calls you would make from your own c
 
 from pathlib import Path
 
+from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters, export_base
-from converters.registry import read_adapter
 from loraport.base_model import load_model
 from loraport.parity import verify_bundle
 from loraport.runtime import Runtime, Sampling, TextGenerator

@@ -48,8 +48,8 @@ def bare_bundle(tiny_base, tmp_path_factory):
 @pytest.fixture(scope="session")
 def bundle(bare_bundle, adapters, tmp_path_factory):
     """The exported base with both adapters; not to be changed."""
+    from converters.formats.registry import read_adapter
     from converters.onnx import add_adapters
-    from converters.registry import read_adapter
     from loraport.bundle.sources import record_adapter
 
     out = tmp_path_factory.mktemp("tiny") / "bundle"

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from converters.formats.registry import read_adapter
 from converters.merge.base import BaseCheckpoint, open_base
 from converters.merge.layout import BaseLayout, base_layout
 from converters.merge.model_files import write_model_files
@@ -18,7 +19,6 @@ from converters.merge.plan import MergePlan, TensorPlan, plan_merge
 from converters.merge.same_base import require_same_base
 from converters.merge.targets import NamedAdapter
 from converters.merge.writer import write_shards
-from converters.registry import read_adapter
 from loraport.adapter import Adapter
 from loraport.errors import LoraportError
 from loraport.output import new_directory, refuse_existing

@@ -16,8 +16,8 @@ from loraport.cli.options import log, named_paths, progress
 @click.option("--ignore-fingerprint", is_flag=True, help="Accept adapters made for another base.")
 def add(bundle: Path, adapters: tuple[str, ...], force: bool, ignore_fingerprint: bool) -> None:
     """Pack adapters into BUNDLE; nothing is exported again."""
+    from converters.formats.registry import read_adapter
     from converters.onnx.adding import add_adapters
-    from converters.registry import read_adapter
     from loraport.bundle.sources import record_adapter
 
     paths = named_paths(adapters, "adapter")

@@ -33,9 +33,9 @@ def compose(
     Ranks are laid side by side, which is exact: no cross terms arise. With --rank or --energy
     the sum is reduced by a singular value decomposition and the error of each module reported.
     """
-    from converters.base_copies import without_base_copies
     from converters.compose import compose as add_up
-    from converters.registry import read_adapter
+    from converters.formats.base_copies import without_base_copies
+    from converters.formats.registry import read_adapter
     from loraport.base_model import resolve_base
     from loraport.cli.error_table import show_errors
     from loraport.cli.merge import parse_strength

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from converters.registry import adapter_formats, read_adapter, write_adapter
+from converters.formats.registry import adapter_formats, read_adapter, write_adapter
 
 
 @click.command()

@@ -48,7 +48,7 @@ def describe(path: Path) -> Description:
         return _bundle(path)
     if path.suffix == ".onnx":
         return _onnx(path)
-    from converters.registry import detect_format
+    from converters.formats.registry import detect_format
 
     try:
         detect_format(path)
@@ -64,7 +64,7 @@ def describe(path: Path) -> Description:
 
 
 def _adapter(path: Path) -> Description:
-    from converters.registry import detect_format, read_adapter
+    from converters.formats.registry import detect_format, read_adapter
 
     adapter = read_adapter(path)
     facts: dict[str, Any] = {

@@ -42,9 +42,9 @@ def export(
 
     BASE is a model directory, a .gguf file, a hub name (owner/name) or 'smollm2'.
     """
+    from converters.formats.registry import read_adapter
     from converters.onnx.adding import add_adapters
     from converters.onnx.exporting import ExportOptions, export_base
-    from converters.registry import read_adapter
     from loraport.bundle.manifest import read_manifest
     from loraport.bundle.sources import record_adapter
 

@@ -105,8 +105,8 @@ class Story:
 
     def export(self) -> None:
         """Export the base once; the graph knows nothing of the adapters."""
+        from converters.formats.registry import read_adapter
         from converters.onnx import add_adapters, export_base
-        from converters.registry import read_adapter
         from loraport.bundle.sources import record_adapter
 
         _chapter("Export the base once to ONNX, then add the adapters")
@@ -138,7 +138,7 @@ class Story:
 
     def verify(self) -> None:
         """Prove that the bundle computes what PyTorch computes."""
-        from converters.registry import read_adapter
+        from converters.formats.registry import read_adapter
         from loraport.base_model import load_model
         from loraport.parity import verify_bundle
 

@@ -61,8 +61,8 @@ def _adapter_sources(
     bundle: Path, manifest: Manifest, chosen: tuple[str, ...]
 ) -> dict[str, Adapter]:
     """Read the adapters as they were trained, by their names in the bundle."""
+    from converters.formats.registry import read_adapter
     from converters.onnx.pack import adapter_sha256
-    from converters.registry import read_adapter
     from loraport.bundle.sources import adapter_source
 
     wanted = dict(choice.partition("=")[::2] for choice in chosen) or dict.fromkeys(

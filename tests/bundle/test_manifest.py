@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters
-from converters.registry import read_adapter
 from loraport.bundle.manifest import MANIFEST_FILE, Manifest, check_files, read_manifest
 from loraport.errors import LoraportError
 

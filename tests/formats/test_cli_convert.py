@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from converters.registry import adapter_formats, read_adapter
+from converters.formats.registry import adapter_formats, read_adapter
 from loraport.cli import main
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft_cases import load_with_peft, logits
 
-from converters.features import module_features, replacement_feature
-from converters.registry import adapter_formats, detect_format, read_adapter, write_adapter
+from converters.formats.features import module_features, replacement_feature
+from converters.formats.registry import adapter_formats, detect_format, read_adapter, write_adapter
 from loraport.adapter import Adapter
 from loraport.errors import LoraportError
 

@@ -7,7 +7,7 @@ import torch
 from peft_cases import Case, make_case
 from safetensors.torch import load_file, save_file
 
-from converters.registry import read_adapter, write_adapter
+from converters.formats.registry import read_adapter, write_adapter
 from loraport.errors import LoraportError
 
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "conv1", "proj_in"]

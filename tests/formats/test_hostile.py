@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from converters.gguf_file import read_gguf, write_gguf
-from converters.registry import adapter_formats, read_adapter, write_adapter
+from converters.formats.gguf_file import read_gguf, write_gguf
+from converters.formats.registry import adapter_formats, read_adapter, write_adapter
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.errors import LoraportError
 

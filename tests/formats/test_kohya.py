@@ -5,7 +5,7 @@ import torch
 from peft_cases import inputs, load_with_peft
 from safetensors.torch import load_file, save_file
 
-from converters.registry import read_adapter, write_adapter
+from converters.formats.registry import read_adapter, write_adapter
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.errors import LoraportError
 

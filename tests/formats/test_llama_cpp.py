@@ -10,7 +10,7 @@ import torch
 from llama_gguf import tiny_decoder, write_gguf_base
 from peft_cases import Case, load_with_peft, make_case
 
-from converters.registry import read_adapter, write_adapter
+from converters.formats.registry import read_adapter, write_adapter
 
 _TOKENS = [1, 7, 14, 300, 28, 35, 42, 49, 56, 63, 70, 77]
 # llama.cpp in float32 on these models is within 2e-6 of PyTorch; adapters move it by 0.1 and more.
@@ -85,7 +85,7 @@ def test_foreign_files_need_the_base_and_are_read_with_it(bases, tmp_path) -> No
     """Without what loraport adds, as llama.cpp's own converter writes it."""
     import gguf
 
-    from converters.gguf_file import read_gguf, write_gguf
+    from converters.formats.gguf_file import read_gguf, write_gguf
     from loraport.errors import LoraportError
 
     directory, models = bases

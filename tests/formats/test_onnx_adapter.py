@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from converters.registry import read_adapter, write_adapter
+from converters.formats.registry import read_adapter, write_adapter
 from loraport.errors import LoraportError
 
 

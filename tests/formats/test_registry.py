@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from converters.registry import adapter_formats, read_adapter, write_adapter
+from converters.formats.registry import adapter_formats, read_adapter, write_adapter
 from loraport.adapter import Adapter
 from loraport.errors import LoraportError
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters
-from converters.registry import read_adapter
 from loraport.bundle.golden import read_golden
 from loraport.bundle.manifest import check_files, read_manifest
 from loraport.errors import LoraportError

@@ -6,8 +6,8 @@ import transformers
 from peft_cases import Case
 from tiny_llm import SIZES, save_adapter, save_base
 
+from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters, export_base
-from converters.registry import read_adapter
 from loraport.base_model import load_model
 from loraport.bundle.manifest import read_manifest
 from loraport.parity import verify_bundle

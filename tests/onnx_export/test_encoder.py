@@ -7,8 +7,8 @@ from peft_cases import Case, bert, load_with_peft, make_case
 from tiny_llm import tokenizer
 from torch import nn
 
+from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters, export_base
-from converters.registry import read_adapter
 from loraport.bundle.manifest import read_manifest
 from loraport.parity import verify_bundle
 from loraport.runtime import Runtime

@@ -7,8 +7,8 @@ import torch
 from peft_cases import Case, load_with_peft, make_case
 from torch import nn
 
+from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters, export_torch_module
-from converters.registry import read_adapter
 from loraport.bundle.manifest import read_manifest
 from loraport.errors import LoraportError
 from loraport.parity import verify_bundle

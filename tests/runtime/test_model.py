@@ -11,8 +11,8 @@ import torch
 from peft_cases import load_with_peft
 from tiny_llm import TEXTS, peft_model, tokenizer
 
+from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters
-from converters.registry import read_adapter
 from loraport.base_model import load_model
 from loraport.bundle.manifest import read_manifest, write_manifest
 from loraport.errors import LoraportError

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.features import Feature
+from converters.formats.features import Feature
 from loraport.adapter import Adapter
 from loraport.base_model import resolve_base
 

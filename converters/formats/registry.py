@@ -1,7 +1,7 @@
 """Every adapter format there is, found by looking: a new format is one new file.
 
 A format is a module directly in this package with an attribute ``FORMAT``
-(`converters.format.AdapterFormat`).
+(`converters.formats.format.AdapterFormat`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import converters
-from converters.base_copies import without_base_copies
-from converters.features import Feature
-from converters.format import AdapterFormat, FormatContext
+import converters.formats
+from converters.formats.base_copies import without_base_copies
+from converters.formats.features import Feature
+from converters.formats.format import AdapterFormat, FormatContext
 from loraport.adapter import Adapter
 from loraport.errors import LoraportError, Problems
 from loraport.naming import is_module_path
@@ -26,7 +26,7 @@ from loraport.output import refuse_existing
 def adapter_formats() -> Mapping[str, AdapterFormat]:
     """Return every format by name, in alphabetical order of their files."""
     formats: dict[str, AdapterFormat] = {}
-    for module in pkgutil.iter_modules(converters.__path__, f"{converters.__name__}."):
+    for module in pkgutil.iter_modules(converters.formats.__path__, "converters.formats."):
         if module.ispkg or module.name == __name__:
             continue
         found = getattr(importlib.import_module(module.name), "FORMAT", None)

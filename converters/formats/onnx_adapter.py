@@ -14,11 +14,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.assembly import FoundTensor, assemble, check_values
-from converters.carried import Carried, carried_json, read_carried, restore
-from converters.features import PLAIN_KINDS, Feature, cannot_hold
-from converters.folding import fold_to
-from converters.format import AdapterFormat, FormatContext
+from converters.formats.assembly import FoundTensor, assemble, check_values
+from converters.formats.carried import Carried, carried_json, read_carried, restore
+from converters.formats.features import PLAIN_KINDS, Feature, cannot_hold
+from converters.formats.folding import fold_to
+from converters.formats.format import AdapterFormat, FormatContext
 from loraport.adapter import Adapter, ModuleKind
 from loraport.errors import LoraportError, Problems
 from loraport.naming import is_module_path, parse_slot_input, slot_a, slot_b

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.assembly import FoundTensor, assemble, check_values
-from converters.base_facts import module_paths, read_base_facts
-from converters.carried import CARRIED_KEY, Carried, carried_json, read_carried, restore
-from converters.features import PLAIN_KINDS, Feature, cannot_hold
-from converters.folding import fold_to, most_common
-from converters.format import AdapterFormat, FormatContext
-from converters.gguf_file import read_gguf, write_gguf
+from converters.formats.assembly import FoundTensor, assemble, check_values
+from converters.formats.base_facts import module_paths, read_base_facts
+from converters.formats.carried import CARRIED_KEY, Carried, carried_json, read_carried, restore
+from converters.formats.features import PLAIN_KINDS, Feature, cannot_hold
+from converters.formats.folding import fold_to, most_common
+from converters.formats.format import AdapterFormat, FormatContext
+from converters.formats.gguf_file import read_gguf, write_gguf
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.errors import LoraportError, Problems
 from loraport.naming.gguf import (

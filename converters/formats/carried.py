@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from converters.json_object import parse_json_object
+from converters.formats.json_object import parse_json_object
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint

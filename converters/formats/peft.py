@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from converters.features import Feature
-from converters.format import AdapterFormat, FormatContext
+from converters.formats.features import Feature
+from converters.formats.format import AdapterFormat, FormatContext
 from loraport.adapter import Adapter
 from loraport.peft_layout import CONFIG_FILE, is_peft, read_peft, write_peft
 from loraport.peft_layout.read import PICKLED_FILE, WEIGHTS_FILE

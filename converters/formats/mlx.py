@@ -12,13 +12,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.assembly import FoundTensor, assemble, check_values
-from converters.base_facts import BaseFacts, read_base_facts
-from converters.carried import CARRIED_KEY, carried_json, read_carried, restore
-from converters.features import PLAIN_KINDS, Feature, cannot_hold
-from converters.folding import fold_to, most_common
-from converters.format import AdapterFormat, FormatContext
-from converters.json_object import read_json_object
+from converters.formats.assembly import FoundTensor, assemble, check_values
+from converters.formats.base_facts import BaseFacts, read_base_facts
+from converters.formats.carried import CARRIED_KEY, carried_json, read_carried, restore
+from converters.formats.features import PLAIN_KINDS, Feature, cannot_hold
+from converters.formats.folding import fold_to, most_common
+from converters.formats.format import AdapterFormat, FormatContext
+from converters.formats.json_object import read_json_object
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.checkpoint import Checkpoint
 from loraport.errors import Problems

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.assembly import FoundTensor, assemble, check_values
-from converters.base_facts import component_class, module_paths
-from converters.carried import CARRIED_KEY, Carried, carried_json, read_carried, restore
-from converters.features import Feature, cannot_hold
-from converters.format import AdapterFormat, FormatContext
+from converters.formats.assembly import FoundTensor, assemble, check_values
+from converters.formats.base_facts import component_class, module_paths
+from converters.formats.carried import CARRIED_KEY, Carried, carried_json, read_carried, restore
+from converters.formats.features import Feature, cannot_hold
+from converters.formats.format import AdapterFormat, FormatContext
 from loraport.adapter import Adapter, LoraModule
 from loraport.checkpoint import Checkpoint, read_header
 from loraport.errors import LoraportError, Problems

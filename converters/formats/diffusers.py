@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.base_facts import component_class
-from converters.carried import CARRIED_KEY, carried_json, read_carried, restore
-from converters.features import Feature, cannot_hold
-from converters.format import AdapterFormat, FormatContext
-from converters.json_object import parse_json_object
+from converters.formats.base_facts import component_class
+from converters.formats.carried import CARRIED_KEY, carried_json, read_carried, restore
+from converters.formats.features import Feature, cannot_hold
+from converters.formats.format import AdapterFormat, FormatContext
+from converters.formats.json_object import parse_json_object
 from loraport.adapter import Adapter
 from loraport.checkpoint import Checkpoint, read_header
 from loraport.errors import LoraportError

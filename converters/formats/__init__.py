@@ -1,0 +1,1 @@
+"""Adapter formats, one file each, and what they share; `registry` finds them."""
