@@ -51,6 +51,18 @@ def attach(model: nn.Module, options: LoraOptions | None = None) -> dict[str, Lo
     """
     options = options or LoraOptions()
     refuse_attached(model)
+    layers = new_layers(model, options)
+    freeze(model)
+    insert(model, layers.values())
+    return layers
+
+
+def new_layers(model: nn.Module, options: LoraOptions) -> dict[str, LoraLayer]:
+    """Return module path → a fresh LoRA layer for every module selected; the model stays as it is.
+
+    Raises:
+        LoraportError: If the selection fails.
+    """
     targets = select_targets(model, options)
     ranks = RankAndAlpha(
         options.rank, options.effective_alpha, options.rank_pattern, options.alpha_pattern
@@ -66,8 +78,6 @@ def attach(model: nn.Module, options: LoraOptions | None = None) -> dict[str, Lo
             dropout=options.dropout,
         )
         layers[path].reset(options.init, generator)
-    freeze(model)
-    insert(model, layers.values())
     return layers
 
 
