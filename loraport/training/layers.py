@@ -19,6 +19,7 @@ from torch import nn
 from loraport.adapter import ModuleKind
 from loraport.errors import LoraportError
 from loraport.scaling import lora_scaling
+from loraport.training.lora_function import add_low_rank, lora_linear
 
 
 class LoraLayer(nn.Module):
@@ -144,6 +145,24 @@ class LoraLinear(LoraLayer):
         """Return ``[r, in]`` and ``[out, r]``."""
         layer = cast(nn.Linear, base_layer)
         return (rank, layer.in_features), (layer.out_features, rank)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the adapted output; where nothing but A and B is beside the base, in one node."""
+        dropping = self.training and isinstance(self.lora_dropout, nn.Dropout)
+        if dropping or self.gain is not None or self.extra_bias is not None:
+            return super().forward(x)
+        weight, bias = self._frozen_weight()
+        if weight is None:
+            base = self.base_layer(x)
+            return add_low_rank(base, x, self.lora_A, self.lora_B, self.scaling)
+        return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling)
+
+    def _frozen_weight(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return weight ``[out, in]`` and bias, where ``x W^T`` is all that the base does."""
+        layer = self.base_layer
+        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+            return None, None  # quantized, or watched by someone
+        return layer.weight, layer.bias
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``scaling * B (A dropout(x))``."""
