@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from converters.onnx.genai_builder import PRECISIONS, build_with_genai
-from converters.onnx.modules import linear_modules
-from converters.onnx.slots import SlottedModel, insert_slots, require_slot_inputs
+from converters.onnx.modules import slottable_modules
+from converters.onnx.slots import SlotOptions, SlottedModel, insert_slots, require_slot_inputs
 from converters.onnx.torch_exporter import export_module
 from loraport import __version__
 from loraport.base_model import (
@@ -44,11 +44,13 @@ class ExportOptions:
         precision: Of the base's weights: ``fp32``, ``fp16`` or ``int4``.
         provider: Execution provider the graph is made for: ``cpu`` or ``cuda``.
         lm_head: Put a slot beside the output head too.
+        slots: What the slots can take.
     """
 
     precision: str = "fp32"
     provider: str = "cpu"
     lm_head: bool = False
+    slots: SlotOptions = field(default_factory=SlotOptions)
 
 
 Progress = Callable[[str], None]
@@ -125,6 +127,7 @@ def export_torch_module(
     out: Path,
     *,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    slots: SlotOptions | None = None,
     base_name: str = "",
     force: bool = False,
 ) -> None:
@@ -135,6 +138,7 @@ def export_torch_module(
         inputs: An example of every tensor argument of ``forward`` by name.
         out: The new bundle; appears whole or not at all.
         dynamic: Input name → dimension → its name; the first dimension as ``batch`` unless told.
+        slots: What the slots can take; LoRA on linear layers unless told.
         base_name: What the base calls itself.
         force: Replace an existing bundle.
 
@@ -144,9 +148,8 @@ def export_torch_module(
     dynamic = dynamic if dynamic is not None else {name: {0: "batch"} for name in inputs}
     with new_directory(out, force=force) as bundle:
         export_module(module.eval(), inputs, bundle, dynamic=dynamic)
-        _slot_and_describe(
-            bundle, module, ExportOptions(), base_name=base_name or type(module).__name__
-        )
+        options = ExportOptions(slots=slots or SlotOptions())
+        _slot_and_describe(bundle, module, options, base_name=base_name or type(module).__name__)
         write_base_golden(bundle, {name: tensor.numpy() for name, tensor in inputs.items()})
 
 
@@ -167,13 +170,13 @@ def _forward_arguments(model: nn.Module) -> Iterable[str]:
 def _slot_and_describe(
     bundle: Path, model: nn.Module, options: ExportOptions, *, base_name: str
 ) -> None:
-    modules = linear_modules(model)
+    modules = slottable_modules(model)
     head = _head_path(model)
 
     def exclude(path: str) -> str | None:
         return _LEFT_OUT_HEAD if path == head and not options.lm_head else None
 
-    slotted = insert_slots(ir.load(bundle / MODEL_FILE), modules, exclude=exclude)
+    slotted = insert_slots(ir.load(bundle / MODEL_FILE), modules, options.slots, exclude=exclude)
     save_graphs(slotted, bundle)
     covered = [path for path in slotted.slots.modules() if path in modules]
     manifest = Manifest(

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from converters.onnx.modules import LinearModule
+from converters.onnx.modules import SlottableModule
 from converters.onnx.site import Site
+from loraport.adapter import ModuleKind
 
-Match = tuple[LinearModule, ...]
+Match = tuple[SlottableModule, ...]
 
 # What packed projections are called, and the modules they stand for.
 _PACKED = {
@@ -46,11 +47,14 @@ class Matcher:
     """Finds the modules of sites in one base model.
 
     Args:
-        modules: The base's linear modules by path.
+        modules: The base's modules by path.
     """
 
-    def __init__(self, modules: Mapping[str, LinearModule]) -> None:
-        self._modules = modules
+    def __init__(self, modules: Mapping[str, SlottableModule]) -> None:
+        self._by_kind = {
+            kind: {path: module for path, module in modules.items() if module.kind is kind}
+            for kind in ModuleKind
+        }
 
     def match(self, site: Site) -> Match | Unmatched:
         """Return the modules whose outputs, side by side, are the site's output."""
@@ -66,23 +70,24 @@ class Matcher:
         return Unmatched("; ".join(reasons) or by_value)
 
     def _named(self, site: Site) -> Iterator[tuple[str, Match]]:
+        modules = self._by_kind[site.kind]
         for path in _recorded_scopes(site):
-            if path in self._modules:
-                yield "the export's metadata", (self._modules[path],)
+            if path in modules:
+                yield "the export's metadata", (modules[path],)
                 break
         path = _path_of_node_name(_name(site))
-        if path in self._modules:
-            yield "the node's name", (self._modules[path],)
+        if path in modules:
+            yield "the node's name", (modules[path],)
             return
         leaf = path.rpartition(".")[2]
-        layer = [module for module in self._modules.values() if _layer(module.path) == _layer(path)]
+        layer = [module for module in modules.values() if _layer(module.path) == _layer(path)]
         for leaves in ((leaf,), *_PACKED.get(leaf, ())):
             found = [
                 [module for module in layer if module.path.rpartition(".")[2] == wanted]
                 for wanted in leaves
             ]
-            if all(len(modules) == 1 for modules in found):
-                yield "the node's name", tuple(modules[0] for modules in found)
+            if all(len(fitting) == 1 for fitting in found):
+                yield "the node's name", tuple(fitting[0] for fitting in found)
 
     def _by_value(self, site: Site) -> Match | str:
         """Return the modules whose weights, side by side, are the site's; else why there are none.
@@ -93,13 +98,13 @@ class Matcher:
         if site.quantized:
             return nothing
         weight = site.weight()
-        members: list[LinearModule] = []
+        members: list[SlottableModule] = []
         start = 0
         while start < site.out_features:
             column = weight[:, start : start + 1]
             fitting = [
                 module
-                for module in self._modules.values()
+                for module in self._by_kind[site.kind].values()
                 if _equal(module.weight[:1], column)
                 and _equal(module.weight, weight[:, start : start + module.out_features])
             ]
@@ -117,10 +122,10 @@ def _misfit(site: Site, candidate: Match) -> str | None:
     """Return why these modules are not what the site computes, or ``None`` if they are."""
     outputs = sum(module.out_features for module in candidate)
     if outputs != site.out_features or any(
-        module.in_features != site.in_features for module in candidate
+        module.in_features != site.fan_in for module in candidate
     ):
         inputs = candidate[0].in_features
-        return f"the node maps {site.in_features} to {site.out_features}, not {inputs} to {outputs}"
+        return f"the node maps {site.fan_in} to {site.out_features}, not {inputs} to {outputs}"
     weight = site.weight()
     same = _near if site.quantized else _equal
     start = 0

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from loraport.adapter import ModuleKind
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A linear operator ``y = x W`` with a constant weight.
+    """An operator ``y = x W (+ bias)`` with a constant weight.
 
     Attributes:
         node: The operator.
-        x: Its activation input ``[..., in]``.
-        y: Its output ``[..., out]``.
-        in_features: Last dimension of ``x``.
-        out_features: Last dimension of ``y``.
-        dtype: Element type of the activations, and so of the slot.
-        weight: Gives the weight as ``[in, out]``, dequantized if need be.
+        x: Its input: activations ``[..., in]``, of a convolution ``[batch, in, *size]``, of an
+            embedding token numbers.
+        y: Its output ``[..., out]``, of a convolution ``[batch, out, *size]``.
+        in_features: Features of ``x``: channels of a convolution, vocabulary of an embedding.
+        out_features: Features of ``y``.
+        dtype: Element type of the output, and so of the slot.
+        weight: Gives the weight as ``[in, out]``, dequantized if need be; a kernel is flattened
+            to ``in = channels / groups * kernel``.
         quantized: The stored weight is a rounding of the base's.
+        kind: What the operator is.
+        kernel: A convolution's kernel size.
+        groups: A convolution's groups.
+        bias_input: Number of the operator's input that is a constant bias ``[out]``, added as it
+            is; ``None`` if it has none.
+        bias_is_fixed: The operator adds something that cannot be taken out of it.
     """
 
     node: ir.Node
@@ -32,3 +43,13 @@ class Site:
     dtype: ir.DataType
     weight: Callable[[], np.ndarray]
     quantized: bool = False
+    kind: ModuleKind = ModuleKind.LINEAR
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    bias_input: int | None = None
+    bias_is_fixed: bool = False
+
+    @property
+    def fan_in(self) -> int:
+        """Rows of the weight."""
+        return self.in_features // self.groups * math.prod(self.kernel)

@@ -2,10 +2,11 @@
 
 For each site ``y = x W`` with matched modules:
 
-1. graph inputs ``NAME.lora_A [in, r]`` and ``NAME.lora_B [r, out]`` with a symbolic rank of
-   the slot's own, and initializers of the same names: rank-1 zeros, so that the graph without
-   any adapter is the base;
-2. ``y' = y + (x A) B``, and every reader of ``y`` reads ``y'``; a graph output keeps its name.
+1. graph inputs ``NAME.lora_A`` and ``NAME.lora_B`` with a symbolic rank of the slot's own (and
+   ``NAME.lora_gain``, ``NAME.lora_bias`` where wanted), and initializers of the same names that
+   change nothing: rank-1 zeros, so that the graph without any adapter is the base;
+2. the slot's nodes, as `slot_nodes` says; every reader of ``y`` reads theirs, and a graph output
+   keeps its name.
 
 Sites that compute the same modules (a module called twice) share one slot.
 """
@@ -19,15 +20,47 @@ import numpy as np
 import onnx_ir as ir
 
 from converters.onnx.matching import Match, Matcher, Unmatched
-from converters.onnx.modules import LinearModule
+from converters.onnx.modules import SlottableModule
 from converters.onnx.operators import find_site
 from converters.onnx.site import Site
-from loraport.bundle.slots import Slot, SlotMember, SlotTable
-from loraport.errors import LoraportError
+from converters.onnx.slot_nodes import add_slot_nodes
+from loraport.adapter import ModuleKind
+from loraport.bundle.slots import STRENGTH_INPUT, Slot, SlotInput, SlotMember, SlotTable
+from loraport.errors import LoraportError, Problems
 from loraport.naming import packed_slot
 
 # Overridable initializers exist from this IR version on.
 _MINIMUM_IR_VERSION = 4
+
+VARIANTS = ("lora", "gain", "bias", "embedding", "conv", "replacement")
+
+
+@dataclass(frozen=True)
+class SlotOptions:
+    """What a graph's slots can take.
+
+    Attributes:
+        variants: Of `VARIANTS`: ``lora`` on linear modules, ``embedding`` and ``conv`` on those,
+            ``gain`` (DoRA) and ``bias`` (LoRA bias) on every slot, ``replacement`` of whole
+            parameters.
+        strength: An input ``lora_strength`` ``[1]`` that scales every update.
+    """
+
+    variants: tuple[str, ...] = ("lora",)
+    strength: bool = False
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        for variant in self.variants:
+            if variant not in VARIANTS:
+                problems.add("slots", f"of {', '.join(VARIANTS)}", repr(variant))
+        if not {"lora", "embedding", "conv", "replacement"} & set(self.variants):
+            problems.add("slots", "lora, embedding, conv or replacement", "none of them")
+        problems.raise_if_any("slot options cannot be used")
+
+    def serves(self, kind: ModuleKind) -> bool:
+        """Tell whether modules of this kind get slots."""
+        return ("lora" if kind is ModuleKind.LINEAR else kind.value) in self.variants
 
 
 @dataclass(frozen=True)
@@ -47,27 +80,33 @@ class SlottedModel:
 
 def insert_slots(
     model: ir.Model,
-    modules: Mapping[str, LinearModule],
+    modules: Mapping[str, SlottableModule],
+    options: SlotOptions | None = None,
     *,
     exclude: Callable[[str], str | None] = lambda path: None,  # noqa: ARG005
 ) -> SlottedModel:
-    """Put a slot beside every linear operator whose modules are known.
+    """Put a slot beside every operator whose modules are known.
 
     Args:
         model: Any ONNX model; changed in place.
-        modules: The base's linear modules by path.
+        modules: The base's modules by path.
+        options: What the slots can take; LoRA on linear modules unless told.
         exclude: Gives the reason for leaving a module without a slot, or ``None``.
 
     Raises:
         LoraportError: If no operator could be matched at all.
     """
-    matcher = Matcher(modules)
+    options = options or SlotOptions()
+    wanted = {path: module for path, module in modules.items() if options.serves(module.kind)}
+    matcher = Matcher(wanted)
+    strength = _Strength(model) if options.strength else None
     table: dict[str, Slot] = {}
+    inputs: dict[str, dict[str, ir.Value]] = {}
     unslotted: dict[str, str] = {}
     reasons: list[str] = []
     for node in list(model.graph):
         site = find_site(node)
-        if site is None:
+        if site is None or not options.serves(site.kind):
             continue
         matched = matcher.match(site)
         if isinstance(matched, Unmatched):
@@ -77,22 +116,29 @@ def insert_slots(
         if any(excluded.values()):
             unslotted.update({path: reason for path, reason in excluded.items() if reason})
             continue
-        slot = _slot(site, matched)
+        slot = _slot(site, matched, options)
         if slot.name not in table:
-            _add_inputs(model.graph, slot, site)
+            inputs[slot.name] = _add_inputs(model.graph, slot, site)
             table[slot.name] = slot
-        _add_nodes(model.graph, slot, site)
+        if slot != table[slot.name]:
+            raise LoraportError(
+                f"{slot.name}: expected the same operator wherever the module is called, got "
+                f"{table[slot.name]} and {slot}"
+            )
+        factor = strength.of(site.dtype) if strength else None
+        add_slot_nodes(model.graph, slot, site, inputs[slot.name], factor)
     if not table:
         raise LoraportError(
-            "slots: expected linear operators that match the base's modules, got none"
+            "slots: expected operators that match the base's modules, got none"
             + "".join(f"\n  - {reason}" for reason in reasons[:20])
         )
     covered = {member.module_path for slot in table.values() for member in slot.members}
-    for path in modules:
+    for path in wanted:
         if path not in covered:
             unslotted.setdefault(path, "no operator of the graph computes it by itself")
     model.ir_version = max(model.ir_version or 0, _MINIMUM_IR_VERSION)
-    return SlottedModel(model, SlotTable(tuple(table.values())), unslotted)
+    slots = SlotTable(tuple(table.values()), strength=options.strength)
+    return SlottedModel(model, slots, unslotted)
 
 
 def require_slot_inputs(model: ir.Model, slots: SlotTable) -> None:
@@ -101,7 +147,7 @@ def require_slot_inputs(model: ir.Model, slots: SlotTable) -> None:
         model.graph.initializers.pop(name)
 
 
-def _slot(site: Site, modules: Match) -> Slot:
+def _slot(site: Site, modules: Match, options: SlotOptions) -> Slot:
     members = []
     start = 0
     for module in modules:
@@ -113,42 +159,43 @@ def _slot(site: Site, modules: Match) -> Slot:
         out_features=site.out_features,
         dtype=site.dtype.name,
         members=tuple(members),
+        kind=site.kind,
+        kernel=site.kernel,
+        gain="gain" in options.variants and not site.bias_is_fixed,
+        bias="bias" in options.variants,
     )
 
 
-def _add_inputs(graph: ir.Graph, slot: Slot, site: Site) -> None:
-    rank = f"{slot.name}.rank"
-    shapes: dict[str, tuple[list[int | str], tuple[int, int]]] = {
-        slot.input_a: ([slot.in_features, rank], (slot.in_features, 1)),
-        slot.input_b: ([rank, slot.out_features], (1, slot.out_features)),
-    }
-    for name, (shape, default_shape) in shapes.items():
-        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(site.dtype))
-        value.const_value = ir.tensor(np.zeros(default_shape, site.dtype.numpy()), name=name)
-        graph.inputs.append(value)
-        graph.register_initializer(value)
+def _add_inputs(graph: ir.Graph, slot: Slot, site: Site) -> dict[str, ir.Value]:
+    return {role: _overridable(graph, entry, site.dtype) for role, entry in slot.inputs().items()}
 
 
-def _add_nodes(graph: ir.Graph, slot: Slot, site: Site) -> None:
-    inputs = {value.name: value for value in graph.inputs}
-    # A module called twice has two sites, so node names carry the operator's name too.
-    stem = f"{slot.name}.lora/{site.node.name or site.y.name}"
-    hidden = ir.node("MatMul", [site.x, inputs[slot.input_a]], name=f"{stem}/A", num_outputs=1)
-    delta = ir.node(
-        "MatMul", [hidden.outputs[0], inputs[slot.input_b]], name=f"{stem}/B", num_outputs=1
-    )
-    added = ir.node("Add", [site.y, delta.outputs[0]], name=f"{stem}/Add", num_outputs=1)
-    for node in (hidden, delta, added):
-        node.outputs[0].name = f"{node.name}/output_0"
-        node.outputs[0].type = ir.TensorType(site.dtype)
-    result = added.outputs[0]
-    result.shape = site.y.shape
-    if site.y.is_graph_output():
-        result.name, site.y.name = site.y.name, f"{site.y.name}/base"
-    readers = [usage for usage in site.y.uses() if usage.node is not added]
-    for usage in readers:
-        usage.node.replace_input_with(usage.idx, result)
-    for index, output in enumerate(graph.outputs):
-        if output is site.y:
-            graph.outputs[index] = result
-    graph.insert_after(site.node, (hidden, delta, added))
+class _Strength:
+    """The strength input, cast once to each type that a slot computes in."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._graph = model.graph
+        entry = SlotInput(STRENGTH_INPUT, (1,), 1.0)
+        self._by_dtype = {ir.DataType.FLOAT: _overridable(self._graph, entry, ir.DataType.FLOAT)}
+
+    def of(self, dtype: ir.DataType) -> ir.Value:
+        """Return the strength as this type."""
+        if dtype not in self._by_dtype:
+            name = f"{STRENGTH_INPUT}/{dtype.name}"
+            source = self._by_dtype[ir.DataType.FLOAT]
+            cast = ir.node("Cast", [source], {"to": int(dtype)}, name=name)
+            cast.outputs[0].name = f"{name}/output_0"
+            cast.outputs[0].type = ir.TensorType(dtype)
+            self._graph.insert_before(self._graph[0], cast)
+            self._by_dtype[dtype] = cast.outputs[0]
+        return self._by_dtype[dtype]
+
+
+def _overridable(graph: ir.Graph, entry: SlotInput, dtype: ir.DataType) -> ir.Value:
+    """Add a graph input with a default that changes nothing."""
+    value = ir.Value(name=entry.name, shape=ir.Shape(entry.shape), type=ir.TensorType(dtype))
+    default = np.full(entry.neutral_shape, entry.neutral, dtype.numpy())
+    value.const_value = ir.tensor(default, name=entry.name)
+    graph.inputs.append(value)
+    graph.register_initializer(value)
+    return value

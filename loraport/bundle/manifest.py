@@ -124,7 +124,7 @@ class Manifest:
             "precision": self.precision,
             "model": MODEL_FILE,
             "model_required": REQUIRED_MODEL_FILE,
-            "slots": self.slots.to_json(),
+            **self.slots.to_json(),
             "unslotted": dict(self.unslotted),
             "adapters": {name: vars(adapter) for name, adapter in self.adapters.items()},
             "golden": {name: vars(case) for name, case in self.golden.items()},
@@ -162,7 +162,7 @@ class Manifest:
             base_name=str(base["name"]),
             fingerprint=BaseFingerprint.from_json(json.dumps(base["fingerprint"])),
             precision=str(document["precision"]),
-            slots=SlotTable.from_json(document["slots"]),
+            slots=SlotTable.from_json(document),
             unslotted=_texts(document["unslotted"]),
             adapters={
                 name: BundledAdapter(**entry) for name, entry in document["adapters"].items()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from loraport.naming import slot_a, slot_b
+from loraport.adapter import ModuleKind
+from loraport.naming import slot_a, slot_b, slot_bias, slot_gain
+
+# Run-time inputs that belong to no slot.
+STRENGTH_INPUT = "lora_strength"
 
 
 @dataclass(frozen=True)
@@ -24,15 +29,55 @@ class SlotMember:
 
 
 @dataclass(frozen=True)
+class SlotInput:
+    """A graph input that an adapter fills.
+
+    Attributes:
+        name: The input's name.
+        shape: Its dimensions; the one that is a text is the slot's rank.
+        neutral: What fills the input where there is no adapter.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    neutral: float
+
+    @property
+    def neutral_shape(self) -> tuple[int, ...]:
+        """Shape of the input's default: rank 1, since WebGPU breaks on empty tensors."""
+        return tuple(1 if isinstance(size, str) else size for size in self.shape)
+
+    @property
+    def rank_axis(self) -> int | None:
+        """The dimension that is the rank; ``None`` if there is none."""
+        return next((i for i, size in enumerate(self.shape) if isinstance(size, str)), None)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Tell whether a tensor of this shape can fill the input, whatever its rank."""
+        return len(shape) == len(self.shape) and all(
+            got >= 1 if isinstance(size, str) else got == size
+            for got, size in zip(shape, self.shape, strict=True)
+        )
+
+
+@dataclass(frozen=True)
 class Slot:
-    """A place in the graph where a low-rank update is added: ``y += (x A) B``.
+    """A place in the graph where an update is added to an operator's output.
+
+    ``y' = gain * y + (x A) B + bias``, where ``y`` is without the operator's own bias if there is
+    a gain. A convolution's ``x A`` is a convolution with the kernel ``A``, its ``B`` one with a
+    1×1 kernel; an embedding's ``x A`` are rows of ``A``.
 
     Attributes:
         name: Module path, or several joined for a packed operator.
-        in_features: Rows of ``A``.
-        out_features: Columns of ``B``.
-        dtype: ONNX name of both inputs' element type, e.g. ``"FLOAT"``.
+        in_features: Features of ``x``: channels of a convolution, vocabulary of an embedding.
+        out_features: Features of ``y``.
+        dtype: ONNX name of the inputs' element type, e.g. ``"FLOAT"``.
         members: Modules in the order of their columns; they cover all of them.
+        kind: Decides the shapes of ``A`` and ``B``.
+        kernel: A convolution's kernel size.
+        gain: It has an input ``gain`` ``[out]``, ones by default.
+        bias: It has an input ``bias`` ``[out]``, zeros by default.
     """
 
     name: str
@@ -40,27 +85,150 @@ class Slot:
     out_features: int
     dtype: str
     members: tuple[SlotMember, ...]
+    kind: ModuleKind = ModuleKind.LINEAR
+    kernel: tuple[int, ...] = ()
+    gain: bool = False
+    bias: bool = False
 
     @property
     def input_a(self) -> str:
-        """Graph input that takes ``A`` ``[in, r]``."""
+        """Graph input that takes ``A`` ``[in, r]``; of a convolution ``[r, in, *kernel]``."""
         return slot_a(self.name)
 
     @property
     def input_b(self) -> str:
-        """Graph input that takes ``B`` ``[r, out]``, scaling folded in."""
+        """Graph input that takes ``B``, scaling folded in.
+
+        ``[r, out]``; of a convolution ``[out, r, 1, ...]``.
+        """
         return slot_b(self.name)
+
+    @property
+    def input_gain(self) -> str:
+        """Graph input that takes the gain ``[out]``, if there is one."""
+        return slot_gain(self.name)
+
+    @property
+    def input_bias(self) -> str:
+        """Graph input that takes the bias ``[out]``, if there is one."""
+        return slot_bias(self.name)
+
+    def inputs(self) -> dict[str, SlotInput]:
+        """Return role (``lora_A``, ``lora_B``, ``gain``, ``bias``) → the input that has it."""
+        rank = f"{self.name}.rank"
+        shape_a: tuple[int | str, ...] = (self.in_features, rank)
+        shape_b: tuple[int | str, ...] = (rank, self.out_features)
+        if self.kind is ModuleKind.CONV:
+            shape_a = (rank, self.in_features, *self.kernel)
+            shape_b = (self.out_features, rank, *(1 for _ in self.kernel))
+        found = {
+            "lora_A": SlotInput(self.input_a, shape_a, 0.0),
+            "lora_B": SlotInput(self.input_b, shape_b, 0.0),
+        }
+        if self.gain:
+            found["gain"] = SlotInput(self.input_gain, (self.out_features,), 1.0)
+        if self.bias:
+            found["bias"] = SlotInput(self.input_bias, (self.out_features,), 0.0)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the slot's entry of the manifest."""
+        entry: dict[str, Any] = {
+            "name": self.name,
+            "kind": self.kind.value,
+            "inputs": {role: value.name for role, value in self.inputs().items()},
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "dtype": self.dtype,
+            "modules": [
+                {"path": member.module_path, "start": member.start, "stop": member.stop}
+                for member in self.members
+            ],
+        }
+        if self.kernel:
+            entry["kernel"] = list(self.kernel)
+        return entry
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Slot:
+        """Read an entry; anything malformed raises TypeError, ValueError or KeyError."""
+        modules = entry["modules"]
+        if not isinstance(modules, list):
+            raise TypeError("a slot's modules are not a list")
+        return cls(
+            name=str(entry["name"]),
+            in_features=int(entry["in_features"]),
+            out_features=int(entry["out_features"]),
+            dtype=str(entry["dtype"]),
+            members=tuple(
+                SlotMember(str(member["path"]), int(member["start"]), int(member["stop"]))
+                for member in modules
+            ),
+            kind=ModuleKind(entry.get("kind", ModuleKind.LINEAR)),
+            kernel=tuple(int(size) for size in entry.get("kernel", ())),
+            gain="gain" in entry["inputs"],
+            bias="bias" in entry["inputs"],
+        )
+
+
+@dataclass(frozen=True)
+class ReplacementSlot:
+    """A graph input that takes a whole parameter; the base's own by default.
+
+    Attributes:
+        parameter: The parameter's path in the PyTorch model.
+        input: The graph input.
+        shape: The input's shape.
+        dtype: ONNX name of its element type.
+        transposed: The graph holds the parameter's transpose.
+    """
+
+    parameter: str
+    input: str
+    shape: tuple[int, ...]
+    dtype: str
+    transposed: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of the manifest."""
+        return {**vars(self), "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> ReplacementSlot:
+        """Read an entry; anything malformed raises TypeError, ValueError or KeyError."""
+        return cls(
+            parameter=str(entry["parameter"]),
+            input=str(entry["input"]),
+            shape=tuple(int(size) for size in entry["shape"]),
+            dtype=str(entry["dtype"]),
+            transposed=bool(entry["transposed"]),
+        )
 
 
 @dataclass(frozen=True)
 class SlotTable:
-    """All slots of an exported model."""
+    """All slots of an exported model.
+
+    Attributes:
+        slots: Places where updates are added.
+        replacements: Parameters that can be replaced as a whole.
+        strength: There is an input ``lora_strength`` ``[1]``, one by default, on every update.
+    """
 
     slots: tuple[Slot, ...]
+    replacements: tuple[ReplacementSlot, ...] = ()
+    strength: bool = False
 
     def inputs(self) -> list[str]:
-        """Return the names of all graph inputs that slots own."""
-        return [name for slot in self.slots for name in (slot.input_a, slot.input_b)]
+        """Return the names of all graph inputs that adapters fill."""
+        names = [value.name for slot in self.slots for value in slot.inputs().values()]
+        return names + [slot.input for slot in self.replacements]
+
+    def low_rank_inputs(self) -> Iterator[tuple[Slot, str, SlotInput]]:
+        """Yield slot, role and input of everything but whole parameters."""
+        for slot in self.slots:
+            for role, value in slot.inputs().items():
+                yield slot, role, value
 
     def modules(self) -> dict[str, tuple[Slot, SlotMember]]:
         """Return module path → its slot and its part of it."""
@@ -68,41 +236,22 @@ class SlotTable:
             member.module_path: (slot, member) for slot in self.slots for member in slot.members
         }
 
-    def to_json(self) -> list[dict[str, object]]:
-        """Return the manifest's ``slots``."""
-        return [
-            {
-                "name": slot.name,
-                "inputs": {"lora_A": slot.input_a, "lora_B": slot.input_b},
-                "in_features": slot.in_features,
-                "out_features": slot.out_features,
-                "dtype": slot.dtype,
-                "modules": [
-                    {"path": member.module_path, "start": member.start, "stop": member.stop}
-                    for member in slot.members
-                ],
-            }
-            for slot in self.slots
-        ]
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest's ``slots``, ``replacements`` and ``controls``."""
+        document: dict[str, Any] = {"slots": [slot.to_json() for slot in self.slots]}
+        if self.replacements:
+            document["replacements"] = [slot.to_json() for slot in self.replacements]
+        if self.strength:
+            document["controls"] = {"strength": STRENGTH_INPUT}
+        return document
 
     @classmethod
-    def from_json(cls, entries: Iterable[Mapping[str, object]]) -> SlotTable:
-        """Read the manifest's ``slots``; anything malformed raises TypeError or KeyError."""
-        return cls(tuple(_slot(entry) for entry in entries))
-
-
-def _slot(entry: Mapping[str, object]) -> Slot:
-    modules = entry["modules"]
-    if not isinstance(modules, list):
-        raise TypeError("a slot's modules are not a list")
-    members = tuple(
-        SlotMember(str(member["path"]), int(member["start"]), int(member["stop"]))
-        for member in modules
-    )
-    return Slot(
-        name=str(entry["name"]),
-        in_features=int(str(entry["in_features"])),
-        out_features=int(str(entry["out_features"])),
-        dtype=str(entry["dtype"]),
-        members=members,
-    )
+    def from_json(cls, document: Mapping[str, Any]) -> SlotTable:
+        """Read the manifest; anything malformed raises TypeError, ValueError or KeyError."""
+        return cls(
+            slots=tuple(Slot.from_json(entry) for entry in document["slots"]),
+            replacements=tuple(
+                ReplacementSlot.from_json(entry) for entry in document.get("replacements", ())
+            ),
+            strength="strength" in document.get("controls", {}),
+        )

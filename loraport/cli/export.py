@@ -27,6 +27,15 @@ from loraport.cli.options import log, named_paths, progress
     show_default=True,
     help="What the graph is made for.",
 )
+@click.option(
+    "--slots",
+    default="lora",
+    show_default=True,
+    metavar="LIST",
+    help="What adapters may have, of lora,gain,bias,embedding,conv,replacement: gain is for DoRA, "
+    "bias for LoRA biases, replacement for modules_to_save.",
+)
+@click.option("--strength-input", is_flag=True, help="An input that scales the adapter per run.")
 @click.option("--lm-head", is_flag=True, help="Put a slot beside the output head too.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def export(
@@ -35,6 +44,8 @@ def export(
     adapters: tuple[str, ...],
     precision: str,
     provider: str,
+    slots: str,
+    strength_input: bool,
     lm_head: bool,
     force: bool,
 ) -> None:
@@ -45,6 +56,7 @@ def export(
     from converters.formats.registry import read_adapter
     from converters.onnx.adding import add_adapters
     from converters.onnx.exporting import ExportOptions, export_base
+    from converters.onnx.slots import SlotOptions
     from loraport.bundle.manifest import read_manifest
     from loraport.bundle.sources import record_adapter
 
@@ -57,7 +69,13 @@ def export(
         for name, path in paths.items():
             record_adapter(bundle, name, str(path.resolve()))
 
-    options = ExportOptions(precision=precision, provider=provider, lm_head=lm_head)
+    variants = tuple(dict.fromkeys(part.strip() for part in slots.split(",")))
+    options = ExportOptions(
+        precision=precision,
+        provider=provider,
+        lm_head=lm_head,
+        slots=SlotOptions(variants, strength=strength_input),
+    )
     export_base(base, output, options, force=force, progress=progress, finish=finish)
     manifest = read_manifest(output)
     log.print(

@@ -19,6 +19,8 @@ from loraport.naming.paths import (
     peft_parameter_key,
     slot_a,
     slot_b,
+    slot_bias,
+    slot_gain,
     weight_name,
 )
 
@@ -36,5 +38,7 @@ __all__ = [
     "peft_parameter_key",
     "slot_a",
     "slot_b",
+    "slot_bias",
+    "slot_gain",
     "weight_name",
 ]

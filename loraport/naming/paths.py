@@ -118,6 +118,16 @@ def slot_b(slot: str) -> str:
     return f"{slot}.lora_B"
 
 
+def slot_gain(slot: str) -> str:
+    """Return the graph input that takes a slot's factor ``[out]`` on the base's output."""
+    return f"{slot}.lora_gain"
+
+
+def slot_bias(slot: str) -> str:
+    """Return the graph input that takes what a slot adds to the output, ``[out]``."""
+    return f"{slot}.lora_bias"
+
+
 def parse_slot_input(name: str) -> tuple[str, str] | None:
     """Split a slot's graph input into the slot and ``lora_A`` or ``lora_B``.
 

@@ -126,16 +126,12 @@ class Protocol:
             for entry in self._runtime.session.get_overridable_initializers()
         }
         wrong = []
-        for slot in self._runtime.manifest.slots.slots:
-            for name, axis, size in (
-                (slot.input_a, 0, slot.in_features),
-                (slot.input_b, 1, slot.out_features),
-            ):
-                shape = entries.pop(name, None)
-                if shape is None:
-                    wrong.append(f"{name} is missing from the graph")
-                elif shape[axis] != size:
-                    wrong.append(f"{name} has shape {shape}, not {size} at {axis}")
+        for _, _, slot_input in self._runtime.manifest.slots.low_rank_inputs():
+            shape = entries.pop(slot_input.name, None)
+            if shape is None:
+                wrong.append(f"{slot_input.name} is missing from the graph")
+            elif shape != list(slot_input.shape):
+                wrong.append(f"{slot_input.name} has shape {shape}, not {list(slot_input.shape)}")
         wrong += [f"{name} is not in the slot table" for name in entries if ".lora_" in name]
         return Check(
             "slots",

@@ -70,19 +70,17 @@ def required_graph(
     if strange:
         detail = f"its inputs are not the model's and the slots': {_listed(sorted(strange))}"
         return Check(title, False, detail)
-    zeros = {
-        key: np.zeros(shape, _NUMPY_TYPES[entries[key].type])
-        for slot in slots.slots
-        for key, shape in (
-            (slot.input_a, (slot.in_features, 1)),
-            (slot.input_b, (1, slot.out_features)),
+    neutral = {
+        entry.name: np.full(
+            entry.neutral_shape, entry.neutral, _NUMPY_TYPES[entries[entry.name].type]
         )
+        for _, _, entry in slots.low_rank_inputs()
     }
     comparisons = []
     for name in (None, *names):
         resident = runtime.load(name)
         filled = {key: value.numpy() for key, value in resident.values.items()} if resident else {}
-        got = session.run(list(outputs), {**inputs, **zeros, **filled})
+        got = session.run(list(outputs), {**inputs, **neutral, **filled})
         expected = runtime.run(inputs, name, outputs)
         comparisons += [compare(expected[key], g) for key, g in zip(outputs, got, strict=True)]
     found = worst(comparisons)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraport.bundle.slots import SlotTable
+from loraport.bundle.slots import Slot, SlotTable
 from loraport.checkpoint import Checkpoint
 from loraport.errors import LoraportError, Problems
 
@@ -51,19 +51,34 @@ def read_packed(file: Path, table: SlotTable) -> dict[str, torch.Tensor]:
     for name in shapes.keys() - known:
         problems.add(name, "a slot input of this bundle", "none of this name")
     for slot in table.slots:
-        a, b = shapes.get(slot.input_a), shapes.get(slot.input_b)
-        if a is None and b is None:
-            continue
-        if a is None or b is None:
-            missing = slot.input_a if a is None else slot.input_b
-            problems.add(missing, "the partner of the other matrix", "no such tensor")
-        elif len(a) != 2 or len(b) != 2 or a[1] != b[0] or a[1] < 1:
-            problems.add(slot.name, "lora_A [in, r] and lora_B [r, out]", f"{list(a)}, {list(b)}")
-        elif (a[0], b[1]) != (slot.in_features, slot.out_features):
-            expected = f"[{slot.in_features}, r] and [r, {slot.out_features}]"
-            problems.add(slot.name, expected, f"{list(a)} and {list(b)}")
+        _check_slot(slot, shapes, problems)
+    for replacement in table.replacements:
+        got = shapes.get(replacement.input, replacement.shape)
+        if got != replacement.shape:
+            problems.add(replacement.input, f"{list(replacement.shape)}", f"{list(got)}")
     problems.raise_if_any(f"{file} does not fit the bundle's slots")
     return {name: checkpoint.load(name) for name in checkpoint}
+
+
+def _check_slot(slot: Slot, shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> None:
+    """Note what does not fit one slot; a slot may be left alone, but not half-filled."""
+    entries = slot.inputs()
+    present = {role: shapes[entry.name] for role, entry in entries.items() if entry.name in shapes}
+    if not present:
+        return
+    for role in ("lora_A", "lora_B"):
+        if role not in present:
+            problems.add(entries[role].name, "the partner of the slot's others", "no such tensor")
+    ranks = set()
+    for role, shape in present.items():
+        entry = entries[role]
+        if not entry.fits(shape):
+            expected = f"[{', '.join('r' if isinstance(s, str) else str(s) for s in entry.shape)}]"
+            problems.add(entry.name, expected, f"{list(shape)}")
+        elif entry.rank_axis is not None:
+            ranks.add(shape[entry.rank_axis])
+    if len(ranks) > 1:
+        problems.add(slot.name, "lora_A and lora_B of one rank", f"ranks {sorted(ranks)}")
 
 
 def blend_packed(
@@ -73,6 +88,7 @@ def blend_packed(
 
     Ranks are concatenated and each strength is multiplied into its ``B`` in float32, so the
     result is exactly ``Σ strength_i * update_i``, with one rounding of ``B`` to its dtype.
+    Gains move from one by ``Σ strength_i * (gain_i - 1)``, biases add up.
 
     Args:
         parts: Packed tensors and strength of each adapter.
@@ -84,15 +100,24 @@ def blend_packed(
         return dict(parts[0][0])
     blended: dict[str, torch.Tensor] = {}
     for slot in table.slots:
-        present = [(tensors, strength) for tensors, strength in parts if slot.input_a in tensors]
-        if not present:
-            continue
-        blended[slot.input_a] = torch.cat([tensors[slot.input_a] for tensors, _ in present], dim=1)
-        scaled = [
-            (tensors[slot.input_b].float() * strength).to(tensors[slot.input_b].dtype)
-            for tensors, strength in present
-        ]
-        blended[slot.input_b] = torch.cat(scaled)
+        for role, entry in slot.inputs().items():
+            present = [
+                (each[entry.name], strength) for each, strength in parts if entry.name in each
+            ]
+            if not present:
+                continue
+            dtype, axis = present[0][0].dtype, entry.rank_axis
+            if role == "lora_A" and axis is not None:
+                whole = torch.cat([tensor for tensor, _ in present], dim=axis)
+            else:
+                moved = [
+                    (tensor.float() - entry.neutral) * strength for tensor, strength in present
+                ]
+                if axis is None:
+                    whole = torch.stack(moved).sum(0) + entry.neutral
+                else:
+                    whole = torch.cat(moved, dim=axis)
+            blended[entry.name] = whole.to(dtype)
     return blended
 
 

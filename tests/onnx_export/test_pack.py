@@ -115,9 +115,12 @@ def test_everything_that_does_not_fit_is_named_at_once():
         "the exported model has no such module",
         "lm_head: expected a slot for this module, got none; left out, as the output head",
         f"{K}: expected in and out features (6, 4), got (6, 5)",
-        f"{Q}: expected plain LoRA on a linear layer, got DoRA; {merge}",
-        f"{DOWN}: expected no bias, got lora_bias; {merge}",
-        f"embed: expected plain LoRA on a linear layer, got embedding; {merge}",
+        f"{Q}: expected a slot with a gain, got DoRA; "
+        f"export again with gain among --slots, or {merge}",
+        f"{DOWN}: expected a slot with a bias, got lora_bias; "
+        f"export again with bias among --slots, or {merge}",
+        "embed: expected a slot for this module, got none; "
+        f"export again with embedding among --slots, or {merge}",
         f"{V}: expected in and out features (6, 5), got (7, 5)",
         "score.weight: expected low-rank updates only, got a whole parameter",
         "embed.weight: expected low-rank updates only, got a whole parameter",
@@ -128,7 +131,7 @@ def test_everything_that_does_not_fit_is_named_at_once():
 
 def test_a_convolution_is_refused_by_its_kind():
     conv = LoraModule(ModuleKind.CONV, torch.ones(2, IN, 3), torch.ones(8, 2, 1), alpha=1)
-    with pytest.raises(LoraportError, match="expected plain LoRA on a linear layer, got conv"):
+    with pytest.raises(LoraportError, match="expected an update of a linear module, got conv"):
         pack(Adapter({Q: conv}), table(), {})
 
 

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
-from converters.onnx.operators import gemm, matmul, matmul_nbits
+from converters.onnx.operators import conv, gather, gemm, matmul, matmul_nbits
 from converters.onnx.site import Site
 
 OPERATORS: Mapping[tuple[str, str], Callable[[ir.Node], Site | None]] = {
+    ("", "Conv"): conv.find_site,
+    ("", "Gather"): gather.find_site,
     ("", "MatMul"): matmul.find_site,
     ("", "Gemm"): gemm.find_site,
     ("com.microsoft", "MatMulNBits"): matmul_nbits.find_site,

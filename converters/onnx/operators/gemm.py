@@ -18,6 +18,14 @@ def find_site(node: ir.Node) -> Site | None:
         return None
     transposed = bool(node.attributes.get_int("transB", 0))
     alpha = node.attributes.get_float("alpha", 1.0)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    separable = (
+        bias is not None
+        and bias.const_value is not None
+        and bias.shape is not None
+        and len(bias.shape) == 1
+        and node.attributes.get_float("beta", 1.0) == 1.0
+    )
     rows, columns = tensor.shape.numpy()
     if transposed:
         rows, columns = columns, rows
@@ -34,4 +42,6 @@ def find_site(node: ir.Node) -> Site | None:
         out_features=columns,
         dtype=tensor.dtype,
         weight=stored_as_in_out,
+        bias_input=2 if separable else None,
+        bias_is_fixed=bias is not None and not separable,
     )

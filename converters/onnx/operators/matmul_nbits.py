@@ -22,6 +22,7 @@ def find_site(node: ir.Node) -> Site | None:
     if packed.const_value is None or scales.const_value is None or scales.dtype is None:
         return None
     zero_points = node.inputs[3] if len(node.inputs) > 3 else None
+    bias = node.inputs[5] if len(node.inputs) > 5 else None
     permuted = len(node.inputs) > 4 and node.inputs[4] is not None
     if node.attributes.get_int("bits", 4) not in _WHOLE_IN_A_BYTE:
         return None
@@ -36,6 +37,8 @@ def find_site(node: ir.Node) -> Site | None:
         dtype=scales.dtype,
         weight=lambda: dequantize(node),
         quantized=True,
+        bias_input=5 if bias is not None and bias.const_value is not None else None,
+        bias_is_fixed=bias is not None and bias.const_value is None,
     )
 
 

@@ -1,0 +1,161 @@
+"""Constants of a graph, seen through the operators that only rearrange or dequantize them.
+
+A weight may reach its operator through ``Transpose``, ``Identity``, ``Cast``, ``Reshape`` or
+``DequantizeLinear``: shape, type and name are known at once, the values when they are asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """A value that no input of the graph changes.
+
+    Attributes:
+        name: The initializer or node output it comes from.
+        shape: Its shape.
+        dtype: Its element type.
+        array: Gives its values; of a large one as a view of the file.
+        quantized: It is dequantized, so a rounding of what was exported.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: ir.DataType
+    array: Callable[[], np.ndarray]
+    quantized: bool = False
+
+
+def constant(value: ir.Value | None) -> Constant | None:
+    """Return a value as a constant, or ``None`` if it is computed from something else."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return _of_tensor(value.name or "", value.const_value)
+    node = value.producer()
+    if node is None or node.domain not in ("", "ai.onnx", "com.microsoft"):
+        return None
+    if node.op_type == "Constant":
+        return _of_constant_node(node)
+    rule = _RULES.get(node.op_type)
+    source = constant(node.inputs[0]) if rule is not None and node.inputs else None
+    if rule is None or source is None:
+        return None
+    return rule(node, source)
+
+
+def vector(value: ir.Value | None, length: int) -> bool:
+    """Tell whether a value is a constant ``[length]``."""
+    found = constant(value)
+    return found is not None and found.shape == (length,)
+
+
+def _of_tensor(name: str, tensor: ir.TensorProtocol) -> Constant:
+    return Constant(name, tuple(tensor.shape.numpy()), tensor.dtype, tensor.numpy)
+
+
+def _of_constant_node(node: ir.Node) -> Constant | None:
+    attribute = node.attributes.get("value")
+    if attribute is not None:
+        return _of_tensor(node.outputs[0].name or "", attribute.as_tensor())
+    for name, dtype in (("value_float", np.float32), ("value_floats", np.float32),
+                        ("value_int", np.int64), ("value_ints", np.int64)):
+        attribute = node.attributes.get(name)
+        if attribute is not None:
+            return _of_tensor(node.outputs[0].name or "", ir.tensor(np.array(attribute.value, dtype)))
+    return None
+
+
+def _same(node: ir.Node, source: Constant) -> Constant:
+    del node
+    return source
+
+
+def _transpose(node: ir.Node, source: Constant) -> Constant:
+    order = node.attributes.get("perm")
+    axes = tuple(order.as_ints()) if order is not None else tuple(reversed(range(len(source.shape))))
+    shape = tuple(source.shape[axis] for axis in axes)
+    return replace(source, shape=shape, array=lambda: source.array().transpose(axes))
+
+
+def _cast(node: ir.Node, source: Constant) -> Constant:
+    dtype = ir.DataType(node.attributes.get_int("to", 0))
+    return replace(source, dtype=dtype, array=lambda: source.array().astype(dtype.numpy()))
+
+
+def _reshape(node: ir.Node, source: Constant) -> Constant | None:
+    wanted = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    if wanted is None or node.attributes.get_int("allowzero", 0):
+        return None
+    sizes = [int(size) for size in wanted.array()]
+    shape = [source.shape[i] if size == 0 else size for i, size in enumerate(sizes)]
+    if -1 in shape:
+        known = math.prod(size for size in shape if size != -1)
+        shape[shape.index(-1)] = math.prod(source.shape) // max(known, 1)
+    return replace(source, shape=tuple(shape), array=lambda: source.array().reshape(shape))
+
+
+def _dequantize(node: ir.Node, source: Constant) -> Constant | None:
+    scale = constant(node.inputs[1])
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    if scale is None or (zero is None and len(node.inputs) > 2 and node.inputs[2] is not None):
+        return None
+    axis = node.attributes.get_int("axis", 1)
+    block = node.attributes.get_int("block_size", 0)
+
+    def values() -> np.ndarray:
+        return dequantized(
+            source.array(), scale.array(), zero.array() if zero else None, axis=axis, block=block
+        )
+
+    return replace(source, dtype=scale.dtype, array=values, quantized=True)
+
+
+def dequantized(
+    values: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray | None,
+    *,
+    axis: int = 1,
+    block: int = 0,
+) -> np.ndarray:
+    """Return ``(values - zero) * scale`` in the scale's type.
+
+    Args:
+        values: Integers or 8-bit floats of any shape.
+        scale: One, one for each entry of ``axis``, or one for each block along it.
+        zero: Like ``scale``, or ``None`` for zero.
+        axis: The quantized axis, where there is one.
+        block: Entries of ``axis`` that share a scale; 0 for all or one.
+    """
+
+    def spread(parameter: np.ndarray) -> np.ndarray:
+        if block:
+            repeated = np.repeat(parameter, block, axis)
+            return repeated.take(np.arange(values.shape[axis]), axis)
+        if parameter.size == 1:
+            return parameter.reshape(())
+        return parameter.reshape([-1 if i == axis % values.ndim else 1 for i in range(values.ndim)])
+
+    centred = values.astype(np.float32)
+    if zero is not None:
+        centred -= spread(zero).astype(np.float32)
+    centred *= spread(scale).astype(np.float32)
+    result: np.ndarray = centred.astype(scale.dtype, copy=False)
+    return result
+
+
+_RULES: dict[str, Callable[[ir.Node, Constant], Constant | None]] = {
+    "Identity": _same,
+    "Transpose": _transpose,
+    "Cast": _cast,
+    "Reshape": _reshape,
+    "DequantizeLinear": _dequantize,
+}

@@ -1,0 +1,158 @@
+"""The nodes of one slot: ``y' = gain * y + (x A) B + bias``.
+
+How ``x A`` and ``B`` are computed depends on the kind of module:
+
+- linear: two ``MatMul``;
+- embedding: the rows of ``A`` that the tokens name, then a ``MatMul``;
+- convolution: the base's convolution with the kernel ``A``, then a 1×1 one.
+
+A strength ``s`` scales the whole change, the gain's part too:
+``y' = y + s * ((gain * y - y) + (x A) B + bias)``, which is ``y`` bit for bit at ``s = 0``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from converters.onnx.site import Site
+from loraport.adapter import ModuleKind
+from loraport.bundle.slots import Slot
+
+_CONV_ATTRIBUTES = ("auto_pad", "dilations", "pads", "strides")
+
+
+def add_slot_nodes(
+    graph: ir.Graph,
+    slot: Slot,
+    site: Site,
+    inputs: Mapping[str, ir.Value],
+    strength: ir.Value | None = None,
+) -> None:
+    """Put a slot's nodes after a site's operator; all readers of its output read theirs.
+
+    Args:
+        graph: The graph, changed in place.
+        slot: The slot.
+        site: Where it goes.
+        inputs: Role → graph input.
+        strength: The strength ``[1]``, if the graph has one.
+    """
+    # A module called twice has two sites, so node names carry the operator's name too.
+    chain = _Chain(f"{slot.name}.lora/{site.node.name or site.y.name}", site.dtype)
+    readers = list(site.y.uses())
+    own_bias = _take_bias_out(site) if slot.gain else None
+    only_low_rank = not slot.gain and not slot.bias
+    change = _low_rank(chain, slot, site, inputs, strength if only_low_rank else None)
+    if slot.bias:
+        change = chain.add("bias", "Add", [change, _over_output(chain, slot, inputs["bias"])])
+    y = site.y
+    if slot.gain:
+        gained = chain.add("gain", "Mul", [y, _over_output(chain, slot, inputs["gain"])])
+        if strength is None:
+            y = gained
+        else:
+            moved = chain.add("moved", "Sub", [gained, y])
+            change = chain.add("change", "Add", [moved, change])
+    if strength is not None and not only_low_rank:
+        change = chain.add("strength", "Mul", [change, strength])
+    result = chain.add("Add", "Add", [y, change])
+    if own_bias is not None:
+        own = _over_output(chain, slot, own_bias)
+        result = chain.add("own_bias", "Add", [result, own])
+    result.shape = site.y.shape
+    if site.y.is_graph_output():
+        result.name, site.y.name = site.y.name, f"{site.y.name}/base"
+    for usage in readers:
+        usage.node.replace_input_with(usage.idx, result)
+    for index, output in enumerate(graph.outputs):
+        if output is site.y:
+            graph.outputs[index] = result
+    graph.insert_after(site.node, chain.nodes)
+
+
+class _Chain:
+    """Nodes under construction, named after their slot and operator."""
+
+    def __init__(self, stem: str, dtype: ir.DataType) -> None:
+        self._stem = stem
+        self._dtype = dtype
+        self.nodes: list[ir.Node] = []
+
+    def add(
+        self,
+        name: str,
+        operator: str,
+        inputs: Sequence[ir.Value],
+        attributes: Mapping[str, ir.Attr] | None = None,
+    ) -> ir.Value:
+        """Append a node of the standard operators; return its output."""
+        node = ir.Node(
+            "",
+            operator,
+            inputs,
+            (attributes or {}).values(),
+            num_outputs=1,
+            name=f"{self._stem}/{name}",
+        )
+        self.nodes.append(node)
+        output = node.outputs[0]
+        output.name = f"{node.name}/output_0"
+        output.type = ir.TensorType(self._dtype)
+        return output
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """Append a constant."""
+        value = ir.tensor(array, name=name)
+        node = ir.Node(
+            "", "Constant", [], [ir.AttrTensor("value", value)], name=f"{self._stem}/{name}"
+        )
+        self.nodes.append(node)
+        output = node.outputs[0]
+        output.name = f"{node.name}/output_0"
+        output.type = ir.TensorType(value.dtype)
+        return output
+
+
+def _low_rank(
+    chain: _Chain,
+    slot: Slot,
+    site: Site,
+    inputs: Mapping[str, ir.Value],
+    strength: ir.Value | None,
+) -> ir.Value:
+    """Return ``strength * (x A) B``; the strength goes on the narrow side."""
+    a, b = inputs["lora_A"], inputs["lora_B"]
+    if slot.kind is ModuleKind.EMBEDDING:
+        hidden = chain.add("A", "Gather", [a, site.x], {"axis": ir.AttrInt64("axis", 0)})
+    elif slot.kind is ModuleKind.CONV:
+        taken = {
+            name: attribute
+            for name in _CONV_ATTRIBUTES
+            if (attribute := site.node.attributes.get(name)) is not None
+        }
+        hidden = chain.add("A", "Conv", [site.x, a], taken)
+    else:
+        hidden = chain.add("A", "MatMul", [site.x, a])
+    if strength is not None:
+        hidden = chain.add("strength", "Mul", [hidden, strength])
+    return chain.add("B", "Conv" if slot.kind is ModuleKind.CONV else "MatMul", [hidden, b])
+
+
+def _over_output(chain: _Chain, slot: Slot, vector: ir.Value) -> ir.Value:
+    """Shape a vector ``[out]`` so that it broadcasts over the output."""
+    if slot.kind is not ModuleKind.CONV:
+        return vector
+    axes = chain.constant(f"{vector.name}/axes", np.arange(1, 1 + len(slot.kernel)))
+    return chain.add(f"{vector.name}/shaped", "Unsqueeze", [vector, axes])
+
+
+def _take_bias_out(site: Site) -> ir.Value | None:
+    """Remove the operator's own constant bias, which a gain must not scale, and return it."""
+    if site.bias_input is None:
+        return None
+    bias = site.node.inputs[site.bias_input]
+    site.node.replace_input_with(site.bias_input, None)
+    return bias

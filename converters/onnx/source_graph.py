@@ -1,0 +1,165 @@
+"""Read an ONNX graph that somebody else made; its weights stay where they are.
+
+The files are untrusted: a data file that lies outside the model's directory, is too short or
+missing is refused. A data file may have several names (hard links), which onnx and onnx-ir
+themselves refuse to read: bundles share their data files with the models they were made from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+from loraport.errors import LoraportError, Problems
+
+_COPY_BYTES = 1 << 22
+
+
+class MappedTensor(ir.ExternalTensor):
+    """A tensor in a data file that was checked by `read_graph`; each read maps it anew.
+
+    Nothing is kept: the memory of a weight goes when its array does.
+    """
+
+    def numpy(self) -> np.ndarray:
+        """Return the values as a view of the file; of elements below a byte as a copy."""
+        shape = tuple(self.shape.numpy())
+        if self.size == 0:
+            return np.empty(shape, self.dtype.numpy())
+        raw = np.memmap(self.path, np.uint8, "r", self.offset or 0, (self.nbytes,))
+        if self.dtype.bitwidth < 8:
+            return self._unpacked(raw, shape)
+        return raw.view(self.dtype.numpy()).reshape(shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del copy
+        return np.asarray(self.numpy(), dtype)
+
+    def tobytes(self) -> bytes:
+        """Return the bytes as they are stored."""
+        with open(self.path, "rb") as stream:
+            stream.seek(self.offset or 0)
+            return stream.read(self.nbytes)
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write the bytes as they are stored."""
+        left = self.nbytes
+        with open(self.path, "rb") as stream:
+            stream.seek(self.offset or 0)
+            while left and (read := stream.read(min(left, _COPY_BYTES))):
+                left -= file.write(read)
+
+    def _unpacked(self, raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        packed = ir.TensorProtoTensor(
+            ir.serde.serialize_tensor(ir.Tensor(raw[:0].copy(), name=self.name))
+        ).raw
+        packed.ClearField("dims")
+        packed.dims.extend(shape)
+        packed.data_type = int(self.dtype)
+        packed.raw_data = raw.tobytes()
+        return ir.TensorProtoTensor(packed).numpy()
+
+
+def read_graph(file: Path) -> ir.Model:
+    """Read an ``.onnx`` file without its weights.
+
+    Raises:
+        LoraportError: If it is no ONNX model, or its data files are missing, too short or
+            outside its directory.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        proto = onnx.load(str(file), load_external_data=False)
+        model = ir.from_proto(proto)
+    except OSError as error:
+        raise LoraportError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (DecodeError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise LoraportError(f"{file}: expected an ONNX model, got: {first[0]}") from error
+    if not len(model.graph) and not model.graph.outputs:
+        raise LoraportError(f"{file}: expected an ONNX model, got an empty graph")
+    _map_external(model, file)
+    return model
+
+
+def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
+    """Return every tensor that lies in a data file, subgraphs' and attributes' too."""
+    return [tensor for _, tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)]
+
+
+def data_locations(model: ir.Model) -> list[str]:
+    """Return the data files as the graph names them, each once, sorted."""
+    return sorted({str(tensor.location) for tensor in external_tensors(model)})
+
+
+def _tensors(model: ir.Model) -> list[tuple[Any, ir.TensorProtocol]]:
+    """Return every constant with what holds it: a value, or an attribute's node and name."""
+    found: list[tuple[Any, ir.TensorProtocol]] = []
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                found.append((value, value.const_value))
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    found.append(((node, attribute.name), attribute.value))
+    return found
+
+
+def _map_external(model: ir.Model, file: Path) -> None:
+    problems = Problems()
+    sizes: dict[str, int | None] = {}
+    for holder, tensor in _tensors(model):
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        location = str(tensor.location)
+        if location not in sizes:
+            sizes[location] = _file_size(file.parent, location, problems)
+        size = sizes[location]
+        if size is None:
+            continue
+        mapped = MappedTensor(
+            location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name or "",
+            doc_string=tensor.doc_string,
+            metadata_props=dict(tensor.metadata_props),
+            base_dir=str(file.parent),
+        )
+        name = tensor.name or ""
+        start, length = tensor.offset or 0, tensor.length
+        if length not in (None, 0, mapped.nbytes):
+            problems.add(name, f"{mapped.nbytes} bytes for its shape and type", f"{length}")
+        elif start < 0 or start + mapped.nbytes > size:
+            end = start + mapped.nbytes
+            got = f"{size} bytes in {location}"
+            problems.add(name, f"data up to byte {end}", got, "fetch the data file again")
+        elif isinstance(holder, ir.Value):
+            holder.const_value = mapped
+        else:
+            node, attribute = holder
+            node.attributes[attribute] = ir.AttrTensor(attribute, mapped)
+    problems.raise_if_any(f"{file}: its data cannot be read")
+
+
+def _file_size(directory: Path, location: str, problems: Problems) -> int | None:
+    path = PurePosixPath(location.replace("\\", "/"))
+    if not location or path.is_absolute() or ".." in path.parts or ":" in location:
+        problems.add(location, "a data file in the model's directory", "a path that leaves it")
+        return None
+    try:
+        if not (directory / location).is_file():
+            raise FileNotFoundError(2, "no such file")
+        return (directory / location).stat().st_size
+    except OSError as error:
+        got = error.strerror or str(error)
+        problems.add(location, "the data file that the graph names", got, "fetch it again")
+        return None
