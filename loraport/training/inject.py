@@ -107,8 +107,8 @@ def freeze(model: nn.Module) -> BeforeAttach:
     return before
 
 
-def insert(model: nn.Module, layers: Iterable[LoraLayer]) -> None:
-    """Put LoRA layers in the place of their base modules."""
+def insert(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Put layers in the place of the modules that are their ``base_layer``."""
     by_base = {id(layer.base_layer): layer for layer in layers}
     for parent in list(model.modules()):
         # Not named_children(): a module shared by several paths is replaced at each of them.
@@ -139,6 +139,11 @@ def detach(model: nn.Module) -> None:
                 parent._modules[name] = child.base_layer
     for (path, name), parameter in before.replaced.items():
         setattr(model.get_submodule(path), name, parameter)
+    unfreeze(model, before)
+
+
+def unfreeze(model: nn.Module, before: BeforeAttach) -> None:
+    """Undo `freeze`."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in before.trainable)
     object.__delattr__(model, _MARK)
@@ -179,14 +184,15 @@ def adapter_of(
     if base_fingerprint is None:
         base_fingerprint = fingerprint_model(model, list(layers))
     return Adapter(
-        modules={path: _lora_module(layer) for path, layer in layers.items()},
+        modules={path: lora_module(layer) for path, layer in layers.items()},
         base_model=base_model,
         base_fingerprint=base_fingerprint,
         training=dict(training or {}),
     )
 
 
-def _lora_module(layer: LoraLayer) -> LoraModule:
+def lora_module(layer: LoraLayer) -> LoraModule:
+    """Return a plain LoRA layer's part of an adapter, as copies on the CPU."""
     return LoraModule(
         kind=layer.kind,
         lora_A=layer.lora_A.detach().cpu().clone(),
