@@ -76,9 +76,10 @@ def main(arguments: list[str] | None = None) -> None:
     except LoraportError as error:
         click.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        sys.exit(130)
+    except (click.Abort, KeyboardInterrupt) as stop:
+        click.echo(str(stop) or "interrupted", err=True)
+        # As a shell reports a process that a signal ended; SIGINT unless it is told.
+        sys.exit(128 + getattr(stop, "signal_number", 2))
     except OSError as error:
         # A full disk, a missing permission: the user's to mend, not a bug of ours.
         click.secho(f"error: {error}", fg="red", err=True)

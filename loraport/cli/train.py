@@ -72,6 +72,8 @@ def _pattern(
               help="Distribution of A at the start.")  # fmt: skip
 @click.option("--lr", "learning_rate", type=float, default=_LOOP.learning_rate,
               help="Peak learning rate.")  # fmt: skip
+@click.option("--lora-plus-ratio", type=float, default=_LOOP.lora_plus_ratio,
+              help="LoRA+: learning rate of B over that of A; try 16, --lr lower.")  # fmt: skip
 @click.option("--epochs", type=int, default=_LOOP.epochs, help="Passes over the data.")
 @click.option("--steps", type=int, help="Optimizer steps, instead of --epochs.")
 @click.option("--batch-size", type=int, default=_TRAIN.batch_size, help="Rows per batch.")
@@ -91,6 +93,9 @@ def _pattern(
 @click.option("--keep", type=int, default=_LOOP.keep, help="Checkpoints kept.")
 @click.option("--validate-every", type=int, default=_LOOP.validate_every,
               help="Steps between validations; 0 for every epoch.")  # fmt: skip
+@click.option("--early-stopping", type=int, default=_LOOP.early_stopping, metavar="PATIENCE",
+              help="Stop after so many validations without a new best, and keep the best; 0 for "
+              "never.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue a run that was stopped, exactly.")
 @click.option("--force", is_flag=True, help="Replace ADAPTER; discard an unfinished run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -112,15 +117,16 @@ def train(
     {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}; of the last two,
     only the completion or the assistant's turns are learned.
 
-    While it runs, checkpoints are kept in ADAPTER.training.
+    While it runs, checkpoints are kept in ADAPTER.training. Ctrl-C or SIGTERM ends the run
+    after the present step with one more checkpoint, and --resume continues it exactly.
     """
     options = options_from(chosen)
     from rich.console import Console
     from transformers.utils import logging
 
     from loraport.training import train_language_model
+    from loraport.training.interruption import Stopped
     from loraport.training.report import ProgressReport, summary_table
-    from loraport.training.text import work_directory
 
     logging.disable_progress_bar()
     try:
@@ -134,9 +140,8 @@ def train(
             force=force,
             observer=None if quiet else ProgressReport(Console(stderr=True)),
         )
-    except KeyboardInterrupt:
-        if work_directory(out).exists():
-            click.echo(f"stopped; {work_directory(out)} is kept, continue with --resume", err=True)
+    except Stopped:
+        click.echo("continue with the same command and --resume", err=True)
         raise
     if as_json:
         click.echo(json.dumps(asdict(summary), indent=2))

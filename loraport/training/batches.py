@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,10 +22,12 @@ class Row:
     Attributes:
         tokens: Token ids.
         labels: The same ids where the loss counts, else `IGNORED`.
+        line: Its line in the data file; 0 where it is from none.
     """
 
     tokens: tuple[int, ...]
     labels: tuple[int, ...]
+    line: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +38,18 @@ class TokenBatch:
         tokens: ``[batch, length]`` int64.
         mask: ``[batch, length]`` int64, 0 on padding; ``None`` where nothing is padded.
         labels: ``[batch, length]`` int64, `IGNORED` where the loss does not count.
+        lines: The rows' lines in their data file, as far as they are known.
     """
 
     tokens: torch.Tensor
     mask: torch.Tensor | None
     labels: torch.Tensor
+    lines: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> TokenBatch:
         """Return the batch on a device."""
         mask = None if self.mask is None else self.mask.to(device)
-        return TokenBatch(self.tokens.to(device), mask, self.labels.to(device))
+        return TokenBatch(self.tokens.to(device), mask, self.labels.to(device), self.lines)
 
 
 class RowBatches:
@@ -101,4 +105,5 @@ def collate(rows: Sequence[Row], pad: int) -> TokenBatch:
         tokens[index, : len(row.tokens)] = torch.tensor(row.tokens)
         labels[index, : len(row.tokens)] = torch.tensor(row.labels)
         mask[index, : len(row.tokens)] = 1
-    return TokenBatch(tokens, mask if not bool(mask.all()) else None, labels)
+    lines = tuple(row.line for row in rows if row.line)
+    return TokenBatch(tokens, mask if not bool(mask.all()) else None, labels, lines)

@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from loraport.errors import LoraportError, Problems
 from loraport.output import new_directory
 from loraport.peft_layout.read import read_peft
 from loraport.peft_layout.write import peft_contents, save_contents
+from loraport.safetensors_file import write_safetensors
 from loraport.training.layers import LoraLayer
 from loraport.training.rng import RandomState
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_OPTIMIZER, _RANDOM, _EPOCH_RANDOM = "optimizer", "random", "epoch_random"
+_OPTIMIZER, _RANDOM, _EPOCH_RANDOM, _BEST = "optimizer", "random", "epoch_random", "best"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class RunState:
         epoch_random: Their state when the epoch began.
         optimizer: Parameter name → AdamW's tensors.
         identity: What a resumed run must share: options, data, device.
+        best: Parameter name → its value at the best validation, where that matters.
     """
 
     position: Position
@@ -67,12 +69,11 @@ class RunState:
     epoch_random: RandomState
     optimizer: Mapping[str, Mapping[str, torch.Tensor]]
     identity: Mapping[str, Any]
+    best: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(work: Path, adapter: Adapter, state: RunState, keep: int) -> Path:
     """Write a checkpoint and remove all but the last ``keep``."""
-    from safetensors.torch import save_file
-
     path = work / f"checkpoint-{state.position.step:08d}"
     tensors = {
         f"{_OPTIMIZER}/{key}/{name}": tensor.detach().cpu().contiguous()
@@ -81,6 +82,7 @@ def save_checkpoint(work: Path, adapter: Adapter, state: RunState, keep: int) ->
     }
     for prefix, random in ((_RANDOM, state.random), (_EPOCH_RANDOM, state.epoch_random)):
         tensors |= {f"{prefix}/{name}": tensor for name, tensor in random.tensors.items()}
+    tensors |= {f"{_BEST}/{name}": tensor for name, tensor in state.best.items()}
     document = {
         "position": asdict(state.position),
         "identity": state.identity,
@@ -90,8 +92,7 @@ def save_checkpoint(work: Path, adapter: Adapter, state: RunState, keep: int) ->
     config, adapter_tensors = peft_contents(adapter)
     with new_directory(path, force=True) as partial:
         save_contents(partial, adapter, config, adapter_tensors)
-        # A random state may be the same object in both places: safetensors wants no sharing.
-        save_file({key: tensor.clone() for key, tensor in tensors.items()}, partial / _TENSORS)
+        write_safetensors(tensors, partial / _TENSORS, {"format": "pt"})
         (partial / _DOCUMENT).write_text(json.dumps(document) + "\n")
     for old in _checkpoints(work)[:-keep]:
         shutil.rmtree(old)
@@ -119,9 +120,12 @@ def load_checkpoint(path: Path) -> tuple[Adapter, RunState]:
         tensors = Checkpoint(path / _TENSORS)
         optimizer: dict[str, dict[str, torch.Tensor]] = {}
         randoms: dict[str, dict[str, torch.Tensor]] = {_RANDOM: {}, _EPOCH_RANDOM: {}}
+        best: dict[str, torch.Tensor] = {}
         for name in tensors:
             prefix, key, *rest = name.split("/", 2)
-            if prefix == _OPTIMIZER:
+            if prefix == _BEST:
+                best[key] = tensors.load(name)
+            elif prefix == _OPTIMIZER:
                 optimizer.setdefault(rest[0], {})[key] = tensors.load(name)
             else:
                 randoms[prefix][key] = tensors.load(name)
@@ -131,6 +135,7 @@ def load_checkpoint(path: Path) -> tuple[Adapter, RunState]:
             epoch_random=RandomState(randoms[_EPOCH_RANDOM], document[_EPOCH_RANDOM]),
             optimizer=optimizer,
             identity=document["identity"],
+            best=best,
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise LoraportError(

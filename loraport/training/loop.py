@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sized
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,16 @@ from loraport.training.checkpoints import (
     save_checkpoint,
 )
 from loraport.training.devices import Placement, choose_placement, to_device
+from loraport.training.early_stopping import EarlyStopping
+from loraport.training.faults import faults_explained, require_finite
 from loraport.training.inject import adapter_of, lora_layers
+from loraport.training.interruption import Stopped, StopRequest, stop_requests
 from loraport.training.layers import LoraLayer
 from loraport.training.loss import LossFunction, as_sum
 from loraport.training.metrics import MetricsLog
 from loraport.training.modes import training_mode
 from loraport.training.observer import Observer, Silent
+from loraport.training.optimizer import make_optimizer, set_learning_rate
 from loraport.training.options import LoopOptions
 from loraport.training.schedule import learning_rate
 from loraport.training.stream import Batches, BatchStream, EndOfEpoch
@@ -51,12 +55,14 @@ class TrainingResult:
         tokens: Tokens (or what the loss function counted) consumed in all.
         losses: Step and mean loss of every step.
         validations: Step and validation loss of every validation; step 0 is the base alone.
+        kept: The validation whose parameters the model is left with; ``None`` without any.
     """
 
     steps: int
     tokens: int
     losses: tuple[tuple[int, float], ...]
     validations: tuple[tuple[int, float], ...]
+    kept: tuple[int, float] | None = None
 
 
 def train(
@@ -88,7 +94,10 @@ def train(
 
     Raises:
         LoraportError: If the model has no LoRA layers or other trainable parameters, the loss
-            becomes NaN or infinite, or a resumed run differs from what it resumes.
+            becomes NaN or infinite, memory or disk space runs out, or a resumed run differs
+            from what it resumes.
+        Stopped: After SIGINT or SIGTERM, once the step is done and a checkpoint is written;
+            only where there is a ``work`` directory.
     """
     options = options or LoopOptions()
     observer = observer or Silent()
@@ -103,12 +112,7 @@ def train(
         placement=placement,
         layers=layers,
         parameters=parameters,
-        optimizer=torch.optim.AdamW(
-            parameters.values(),
-            lr=options.learning_rate,
-            weight_decay=options.weight_decay,
-            fused=placement.device.type in ("cpu", "cuda"),
-        ),
+        optimizer=make_optimizer(parameters, options, placement.device),
         steps=_total_steps(batches, options),
         work=work,
         identity={
@@ -119,7 +123,15 @@ def train(
         },
         observer=observer,
     )
-    with training_mode(model):
+    if options.early_stopping:
+        if validation is None:
+            raise LoraportError("early_stopping: expected validation batches, got none")
+        run.early = EarlyStopping(options.early_stopping, parameters)
+    with (
+        training_mode(model),
+        faults_explained(lambda: f"step {run.step + 1}", work),
+        stop_requests(active=work is not None) as run.stop,
+    ):
         try:
             return run.go(BatchStream(batches, options.accumulate), validation, resume=resume)
         finally:
@@ -144,6 +156,8 @@ class _Run:
     fingerprint: BaseFingerprint | None = None
     step: int = 0
     tokens: int = 0
+    early: EarlyStopping | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def go(
         self, stream: BatchStream, validation: Batches | None, *, resume: bool
@@ -162,15 +176,23 @@ class _Run:
             self._all_steps(stream, validation, log)
             if not log.validations() or log.validations()[-1][0] != self.step:
                 self._validate(validation, log)
+            if self.work and self.options.save_every and self.step % self.options.save_every:
+                # Should writing the result fail, nothing has to be trained again.
+                self._save(stream, log)
             log.sync()
         finally:
             log.close()
-        return TrainingResult(self.step, self.tokens, tuple(log.losses()), tuple(log.validations()))
+        validations = tuple(log.validations())
+        kept = validations[-1] if validations else None
+        if self.early is not None and self.early.best_step is not None:
+            self.early.restore_best()
+            kept = next(v for v in validations if v[0] == self.early.best_step)
+        return TrainingResult(self.step, self.tokens, tuple(log.losses()), validations, kept)
 
     def _all_steps(self, stream: BatchStream, validation: Batches | None, log: MetricsLog) -> None:
         every, save = self.options.validate_every, self.options.save_every
         groups = iter(stream)
-        while self.step < self.steps:
+        while self.step < self.steps and not (self.early and self.early.exhausted):
             group = next(groups)
             if isinstance(group, EndOfEpoch):
                 if not every:
@@ -179,8 +201,11 @@ class _Run:
             self._one_step(group, stream.epoch, log)
             if every and self.step % every == 0:
                 self._validate(validation, log)
-            if self.work and save and self.step % save == 0:
-                self._save(stream, log)
+            stopped_by = self.stop.signal_number
+            if self.work and (stopped_by or (save and self.step % save == 0)):
+                checkpoint = self._save(stream, log)
+                if stopped_by:
+                    raise Stopped(stopped_by, self.step, checkpoint)
 
     def _one_step(self, group: list[Any], epoch: int, log: MetricsLog) -> None:
         step = self.step + 1
@@ -200,16 +225,15 @@ class _Run:
         if step == 1:
             self._note_unused()
         value = float(total) / weight
-        self._require_finite(step, "loss", value)
+        require_finite(value, "loss", step, group, self.work)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         torch._foreach_mul_(gradients, 1 / weight)
         norm = float(
             nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip or math.inf)
         )
-        self._require_finite(step, "gradient norm", norm)
+        require_finite(norm, "gradient norm", step, group, self.work)
         rate = learning_rate(step, self.steps, self.options.learning_rate, self.options.warmup)
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.step, self.tokens = step, self.tokens + tokens
         log.add(
@@ -228,8 +252,10 @@ class _Run:
         value = mean_loss(self.model, validation, self.loss, self.placement)
         log.add(step=self.step, validation_loss=value)
         self.observer.validated(step=self.step, loss=value)
+        if self.early is not None:
+            self.early.see(self.step, value)
 
-    def _save(self, stream: BatchStream, log: MetricsLog) -> None:
+    def _save(self, stream: BatchStream, log: MetricsLog) -> Path:
         assert self.work is not None
         position = Position(self.step, stream.epoch, stream.index, self.tokens, log.sync())
         state = RunState(
@@ -238,9 +264,10 @@ class _Run:
             epoch_random=stream.epoch_start,
             optimizer=optimizer_tensors(self.optimizer, self.parameters),
             identity=self.identity,
+            best=self.early.best if self.early is not None else {},
         )
         adapter = adapter_of(self.model, base_fingerprint=self.fingerprint)
-        save_checkpoint(self.work, adapter, state, self.options.keep)
+        return save_checkpoint(self.work, adapter, state, self.options.keep)
 
     def _resume(self, checkpoint: Path, stream: BatchStream) -> MetricsLog:
         adapter, state = load_checkpoint(checkpoint)
@@ -256,7 +283,10 @@ class _Run:
         stream.seek(position.epoch, position.index, state.epoch_random)
         rng.restore(state.random)
         self.observer.note(f"resumed after step {self.step} from {checkpoint}")
-        return MetricsLog(self.work, position.metrics_bytes)
+        log = MetricsLog(self.work, position.metrics_bytes)
+        if self.early is not None:
+            self.early.resume(log.validations(), state.best)
+        return log
 
     def _note_unused(self) -> None:
         unused = [path for path, layer in self.layers.items() if layer.lora_B.grad is None]
@@ -267,25 +297,15 @@ class _Run:
                 f"step and learn nothing unless others reach them: {shown}"
             )
 
-    def _require_finite(self, step: int, what: str, value: float) -> None:
-        if math.isfinite(value):
-            return
-        kept = last_checkpoint(self.work) if self.work else None
-        where = f"the last checkpoint is kept: {kept}" if kept else "there is no checkpoint yet"
-        raise LoraportError(
-            f"step {step}: expected a finite {what}, got {value}; lower the learning rate or "
-            f"look at the data; {where}"
-        )
-
 
 def _lora_parameters(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, nn.Parameter]:
     if not layers:
         raise LoraportError("the model: expected LoRA layers, got none; call attach(model) first")
     parameters = {
-        f"{path}.{name}": getattr(layer, name)
+        f"{path}.{name}": parameter
         for path, layer in layers.items()
-        for name in ("lora_A", "lora_B")
-        if getattr(layer, name).requires_grad
+        for name, parameter in layer.named_parameters(recurse=False)
+        if parameter.requires_grad
     }
     wanted = {id(parameter) for parameter in parameters.values()}
     others = [

@@ -82,6 +82,10 @@ class LoopOptions:
         save_every: Steps between checkpoints; 0 for none.
         keep: Checkpoints kept.
         validate_every: Steps between validations; 0 for the end of each epoch.
+        early_stopping: Stop after so many validations in a row without a new best, and keep
+            the best; 0 for never.
+        lora_plus_ratio: How many times the learning rate of ``A`` that of ``B`` is: LoRA+
+            (Hayou et al. 2024, arXiv:2402.12354).
     """
 
     learning_rate: float = 1e-3
@@ -97,6 +101,8 @@ class LoopOptions:
     save_every: int = 100
     keep: int = 2
     validate_every: int = 0
+    early_stopping: int = 0
+    lora_plus_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -107,7 +113,8 @@ class LoopOptions:
             _at_least(problems, "steps", self.steps, 1)
         for name in ("accumulate", "keep"):
             _at_least(problems, name, getattr(self, name), 1)
-        for name in ("weight_decay", "clip", "save_every", "validate_every"):
+        _at_least(problems, "lora_plus_ratio", self.lora_plus_ratio, 1)
+        for name in ("weight_decay", "clip", "save_every", "validate_every", "early_stopping"):
             _at_least(problems, name, getattr(self, name), 0)
         _share(problems, "warmup", self.warmup)
         if self.dtype not in ("auto", "float32", "bfloat16"):

@@ -98,8 +98,10 @@ def summary_table(summary: TrainingSummary) -> Table:
     table.add_row("training loss, last tenth", f"{summary.training_loss:.4f}")
     if summary.base_validation_loss is not None and summary.validation_loss is not None:
         table.add_row("validation loss, base", f"{summary.base_validation_loss:.4f}")
+        last = summary.kept_step == summary.steps
+        kept = "adapted" if last else f"step {summary.kept_step}, kept"
         change = summary.validation_loss / summary.base_validation_loss - 1
-        table.add_row("validation loss, adapted", f"{summary.validation_loss:.4f} ({change:+.1%})")
+        table.add_row(f"validation loss, {kept}", f"{summary.validation_loss:.4f} ({change:+.1%})")
     else:
         table.add_row("validation loss", "no validation rows")
     return table

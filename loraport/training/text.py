@@ -20,8 +20,10 @@ from loraport.peft_layout.write import peft_contents, save_contents
 from loraport.training.batches import Row, RowBatches
 from loraport.training.curve import draw_losses
 from loraport.training.devices import Placement, choose_placement
+from loraport.training.faults import MemoryRanOutError, faults_explained
 from loraport.training.inject import adapter_of, attach
 from loraport.training.language_model import language_model_loss
+from loraport.training.lock import only_process
 from loraport.training.loop import TrainingResult, train
 from loraport.training.metrics import METRICS_FILE
 from loraport.training.observer import Observer, Silent
@@ -48,6 +50,7 @@ class TrainingSummary:
         adapter_bytes: Size of the adapter's tensors.
         base_validation_loss: Mean loss per token of the base on the validation rows.
         validation_loss: The same with the adapter; ``None`` without validation rows.
+        kept_step: The step whose adapter was kept: the last, unless training stopped early.
         training_loss: Mean training loss of the last tenth of the steps.
         steps: Optimizer steps.
         tokens: Tokens seen.
@@ -67,6 +70,7 @@ class TrainingSummary:
     adapter_bytes: int
     base_validation_loss: float | None
     validation_loss: float | None
+    kept_step: int
     training_loss: float
     steps: int
     tokens: int
@@ -114,10 +118,38 @@ def train_language_model(
         observer: Told what happens.
 
     Raises:
-        LoraportError: For anything wrong with the base, data, options or outputs.
+        LoraportError: For anything wrong with the base, data, options or outputs, if another
+            process trains for ``out``, or if memory or disk space runs out.
+        Stopped: After SIGINT or SIGTERM; the run can be resumed.
     """
     options = options or TrainOptions()
-    observer = observer or Silent()
+    with only_process(out):
+        try:
+            return _train(
+                base,
+                data,
+                out,
+                options,
+                validation,
+                resume=resume,
+                force=force,
+                observer=observer or Silent(),
+            )
+        except MemoryRanOutError as error:
+            raise LoraportError(f"{error}; to need less, try {_memory_savers(options)}") from None
+
+
+def _train(
+    base: str,
+    data: Path,
+    out: Path,
+    options: TrainOptions,
+    validation: Path | None,
+    *,
+    resume: bool,
+    force: bool,
+    observer: Observer,
+) -> TrainingSummary:
     work = work_directory(out)
     if not resume:
         _refuse_outputs(out, work, force=force)
@@ -129,7 +161,8 @@ def train_language_model(
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
     placement = choose_placement(options.loop.device, options.loop.dtype)
-    model = _load_base(base, placement)
+    with faults_explained(lambda: f"loading {base}", work):
+        model = _load_base(base, placement)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     attach(model, options.lora)
     if options.gradient_checkpointing:
@@ -157,7 +190,8 @@ def train_language_model(
         trainable_share=adapter.parameters / (parameters + adapter.parameters),
         adapter_bytes=adapter.nbytes,
         base_validation_loss=result.validations[0][1] if result.validations else None,
-        validation_loss=result.validations[-1][1] if result.validations else None,
+        validation_loss=result.kept[1] if result.kept else None,
+        kept_step=result.kept[0] if result.kept else result.steps,
         training_loss=_last_losses(result),
         steps=result.steps,
         tokens=result.tokens,
@@ -169,13 +203,29 @@ def train_language_model(
         dtype=str(placement.dtype).removeprefix("torch."),
         seconds=round(time.monotonic() - started, 3),
     )
-    _write(out, work, adapter, result, summary, identity, force=force)
+    with faults_explained(lambda: f"writing {out}", work):
+        _write(out, work, adapter, result, summary, identity, force=force)
     return summary
 
 
 def work_directory(out: Path) -> Path:
     """Return where an unfinished run for ``out`` keeps its checkpoints."""
     return out.with_name(f"{out.name}.training")
+
+
+def _memory_savers(options: TrainOptions) -> str:
+    """Return what would need less memory and is not in use yet, the gentlest first."""
+    size, length = options.batch_size, options.max_length
+    savers = []
+    if size > 1:
+        accumulate = options.loop.accumulate * -(-size // (size // 2))
+        savers.append(f"--batch-size {size // 2} --accumulate {accumulate} (the same step)")
+    if not options.gradient_checkpointing:
+        savers.append("--gradient-checkpointing")
+    if length > 2:
+        savers.append(f"--max-length {max(2, length // 2)}")
+    savers.append(f"--rank {max(1, options.lora.rank // 2)}" if options.lora.rank > 1 else "")
+    return ", ".join([*filter(None, savers), "or a smaller base"])
 
 
 def _refuse_outputs(out: Path, work: Path, *, force: bool) -> None:

@@ -54,7 +54,7 @@ def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -
             bad.add(record.line, str(error))
             continue
         truncated += len(row.tokens) > max_length
-        row = Row(row.tokens[:max_length], row.labels[:max_length])
+        row = Row(row.tokens[:max_length], row.labels[:max_length], record.line)
         # The first token is never predicted: there is nothing before it.
         if all(label == IGNORED for label in row.labels[1:]):
             dropped.append(record.line)
