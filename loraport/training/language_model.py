@@ -9,11 +9,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from loraport.training.batches import IGNORED, TokenBatch
+from loraport.training.chunked_loss import linear_cross_entropy, module_cross_entropy
 from loraport.training.loss import LossSum
+from loraport.training.output_head import logit_transform, output_head
+
+_WIDE = 256_000  # what a vocabulary is taken for where the head does not say
 
 
 def language_model_loss(model: nn.Module, batch: TokenBatch) -> LossSum:
     """Return the summed cross entropy of the labelled tokens, each from those before it.
+
+    Logits are computed only for labelled tokens and a chunk at a time (see
+    `loraport.training.chunked_loss`), where the model's output head can be told apart.
 
     Args:
         model: A transformers causal language model.
@@ -21,9 +28,41 @@ def language_model_loss(model: nn.Module, batch: TokenBatch) -> LossSum:
     """
     targets = batch.labels[:, 1:].flatten()
     counted = (targets != IGNORED).nonzero().flatten()  # [n]
-    logits = logits_at(model, batch, counted)  # [n, vocab]
-    total = F.cross_entropy(logits.float(), targets[counted], reduction="sum")
+    total = _loss_at(model, batch, counted, targets[counted])
     return LossSum(total, counted.numel(), batch.tokens.numel())
+
+
+def _loss_at(
+    model: nn.Module, batch: TokenBatch, positions: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    head = output_head(model)
+    transform = None if head is None else logit_transform(model, head)
+    if head is None or transform is None:
+        logits = logits_at(model, batch, positions)  # [n, vocab]
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+    hidden = _hidden_before(model, head, batch)  # [batch, length, dim]
+    hidden = hidden[:, :-1].flatten(0, 1).index_select(0, positions)  # [n, dim]
+    if type(head) is nn.Linear and not head.weight.requires_grad:
+        return linear_cross_entropy(hidden, head.weight, head.bias, targets, transform)
+    vocabulary: int = getattr(head, "out_features", _WIDE)
+    return module_cross_entropy(hidden, head, vocabulary, targets, transform)
+
+
+def _hidden_before(model: nn.Module, head: nn.Module, batch: TokenBatch) -> torch.Tensor:
+    """Return what the model gives its head, ``[batch, length, dim]``; the head gets one token."""
+    found: list[torch.Tensor] = []
+
+    def take(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        found.append(inputs[0])
+        return (inputs[0][:1, :1].detach(), *inputs[1:])
+
+    hook = head.register_forward_pre_hook(take)
+    try:
+        # Padding stands on the right, where a causal model's real tokens never look.
+        model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False)
+    finally:
+        hook.remove()
+    return found[0]
 
 
 def logits_at(model: nn.Module, batch: TokenBatch, positions: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,6 @@ def _records_gradient(*tensors: torch.Tensor) -> bool:
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and any(tensor.requires_grad for tensor in tensors)
     )
 
