@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from loraport.errors import LoraportError, Problems
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 _ALGORITHM = "xxh3-128"
@@ -94,13 +95,25 @@ def hash_weight(weight: torch.Tensor) -> str:
         weight: Any shape, any floating dtype, any device.
     """
     import torch
+
+    flat = weight.detach().reshape(-1)
+    chunks = (flat[s : s + _CHUNK_ELEMENTS] for s in range(0, flat.numel(), _CHUNK_ELEMENTS))
+    arrays = (chunk.to(device="cpu", dtype=torch.float32).contiguous().numpy() for chunk in chunks)
+    return hash_rows(tuple(weight.shape), arrays)
+
+
+def hash_rows(shape: tuple[int, ...], rows: Iterable[np.ndarray]) -> str:
+    """Hash one weight that is read piece by piece; the same as `hash_weight` of the whole.
+
+    Args:
+        shape: The weight's shape.
+        rows: Its values as float32 in order, in pieces of any size.
+    """
     import xxhash
 
-    digest = xxhash.xxh3_128(repr(tuple(weight.shape)).encode())
-    flat = weight.detach().reshape(-1)
-    for start in range(0, flat.numel(), _CHUNK_ELEMENTS):
-        chunk = flat[start : start + _CHUNK_ELEMENTS].to(device="cpu", dtype=torch.float32)
-        digest.update(chunk.contiguous().numpy().data)
+    digest = xxhash.xxh3_128(repr(shape).encode())
+    for piece in rows:
+        digest.update(piece.data)
     return digest.hexdigest()
 
 

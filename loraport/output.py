@@ -128,7 +128,12 @@ def _alive(pid: int) -> bool:
 
 
 def _finish(file: Path) -> None:
-    """Give a complete file the usual mode and flush it to disk."""
+    """Give a complete file the usual mode and flush it to disk.
+
+    A file that has another name elsewhere belongs to somebody else too and stays as it is.
+    """
+    if file.stat().st_nlink > 1:
+        return
     if not file.is_symlink():
         file.chmod(0o666 & ~_UMASK)
     _sync(file)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from converters.onnx.pack import PackedAdapter, pack
 from loraport.adapter import Adapter
-from loraport.bundle.golden import base_inputs, write_golden
+from loraport.bundle.golden import base_inputs, golden_reason, write_golden
 from loraport.bundle.manifest import BundledAdapter, Manifest, read_manifest, write_manifest
 from loraport.errors import LoraportError, Problems
 from loraport.output import new_file
@@ -51,7 +51,9 @@ def add_adapters(
             anything that finds no slot.
     """
     manifest = read_manifest(bundle)
-    base_inputs(bundle, manifest)  # what the golden cases need, before anything is written
+    without_golden = not manifest.golden and golden_reason(bundle) is not None
+    if not without_golden:
+        base_inputs(bundle, manifest)  # what the golden cases need, before anything is written
     problems = Problems()
     for name in adapters:
         if not _NAME.fullmatch(name):
@@ -81,6 +83,10 @@ def add_adapters(
         entries[name] = entry
         written += [entry.file, entry.tensors]
     manifest = replace(manifest, adapters=entries).with_files(bundle, written)
+    if without_golden:
+        progress(f"no golden outputs: {golden_reason(bundle)}")
+        write_manifest(manifest, bundle)
+        return manifest
     progress("recording golden outputs")
     return write_golden(bundle, manifest, packed)
 

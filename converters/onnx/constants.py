@@ -65,11 +65,17 @@ def _of_constant_node(node: ir.Node) -> Constant | None:
     attribute = node.attributes.get("value")
     if attribute is not None:
         return _of_tensor(node.outputs[0].name or "", attribute.as_tensor())
-    for name, dtype in (("value_float", np.float32), ("value_floats", np.float32),
-                        ("value_int", np.int64), ("value_ints", np.int64)):
+    for name, dtype in (
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+    ):
         attribute = node.attributes.get(name)
         if attribute is not None:
-            return _of_tensor(node.outputs[0].name or "", ir.tensor(np.array(attribute.value, dtype)))
+            return _of_tensor(
+                node.outputs[0].name or "", ir.tensor(np.array(attribute.value, dtype))
+            )
     return None
 
 
@@ -80,7 +86,9 @@ def _same(node: ir.Node, source: Constant) -> Constant:
 
 def _transpose(node: ir.Node, source: Constant) -> Constant:
     order = node.attributes.get("perm")
-    axes = tuple(order.as_ints()) if order is not None else tuple(reversed(range(len(source.shape))))
+    axes = (
+        tuple(order.as_ints()) if order is not None else tuple(reversed(range(len(source.shape))))
+    )
     shape = tuple(source.shape[axis] for axis in axes)
     return replace(source, shape=shape, array=lambda: source.array().transpose(axes))
 
@@ -92,7 +100,7 @@ def _cast(node: ir.Node, source: Constant) -> Constant:
 
 def _reshape(node: ir.Node, source: Constant) -> Constant | None:
     wanted = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-    if wanted is None or node.attributes.get_int("allowzero", 0):
+    if wanted is None or node.attributes.get_int("allowzero", 0) != 0:
         return None
     sizes = [int(size) for size in wanted.array()]
     shape = [source.shape[i] if size == 0 else size for i, size in enumerate(sizes)]

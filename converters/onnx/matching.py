@@ -15,6 +15,7 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -41,6 +42,14 @@ class Unmatched:
     """Why a site has no modules."""
 
     reason: str
+
+
+class SiteMatcher(Protocol):
+    """Finds the modules that a site computes."""
+
+    def match(self, site: Site) -> Match | Unmatched:
+        """Return the modules whose outputs, side by side, are the site's output."""
+        ...
 
 
 class Matcher:

@@ -63,14 +63,18 @@ def add_slot_nodes(
         own = _over_output(chain, slot, own_bias)
         result = chain.add("own_bias", "Add", [result, own])
     result.shape = site.y.shape
+    last = site.y.producer()
+    assert last is not None
+    owner = graph if last.graph is None else last.graph
     if site.y.is_graph_output():
         result.name, site.y.name = site.y.name, f"{site.y.name}/base"
     for usage in readers:
         usage.node.replace_input_with(usage.idx, result)
-    for index, output in enumerate(graph.outputs):
+    outputs = owner.outputs
+    for index, output in enumerate(outputs):
         if output is site.y:
-            graph.outputs[index] = result
-    graph.insert_after(site.node, chain.nodes)
+            outputs[index] = result
+    owner.insert_after(last, chain.nodes)
 
 
 class _Chain:

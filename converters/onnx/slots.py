@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.matching import Match, Matcher, Unmatched
+from converters.onnx.matching import Match, Matcher, SiteMatcher, Unmatched
 from converters.onnx.modules import SlottableModule
 from converters.onnx.operators import find_site
 from converters.onnx.site import Site
@@ -83,6 +83,7 @@ def insert_slots(
     modules: Mapping[str, SlottableModule],
     options: SlotOptions | None = None,
     *,
+    matcher: SiteMatcher | None = None,
     exclude: Callable[[str], str | None] = lambda path: None,  # noqa: ARG005
 ) -> SlottedModel:
     """Put a slot beside every operator whose modules are known.
@@ -91,6 +92,7 @@ def insert_slots(
         model: Any ONNX model; changed in place.
         modules: The base's modules by path.
         options: What the slots can take; LoRA on linear modules unless told.
+        matcher: Finds a site's modules; by names and values among ``modules`` unless told.
         exclude: Gives the reason for leaving a module without a slot, or ``None``.
 
     Raises:
@@ -98,13 +100,13 @@ def insert_slots(
     """
     options = options or SlotOptions()
     wanted = {path: module for path, module in modules.items() if options.serves(module.kind)}
-    matcher = Matcher(wanted)
+    matcher = matcher or Matcher(wanted)
     strength = _Strength(model) if options.strength else None
     table: dict[str, Slot] = {}
     inputs: dict[str, dict[str, ir.Value]] = {}
     unslotted: dict[str, str] = {}
     reasons: list[str] = []
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         site = find_site(node)
         if site is None or not options.serves(site.kind):
             continue

@@ -53,14 +53,10 @@ class MappedTensor(ir.ExternalTensor):
                 left -= file.write(read)
 
     def _unpacked(self, raw: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        packed = ir.TensorProtoTensor(
-            ir.serde.serialize_tensor(ir.Tensor(raw[:0].copy(), name=self.name))
-        ).raw
-        packed.ClearField("dims")
-        packed.dims.extend(shape)
-        packed.data_type = int(self.dtype)
-        packed.raw_data = raw.tobytes()
-        return ir.TensorProtoTensor(packed).numpy()
+        from onnx import TensorProto
+
+        proto = TensorProto(data_type=int(self.dtype), dims=shape, raw_data=raw.tobytes())
+        return ir.TensorProtoTensor(proto).numpy()
 
 
 def read_graph(file: Path) -> ir.Model:
@@ -71,7 +67,7 @@ def read_graph(file: Path) -> ir.Model:
             outside its directory.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         proto = onnx.load(str(file), load_external_data=False)

@@ -12,7 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraport.bundle.manifest import MANIFEST_FILE, GoldenCase, Manifest, write_manifest
+from loraport.bundle.manifest import (
+    MANIFEST_FILE,
+    GoldenCase,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
 from loraport.checkpoint import Checkpoint
 from loraport.errors import LoraportError
 from loraport.output import new_file
@@ -25,10 +31,26 @@ if TYPE_CHECKING:
 GOLDEN_DIRECTORY = "golden"
 BASE_CASE = "base"
 BLEND_CASE = "blend"
+_NONE = f"{GOLDEN_DIRECTORY}/none.txt"
 _INPUT = "input."
 _OUTPUT = "output."
 # A cache is a means, not a result: its outputs are left out of the files.
 _CACHE_OUTPUTS = ("present",)
+
+
+def record_no_golden(bundle: Path, reason: str) -> Manifest:
+    """Record why a bundle can have no golden cases."""
+    (bundle / GOLDEN_DIRECTORY).mkdir(exist_ok=True)
+    (bundle / _NONE).write_text(reason + "\n")
+    manifest = read_manifest(bundle).with_files(bundle, [_NONE])
+    write_manifest(manifest, bundle)
+    return manifest
+
+
+def golden_reason(bundle: Path) -> str | None:
+    """Return why a bundle has no golden cases, if that was recorded."""
+    file = bundle / _NONE
+    return file.read_text().strip() if file.is_file() else None
 
 
 def write_base_golden(bundle: Path, inputs: Mapping[str, np.ndarray]) -> Manifest:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from loraport.cli.options import log, named_paths, progress
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @click.command()
@@ -37,6 +41,14 @@ from loraport.cli.options import log, named_paths, progress
 )
 @click.option("--strength-input", is_flag=True, help="An input that scales the adapter per run.")
 @click.option("--lm-head", is_flag=True, help="Put a slot beside the output head too.")
+@click.option("--base", "checkpoint", help="What MODEL.onnx was exported from, if that is known.")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="NAME=FILE.npy",
+    help="Golden inputs for MODEL.onnx; made from its shapes unless given.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def export(
     base: str,
@@ -47,11 +59,14 @@ def export(
     slots: str,
     strength_input: bool,
     lm_head: bool,
+    checkpoint: str | None,
+    inputs: tuple[str, ...],
     force: bool,
 ) -> None:
     """Export BASE once to ONNX, with slots that any LoRA adapter of it fits.
 
-    BASE is a model directory, a .gguf file, a hub name (owner/name) or 'smollm2'.
+    BASE is a model directory, a .gguf file, a hub name (owner/name), 'smollm2', or a MODEL.onnx
+    that is already exported, by whatever tool.
     """
     from converters.formats.registry import read_adapter
     from converters.onnx.adding import add_adapters
@@ -76,9 +91,35 @@ def export(
         lm_head=lm_head,
         slots=SlotOptions(variants, strength=strength_input),
     )
-    export_base(base, output, options, force=force, progress=progress, finish=finish)
+    if base.endswith(".onnx"):
+        from converters.onnx.importing import ImportOptions, import_model
+
+        own = ImportOptions(checkpoint, options.slots, lm_head, _arrays(inputs))
+        import_model(Path(base), output, own, force=force, progress=progress, finish=finish)
+    elif checkpoint is not None or inputs:
+        raise click.UsageError("--base and --input are for a MODEL.onnx that is already exported")
+    else:
+        export_base(base, output, options, force=force, progress=progress, finish=finish)
     manifest = read_manifest(output)
+    if base.endswith(".onnx"):
+        for name, reason in manifest.unslotted.items():
+            log.print(f"no slot: {name}: {reason}", markup=False)
     log.print(
         f"{output}: {len(manifest.slots.slots)} slots for {len(manifest.slots.modules())} modules, "
         f"{len(manifest.adapters)} adapters"
     )
+
+
+def _arrays(values: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Read ``NAME=FILE.npy`` options."""
+    import numpy
+
+    from loraport.errors import LoraportError
+
+    found = {}
+    for name, path in named_paths(values, "--input").items():
+        try:
+            found[name] = numpy.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise LoraportError(f"--input {name}: {path}: expected a .npy file: {error}") from error
+    return found

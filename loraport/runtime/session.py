@@ -11,7 +11,8 @@ from loraport.errors import LoraportError
 from loraport.runtime.full_precision import with_float32_activations
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_ERRORS_ONLY = 3
+# What goes wrong in a run is raised; printed as well it would only be said twice.
+_NOTHING_BUT_FATAL = 4
 _DATA_DIRECTORY = "session.model_external_initializers_file_folder_path"
 
 
@@ -45,7 +46,7 @@ def open_session(
             onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     # The runtime warns of every overridable initializer; slots are overridable on purpose.
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _NOTHING_BUT_FATAL
     if threads is not None:
         options.intra_op_num_threads = threads
     source: str | bytes = str(model)

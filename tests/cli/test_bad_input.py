@@ -73,6 +73,9 @@ CASES = [
     ("export BASE -o HERE/out --adapter a", "expected NAME=PATH, got 'a'"),
     ("export BASE -o HERE/out --adapter a=A --adapter a=B", "'a' is given twice"),
     ("export BASE -o HERE/out --adapter a=HERE/nowhere", "expected a file or directory"),
+    ("export HERE/broken.onnx -o HERE/out", "expected an ONNX model"),
+    ("export HERE/nowhere.onnx -o HERE/out", "nowhere.onnx: cannot be read"),
+    ("export BASE -o HERE/out --base BASE", "--base and --input are for a MODEL.onnx"),
     # add
     ("add", "Missing argument 'BUNDLE'"),
     ("add BUNDLE", "Missing argument 'NAME=ADAPTER"),

@@ -9,7 +9,15 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
-from converters.onnx.operators import conv, gather, gemm, matmul, matmul_nbits
+from converters.onnx.operators import (
+    conv,
+    dynamic_quantize_matmul,
+    gather,
+    gemm,
+    matmul,
+    matmul_integer,
+    matmul_nbits,
+)
 from converters.onnx.site import Site
 
 OPERATORS: Mapping[tuple[str, str], Callable[[ir.Node], Site | None]] = {
@@ -17,6 +25,8 @@ OPERATORS: Mapping[tuple[str, str], Callable[[ir.Node], Site | None]] = {
     ("", "Gather"): gather.find_site,
     ("", "MatMul"): matmul.find_site,
     ("", "Gemm"): gemm.find_site,
+    ("", "MatMulInteger"): matmul_integer.find_site,
+    ("com.microsoft", "DynamicQuantizeMatMul"): dynamic_quantize_matmul.find_site,
     ("com.microsoft", "MatMulNBits"): matmul_nbits.find_site,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from converters.onnx.constants import constant
 from converters.onnx.site import Site
 from loraport.adapter import ModuleKind
 
@@ -11,21 +12,22 @@ from loraport.adapter import ModuleKind
 def find_site(node: ir.Node) -> Site | None:
     """Return the site, or ``None`` where no rows of a constant matrix of floats are gathered."""
     table, tokens = node.inputs
-    if table is None or tokens is None or table.const_value is None:
+    rows_of = constant(table)
+    if tokens is None or rows_of is None or len(rows_of.shape) != 2:
         return None
-    tensor = table.const_value
-    if len(tensor.shape) != 2 or not tensor.dtype.is_floating_point():
+    if not rows_of.dtype.is_floating_point():
         return None
-    if node.attributes.get_int("axis", 0) != 0 or tokens.const_value is not None:
+    if node.attributes.get_int("axis", 0) != 0 or constant(tokens) is not None:
         return None
-    rows, columns = tensor.shape.numpy()
+    rows, columns = rows_of.shape
     return Site(
         node=node,
         x=tokens,
         y=node.outputs[0],
         in_features=rows,
         out_features=columns,
-        dtype=tensor.dtype,
-        weight=tensor.numpy,
+        dtype=rows_of.dtype,
+        weight=rows_of.array,
+        quantized=rows_of.quantized,
         kind=ModuleKind.EMBEDDING,
     )

@@ -1,0 +1,152 @@
+"""What the modules of a graph are called, where no checkpoint is there to tell.
+
+The first of these that gives a name:
+
+1. the module path that ``torch.onnx.export(dynamo=True)`` records on its nodes;
+2. the initializer's name, where it is a parameter's: ``encoder.layer.0.query.weight``;
+3. the node's name, where it is a path: ``/encoder/layer.0/query/MatMul``;
+4. the initializer's name, whatever it is, unless it is anonymous (``onnx::MatMul_1234``);
+5. the operator and its number.
+
+One weight has one name wherever it is used; two weights that come to the same name get the names
+of their nodes added. A weight that is an embedding's too is the output head.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from converters.onnx.constants import Constant, constant
+from converters.onnx.site import Site
+from loraport.adapter import ModuleKind
+from loraport.naming import is_module_path
+
+HEAD = "lm_head"
+_SCOPES = "pkg.torch.onnx.name_scopes"
+# What quantizers and exporters add to the name of a weight.
+_ENDINGS = re.compile(
+    r"(_quantized|_Q\d+(G\d+)?|_DequantizeLinear|\.qweight|_qweight|_transposed|\.MatMul|_fp16|_bnb4)+$"
+)
+_ANONYMOUS = re.compile(r"(onnx::\w+_\d+|\d+|val_\d+|.*[Cc]onst(ant)?[_.]?\w*(:\d+)?|_v_\d+|t_\d+)")
+
+
+@dataclass(frozen=True, eq=False)
+class NamedSite:
+    """A site and what its module is called."""
+
+    path: str
+    site: Site
+
+
+def name_sites(sites: Sequence[Site]) -> list[NamedSite]:
+    """Name every site of a graph; sites of one weight have one name."""
+    groups = _by_weight(sites)
+    embedded = {key[0] for key in groups if key[1] is ModuleKind.EMBEDDING}
+    names: dict[tuple[str, ModuleKind], str] = {}
+    for number, (key, members) in enumerate(groups.items()):
+        tied = key[1] is ModuleKind.LINEAR and key[0] in embedded
+        names[key] = _name(members, tied) or f"{members[0].node.op_type.lower()}_{number}"
+    _tell_apart(names, groups)
+    found = {id(site): names[key] for key, members in groups.items() for site in members}
+    return [NamedSite(found[id(site)], site) for site in sites]
+
+
+def _by_weight(sites: Iterable[Site]) -> dict[tuple[str, ModuleKind], list[Site]]:
+    groups: dict[tuple[str, ModuleKind], list[Site]] = defaultdict(list)
+    for number, site in enumerate(sites):
+        weight = weight_of(site)
+        groups[weight.name if weight else f"?{number}", site.kind].append(site)
+    return groups
+
+
+def weight_of(site: Site) -> Constant | None:
+    """Return the operator's largest constant: its weight as it is stored."""
+    found = [known for value in site.node.inputs if (known := constant(value)) is not None]
+    matrices = [known for known in found if len(known.shape) >= 2]
+    return max(matrices, key=lambda known: np.prod(known.shape), default=None)
+
+
+def _name(members: Sequence[Site], tied: bool) -> str:
+    node = members[0].node
+    weight = weight_of(members[0])
+    stored = _ENDINGS.sub("", weight.name) if weight else ""
+    path = _recorded_path(node)
+    if path:
+        return path
+    if stored.endswith(".weight") and not tied and is_module_path(stored):
+        return _ENDINGS.sub("", stored.removesuffix(".weight"))
+    parts = (node.name or "").split("/")[:-1]
+    path = ".".join(re.sub(r"[^\w.-]", "_", part).strip(".") for part in parts if part)
+    if path and is_module_path(path):
+        return path
+    if tied:
+        return HEAD
+    if stored and not _ANONYMOUS.fullmatch(stored):
+        return _clean_path(stored)
+    return _clean_path(node.name) if node.name else ""
+
+
+def _recorded_path(node: ir.Node) -> str:
+    """Return the module in whose ``forward`` torch met the operator."""
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    except (ValueError, SyntaxError):
+        return ""
+    path = str(scopes[-2]) if isinstance(scopes, list) and len(scopes) > 1 else ""
+    return path if is_module_path(path) else ""
+
+
+def _tell_apart(
+    names: dict[tuple[str, ModuleKind], str], groups: Mapping[tuple[str, ModuleKind], list[Site]]
+) -> None:
+    """Give different weights different names, in place; equal ones are one module called twice."""
+    claimed: dict[str, list[tuple[str, ModuleKind]]] = defaultdict(list)
+    for key, name in names.items():
+        claimed[name].append(key)
+    taken = set(claimed)
+    for name, keys in claimed.items():
+        modules: list[list[tuple[str, ModuleKind]]] = []
+        for key in keys:
+            first = groups[key][0]
+            same = [known for known in modules if _same_module(groups[known[0]][0], first)]
+            if same:
+                same[0].append(key)
+            else:
+                modules.append([key])
+        if len(modules) == 1:
+            continue
+        for number, module in enumerate(modules):
+            leaf = _clean((groups[module[0]][0].node.name or "").rpartition("/")[2])
+            distinct = f"{name}.{leaf or number}"
+            while distinct in taken:
+                distinct = f"{distinct}_{number}"
+            taken.add(distinct)
+            names.update(dict.fromkeys(module, distinct))
+
+
+def _same_module(one: Site, other: Site) -> bool:
+    if one is other:
+        return True
+    if (one.kind, one.in_features, one.out_features) != (
+        other.kind,
+        other.in_features,
+        other.out_features,
+    ):
+        return False
+    return np.array_equal(one.weight(), other.weight())
+
+
+def _clean_path(name: str) -> str:
+    parts = re.split(r"[./]", name.removesuffix(":0"))
+    return ".".join(_clean(part) for part in parts if part)
+
+
+def _clean(part: str) -> str:
+    return re.sub(r"[^\w-]", "_", part)

@@ -1,0 +1,280 @@
+"""Put slots into a model that is already exported, by whatever tool, and make it a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from converters.onnx.data_files import move_weights_out, share_data
+from converters.onnx.example_inputs import example_inputs
+from converters.onnx.graph_modules import GraphModules, fingerprint_graph
+from converters.onnx.graph_names import NamedSite, name_sites
+from converters.onnx.matching import Match, Matcher, SiteMatcher, Unmatched
+from converters.onnx.operators import find_site
+from converters.onnx.provenance import MADE_BY, record_provenance
+from converters.onnx.site import Site
+from converters.onnx.slots import SlotOptions, SlottedModel, insert_slots, require_slot_inputs
+from converters.onnx.source_graph import external_tensors, read_graph
+from converters.onnx.unslotted import reasons
+from loraport.bundle.golden import record_no_golden, write_base_golden
+from loraport.bundle.manifest import (
+    MODEL_FILE,
+    REQUIRED_MODEL_FILE,
+    Manifest,
+    file_sha256,
+    write_manifest,
+)
+from loraport.errors import LoraportError
+from loraport.fingerprint import BaseFingerprint
+from loraport.output import new_directory
+from loraport.parity.tolerances import golden_tolerance, golden_tolerances
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+Progress = Callable[[str], None]
+_HEAD = "lm_head"
+_LEFT_OUT_HEAD = "left out, as the output head; export again with --lm-head"
+# The session holds the weights, some of them twice.
+_MEMORY_PER_WEIGHT_BYTE = 1.5
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """How a model that is already exported becomes a bundle.
+
+    Attributes:
+        base: The checkpoint it was exported from, see `resolve_base`; names come from the graph
+            itself without it.
+        slots: What the slots can take.
+        lm_head: Put a slot beside the output head too.
+        inputs: The golden inputs; made from the graph's own shapes unless given.
+    """
+
+    base: str | None = None
+    slots: SlotOptions = field(default_factory=SlotOptions)
+    lm_head: bool = False
+    inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def _silent(text: str) -> None:
+    del text
+
+
+def import_model(
+    file: Path,
+    out: Path,
+    options: ImportOptions | None = None,
+    *,
+    force: bool = False,
+    progress: Progress = _silent,
+    finish: Callable[[Path], None] = lambda bundle: None,  # noqa: ARG005
+) -> None:
+    """Make a bundle of an ``.onnx`` file: its weights are linked, only the graph is written.
+
+    Args:
+        file: The model.
+        out: The new bundle; appears whole or not at all.
+        options: See `ImportOptions`.
+        force: Replace an existing bundle.
+        progress: Told what is being done.
+        finish: Called with the bundle while it still has its temporary name.
+
+    Raises:
+        LoraportError: If the file is no model, or no operator of it can have a slot.
+    """
+    options = options or ImportOptions()
+    progress(f"reading {file.name}")
+    model = read_graph(file)
+    module = _load_base(options.base, progress)
+    with new_directory(out, force=force) as bundle:
+        share_data(model, file.parent, bundle, progress)
+        move_weights_out(model, bundle)
+        examples = [options.inputs] if options.inputs else list(example_inputs(model))
+        progress("putting in the slots")
+        imported = slot_graph(model, options, module)
+        record_provenance(model, file.name, file_sha256(file))
+        weights = sum(tensor.nbytes for tensor in external_tensors(model))
+        _save(imported.slotted, bundle)
+        progress("hashing the weights")
+        _describe(bundle, file, imported, options, module)
+        progress("recording golden outputs")
+        _record_golden(bundle, examples, weights, progress)
+        finish(bundle)
+
+
+@dataclass(frozen=True)
+class ImportedGraph:
+    """A graph with slots, and what is known of its weights.
+
+    Attributes:
+        slotted: The graph.
+        named: Every site with its module's name.
+    """
+
+    slotted: SlottedModel
+    named: list[NamedSite]
+
+
+def slot_graph(
+    model: ir.Model, options: ImportOptions, module: nn.Module | None = None
+) -> ImportedGraph:
+    """Put slots into a graph and say of everything with weights that has none why.
+
+    Args:
+        model: As `read_graph` gave it; changed in place. Its weights are read only where they
+            are compared with the base's.
+        options: See `ImportOptions`.
+        module: The base, if it is known.
+
+    Raises:
+        LoraportError: If there is no operator that can have a slot; with all the reasons.
+    """
+    from converters.onnx.modules import slottable_modules
+
+    nodes = list(model.graph.all_nodes())
+    sites = [site for node in nodes if (site := find_site(node)) is not None]
+    served = [site for site in sites if options.slots.serves(site.kind)]
+    named = name_sites(served)
+    why = reasons(nodes, {id(site.node) for site in sites})
+    modules = {} if module is None else slottable_modules(module)
+    wanted = {path: m for path, m in modules.items() if options.slots.serves(m.kind)}
+    finder: SiteMatcher = GraphModules(named) if module is None else Matcher(wanted)
+    listening = _Listening(finder)
+    if not served:
+        raise LoraportError(
+            "slots: expected operators that can have one, got none"
+            + "".join(f"\n  - {name}: {reason}" for name, reason in list(why.items())[:20])
+        )
+    slotted = insert_slots(
+        model,
+        modules,
+        options.slots,
+        matcher=listening,
+        exclude=lambda path: None if options.lm_head else _head_reason(path),
+    )
+    unslotted = {**slotted.unslotted, **listening.unmatched, **why}
+    return ImportedGraph(SlottedModel(slotted.model, slotted.slots, unslotted), named)
+
+
+class _Listening:
+    """Passes matches on and remembers what had none."""
+
+    def __init__(self, matcher: SiteMatcher) -> None:
+        self._matcher = matcher
+        self.unmatched: dict[str, str] = {}
+
+    def match(self, site: Site) -> Match | Unmatched:
+        """Return the modules of a site."""
+        found = self._matcher.match(site)
+        if isinstance(found, Unmatched):
+            self.unmatched[site.node.name or site.y.name or site.node.op_type] = found.reason
+        return found
+
+
+def _head_reason(path: str) -> str | None:
+    return _LEFT_OUT_HEAD if path.rpartition(".")[2] == _HEAD else None
+
+
+def _load_base(base: str | None, progress: Progress) -> nn.Module | None:
+    if base is None:
+        return None
+    from loraport.base_model import load_model
+
+    progress(f"reading {base}")
+    loaded: nn.Module = load_model(base)
+    return loaded
+
+
+def _save(slotted: SlottedModel, bundle: Path) -> None:
+    ir.save(slotted.model, bundle / MODEL_FILE)
+    require_slot_inputs(slotted.model, slotted.slots)
+    ir.save(slotted.model, bundle / REQUIRED_MODEL_FILE)
+
+
+def _describe(
+    bundle: Path,
+    file: Path,
+    imported: ImportedGraph,
+    options: ImportOptions,
+    module: nn.Module | None,
+) -> None:
+    paths = list(imported.slotted.slots.modules())
+    precision = _precision(imported.named)
+    manifest = Manifest(
+        base_name=file.stem if options.base is None else Path(options.base).name,
+        fingerprint=_fingerprint(imported.named, paths, module),
+        precision=precision,
+        slots=imported.slotted.slots,
+        unslotted=imported.slotted.unslotted,
+        tolerance=golden_tolerance(precision),
+        tolerances=golden_tolerances(precision),
+        made_by=MADE_BY,
+    )
+    if options.base is not None:
+        from loraport.base_model import resolve_base
+        from loraport.bundle.sources import record_base
+
+        record_base(bundle, str(resolve_base(options.base).resolve()))
+    files = sorted(f.relative_to(bundle).as_posix() for f in bundle.rglob("*") if f.is_file())
+    write_manifest(manifest.with_files(bundle, files), bundle)
+
+
+def _fingerprint(
+    named: list[NamedSite], paths: list[str], module: nn.Module | None
+) -> BaseFingerprint:
+    if module is None:
+        return fingerprint_graph(named, paths)
+    from loraport.base_model import fingerprint_model
+
+    known = {path for path, _ in module.named_modules()}
+    return fingerprint_model(module, [path for path in paths if path in known])
+
+
+def _precision(named: list[NamedSite]) -> str:
+    """Return how the weights are stored, by the coarsest of them."""
+    if any(entry.site.quantized for entry in named):
+        return "int4"
+    halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    return "fp16" if any(entry.site.dtype in halves for entry in named) else "fp32"
+
+
+def _record_golden(
+    bundle: Path,
+    examples: list[Mapping[str, np.ndarray]] | list[dict[str, np.ndarray]],
+    weights: int,
+    progress: Progress,
+) -> None:
+    """Record the base's outputs for the first inputs that the graph takes; else say why not."""
+    available = _available_memory()
+    if available is not None and weights * _MEMORY_PER_WEIGHT_BYTE > available:
+        reason = (
+            f"the weights take {weights / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory "
+            "are free"
+        )
+    else:
+        reason = "give --input NAME=FILE.npy: ONNX Runtime refused the inputs that were made"
+        for inputs in examples:
+            try:
+                write_base_golden(bundle, inputs)
+            except LoraportError as error:
+                first = str(error).splitlines()[-1]
+                reason = f"give --input NAME=FILE.npy for inputs that the model takes: {first}"
+            else:
+                return
+    progress(f"no golden outputs: {reason}")
+    record_no_golden(bundle, reason)
+
+
+def _available_memory() -> int | None:
+    """Return how many bytes of memory are free, where the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None

@@ -1,0 +1,26 @@
+"""What a graph says about its slots: which tool put them in, and into what."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from loraport import __version__
+
+MADE_BY = f"loraport {__version__}"
+_TOOL = "loraport.slots_by"
+_SOURCE = "loraport.slots_in"
+_SHA256 = "loraport.slots_in_sha256"
+
+
+def record_provenance(model: ir.Model, source: str, sha256: str = "") -> None:
+    """Write into the model's metadata who made the slots, in place.
+
+    Args:
+        model: The graph with slots.
+        source: What the graph was made from: a file's name or a base's.
+        sha256: Of that file's content, if it is one.
+    """
+    model.metadata_props[_TOOL] = MADE_BY
+    model.metadata_props[_SOURCE] = source
+    if sha256:
+        model.metadata_props[_SHA256] = sha256

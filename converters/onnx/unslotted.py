@@ -1,0 +1,116 @@
+"""Why operators with weights of their own get no slot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+from converters.onnx.constants import constant
+
+# Operators that use a matrix for something that no adapter changes.
+_NO_WEIGHTS = frozenset(
+    [
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Where",
+        "Concat",
+        "Gather",
+        "GatherND",
+        "GatherElements",
+        "ScatterND",
+        "ScatterElements",
+        "Slice",
+        "Reshape",
+        "Expand",
+        "Tile",
+        "Pad",
+        "Resize",
+        "Equal",
+        "Less",
+        "Greater",
+        "And",
+        "Or",
+        "Not",
+        "Clip",
+        "Min",
+        "Max",
+        "Identity",
+        "Transpose",
+        "Cast",
+        "DequantizeLinear",
+        "QuantizeLinear",
+        "Unsqueeze",
+        "Squeeze",
+        "Constant",
+        "Shape",
+        "Range",
+        "GroupQueryAttention",
+        "RotaryEmbedding",
+        "If",
+        "Loop",
+        "Scan",
+        "QLinearAdd",
+        "QLinearMul",
+        "LessOrEqual",
+        "GreaterOrEqual",
+        "Flatten",
+        "Mod",
+        "PRelu",
+        "LayerNormalization",
+        "SkipLayerNormalization",
+        "Compress",
+        "MultiHeadAttention",
+        "Sum",
+        "TopK",
+        "BatchNormalization",
+        "ReduceSum",
+        "ArgMax",
+    ]
+)
+_REASONS = {
+    "LSTM": "a recurrent layer's projections are inside the operator",
+    "GRU": "a recurrent layer's projections are inside the operator",
+    "RNN": "a recurrent layer's projections are inside the operator",
+    "DynamicQuantizeLSTM": "a recurrent layer's projections are inside the operator",
+    "ConvTranspose": "transposed convolutions have no slots",
+    "EmbedLayerNormalization": "the embedding is fused with its normalization",
+}
+
+
+def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
+    """Say of each operator with a constant matrix, or larger, why it has no slot.
+
+    Args:
+        nodes: The graph's operators.
+        taken: ``id`` of the operators that have one.
+
+    Returns:
+        The operator's name → why.
+    """
+    found: dict[str, str] = {}
+    for node in nodes:
+        if id(node) in taken or node.op_type in _NO_WEIGHTS:
+            continue
+        shapes = [known.shape for value in node.inputs if (known := constant(value)) is not None]
+        if not any(len(shape) >= 2 for shape in shapes):
+            continue
+        name = node.name or (node.outputs[0].name or "") or node.op_type
+        found[name] = _reason(node, shapes)
+    return found
+
+
+def _reason(node: ir.Node, shapes: list[tuple[int, ...]]) -> str:
+    operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    if node.op_type in _REASONS:
+        return f"{operator}: {_REASONS[node.op_type]}"
+    if node.op_type in ("MatMul", "Gemm"):
+        if constant(node.inputs[0]) is not None:
+            return f"{operator}: its constant is the left factor"
+        return f"{operator}: its constant of shape {shapes[-1]} is no matrix of floats"
+    if node.op_type == "Conv":
+        return "Conv: its kernel is not of one or two dimensions"
+    return f"{operator}: loraport has no slot for this operator"

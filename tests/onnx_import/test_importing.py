@@ -1,0 +1,213 @@
+"""A model that somebody else exported takes adapters, and computes what PEFT computes."""
+
+import os
+import warnings
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from peft_cases import load_with_peft
+
+from converters.formats.registry import read_adapter
+from converters.onnx import add_adapters
+from converters.onnx.importing import ImportOptions, import_model
+from loraport.bundle.manifest import check_files, read_manifest
+from loraport.bundle.replay import replay_golden
+from loraport.errors import LoraportError
+from loraport.runtime import Runtime
+
+
+def arrays(seed=1):
+    ids = np.random.default_rng(seed).integers(1, 61, (3, 5))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+@pytest.fixture(scope="module")
+def imported(bert_onnx, made_bert, tmp_path_factory):
+    out = tmp_path_factory.mktemp("imported") / "bundle"
+    import_model(bert_onnx, out)
+    add_adapters(out, {"a": read_adapter(made_bert.path)})
+    return out
+
+
+def reference(made_bert):
+    peft_model = load_with_peft(made_bert.fresh_base(), made_bert.path).eval()
+    tensors = {name: torch.from_numpy(array) for name, array in arrays().items()}
+    with torch.no_grad():
+        base, adapted = made_bert.fresh_base().eval()(**tensors), peft_model(**tensors)
+    return base.logits.numpy(), adapted.logits.numpy()
+
+
+def test_it_computes_what_peft_computes(imported, made_bert):
+    base, adapted = reference(made_bert)
+    runtime = Runtime(imported)
+    # float32 sums in another order.
+    np.testing.assert_allclose(runtime.run(arrays())["logits"], base, atol=1e-4)
+    np.testing.assert_allclose(runtime.run(arrays(), "a")["logits"], adapted, atol=1e-4)
+    assert np.abs(adapted - base).max() > 0.05
+
+
+def test_every_linear_module_has_its_own_name(imported, made_bert):
+    linear = {n for n, m in made_bert.base.named_modules() if isinstance(m, torch.nn.Linear)}
+    manifest = read_manifest(imported)
+    assert set(manifest.slots.modules()) == linear
+    assert all("Gather" not in name for name in manifest.unslotted)
+
+
+def test_the_fingerprint_is_the_checkpoints_own(imported, made_bert):
+    from loraport.base_model import fingerprint_model
+
+    found = read_manifest(imported).fingerprint.modules
+    expected = fingerprint_model(made_bert.base, sorted(found)).modules
+    assert found == expected
+    assert len(found) == len(read_manifest(imported).slots.modules())
+
+
+def test_golden_cases_replay(imported):
+    results = replay_golden(imported)
+    assert {result.name for result in results} >= {"base", "adapter-a"}
+    assert all(result.passed for result in results)
+
+
+def test_the_graphs_are_valid_and_say_who_made_them(imported, bert_onnx):
+    original = onnx.load(bert_onnx)
+    for name in ("model.onnx", "model.required.onnx"):
+        onnx.checker.check_model(str(imported / name), full_check=True)
+        proto = onnx.load(imported / name)
+        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+        names = [value.name for value in proto.graph.input]
+        assert len(names) == len(set(names))
+        opsets = [
+            {(entry.domain, entry.version) for entry in model.opset_import}
+            for model in (proto, original)
+        ]
+        assert opsets[0] == opsets[1]
+        assert proto.producer_name == original.producer_name
+        said = {entry.key: entry.value for entry in proto.metadata_props}
+        assert said["loraport.slots_by"].startswith("loraport ")
+        assert said["loraport.slots_in"] == "bert.onnx"
+
+
+def test_the_same_bytes_twice(bert_onnx, imported, tmp_path):
+    import_model(bert_onnx, tmp_path / "again")
+    for name in ("model.onnx", "model.required.onnx", "model.onnx.data"):
+        assert (tmp_path / "again" / name).read_bytes() == (imported / name).read_bytes()
+
+
+class TestExternalData:
+    @pytest.fixture
+    def outside(self, bert_onnx, tmp_path):
+        """The same model with its weights in a data file in a folder."""
+        directory = tmp_path / "source"
+        (directory / "data").mkdir(parents=True)
+        proto = onnx.load(bert_onnx)
+        onnx.save(
+            proto,
+            directory / "m.onnx",
+            save_as_external_data=True,
+            location="data/w.bin",
+            size_threshold=64,
+        )
+        return directory / "m.onnx"
+
+    def test_data_is_linked_and_never_rewritten(self, outside, made_bert, tmp_path):
+        data = outside.parent / "data" / "w.bin"
+        data.chmod(0o444)
+        before = data.read_bytes()
+        import_model(outside, tmp_path / "out")
+        assert (tmp_path / "out" / "data" / "w.bin").samefile(data)
+        assert data.read_bytes() == before
+        assert data.stat().st_mode & 0o777 == 0o444
+        check_files(read_manifest(tmp_path / "out"), tmp_path / "out")
+        # A file with two names now: it can still be read, and imported again.
+        import_model(outside, tmp_path / "again")
+        add_adapters(tmp_path / "again", {"a": read_adapter(made_bert.path)})
+        _, adapted = reference(made_bert)
+        got = Runtime(tmp_path / "again").run(arrays(), "a")["logits"]
+        np.testing.assert_allclose(got, adapted, atol=1e-4)
+
+    def test_data_is_copied_where_it_cannot_be_linked(self, outside, tmp_path, monkeypatch):
+        def refuse(*_args, **_kwargs):
+            raise OSError(18, "another file system")
+
+        monkeypatch.setattr(os, "link", refuse)
+        said = []
+        import_model(outside, tmp_path / "out", progress=said.append)
+        data = outside.parent / "data" / "w.bin"
+        assert not (tmp_path / "out" / "data" / "w.bin").samefile(data)
+        assert any("cannot be linked" in text for text in said)
+        assert all(result.passed for result in replay_golden(tmp_path / "out"))
+
+    @pytest.mark.parametrize("location", ["../w.bin", "/etc/passwd", "data/none.bin"])
+    def test_a_location_that_is_no_file_of_the_model_is_refused(self, outside, tmp_path, location):
+        proto = onnx.load(outside, load_external_data=False)
+        for tensor in proto.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = location
+        bad = outside.parent / "bad.onnx"
+        bad.write_bytes(proto.SerializeToString())
+        (outside.parent.parent / "w.bin").write_bytes((outside.parent / "data/w.bin").read_bytes())
+        with pytest.raises(LoraportError, match="its data cannot be read"):
+            import_model(bad, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_data_file_that_is_too_short_is_refused(self, outside, tmp_path):
+        data = outside.parent / "data" / "w.bin"
+        data.write_bytes(data.read_bytes()[:-100])
+        with pytest.raises(LoraportError, match="fetch the data file again"):
+            import_model(outside, tmp_path / "out")
+
+
+def test_with_the_checkpoint_names_need_not_be_in_the_graph(
+    bert_onnx, made_bert, imported, tmp_path
+):
+    nameless = onnx.load(bert_onnx)
+    for number, node in enumerate(nameless.graph.node):
+        node.name = f"node_{number}"
+    onnx.save(nameless, tmp_path / "nameless.onnx")
+    base = tmp_path / "base"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made_bert.fresh_base().save_pretrained(base)
+    import_model(tmp_path / "nameless.onnx", tmp_path / "out", ImportOptions(base=str(base)))
+    add_adapters(tmp_path / "out", {"a": read_adapter(made_bert.path)})
+    _, adapted = reference(made_bert)
+    got = Runtime(tmp_path / "out").run(arrays(), "a")["logits"]
+    np.testing.assert_allclose(got, adapted, atol=1e-4)
+    slots = read_manifest(tmp_path / "out").slots.modules()
+    assert set(slots) == set(read_manifest(imported).slots.modules())
+
+
+def test_inputs_can_be_given(bert_onnx, tmp_path):
+    import_model(bert_onnx, tmp_path / "out", ImportOptions(inputs=arrays(7)))
+    from loraport.bundle.golden import base_inputs
+
+    kept = base_inputs(tmp_path / "out", read_manifest(tmp_path / "out"))
+    assert np.array_equal(kept["input_ids"], arrays(7)["input_ids"])
+
+
+def test_no_possible_run_is_said_and_adapters_still_fit(bert_onnx, made_bert, tmp_path):
+    said = []
+    wrong = ImportOptions(inputs={"input_ids": np.zeros((1, 2), np.int64)})
+    import_model(bert_onnx, tmp_path / "out", wrong, progress=said.append)
+    assert any("no golden outputs: give --input" in text for text in said)
+    add_adapters(tmp_path / "out", {"a": read_adapter(made_bert.path)})
+    _, adapted = reference(made_bert)
+    got = Runtime(tmp_path / "out").run(arrays(), "a")["logits"]
+    np.testing.assert_allclose(got, adapted, atol=1e-4)
+
+
+def test_a_graph_without_any_place_is_refused_with_the_reasons(tmp_path):
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = {n: np.ones(s, np.float32) for n, s in (("w", (1, 16, 3)), ("r", (1, 16, 4)))}
+    node = helper.make_node("LSTM", ["x", "w", "r"], ["y"], name="rnn", hidden_size=4)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["t", 1, 3])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph([node], "g", [x], [y], constants)
+    onnx.save(helper.make_model(graph), tmp_path / "rnn.onnx")
+    with pytest.raises(LoraportError, match="rnn: LSTM: a recurrent layer's projections"):
+        import_model(tmp_path / "rnn.onnx", tmp_path / "out")
