@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import nn
 
 from converters.onnx.matching import Matcher, Unmatched
 from converters.onnx.modules import linear_modules
 from converters.onnx.operators import find_site
+from converters.onnx.source_graph import read_graph
 
 
 def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:
@@ -33,7 +33,7 @@ def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:
     modules = linear_modules(model)
     matcher = Matcher(modules)
     replaced = []
-    for node in ir.load(graph).graph:
+    for node in read_graph(graph).graph.all_nodes():
         site = find_site(node)
         if site is None:
             continue

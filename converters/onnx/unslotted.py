@@ -77,6 +77,8 @@ _REASONS = {
     "RNN": "a recurrent layer's projections are inside the operator",
     "DynamicQuantizeLSTM": "a recurrent layer's projections are inside the operator",
     "ConvTranspose": "transposed convolutions have no slots",
+    "Attention": "its projections are inside the fused operator; export without attention fusion",
+    "QAttention": "its projections are inside the fused operator; export without attention fusion",
     "EmbedLayerNormalization": "the embedding is fused with its normalization",
 }
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from converters.onnx.operators import (
     conv,
     dynamic_quantize_matmul,
+    fused_matmul,
     gather,
     gemm,
     matmul,
@@ -27,6 +28,7 @@ OPERATORS: Mapping[tuple[str, str], Callable[[ir.Node], Site | None]] = {
     ("", "Gemm"): gemm.find_site,
     ("", "MatMulInteger"): matmul_integer.find_site,
     ("com.microsoft", "DynamicQuantizeMatMul"): dynamic_quantize_matmul.find_site,
+    ("com.microsoft", "FusedMatMul"): fused_matmul.find_site,
     ("com.microsoft", "MatMulNBits"): matmul_nbits.find_site,
 }
 

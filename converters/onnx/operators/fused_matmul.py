@@ -1,0 +1,38 @@
+"""``com.microsoft.FusedMatMul``: ``y = alpha * x W``, the weight stored either way round."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from converters.onnx.constants import constant
+from converters.onnx.site import Site
+
+
+def find_site(node: ir.Node) -> Site | None:
+    """Return the site, or ``None`` where ``x`` is transposed or the weight no constant matrix."""
+    x, weight = node.inputs[0], constant(node.inputs[1])
+    if x is None or weight is None or constant(x) is not None or len(weight.shape) != 2:
+        return None
+    if any(node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB")):
+        return None
+    if not weight.dtype.is_floating_point():
+        return None
+    transposed = bool(node.attributes.get_int("transB", 0))
+    alpha = node.attributes.get_float("alpha", 1.0)
+    rows, columns = reversed(weight.shape) if transposed else weight.shape
+
+    def stored_as_in_out() -> np.ndarray:
+        array = weight.array().T if transposed else weight.array()
+        return array if alpha == 1.0 else array * np.asarray(alpha, array.dtype)
+
+    return Site(
+        node=node,
+        x=x,
+        y=node.outputs[0],
+        in_features=rows,
+        out_features=columns,
+        dtype=weight.dtype,
+        weight=stored_as_in_out,
+        quantized=weight.quantized,
+    )
