@@ -20,6 +20,7 @@ from loraport.errors import LoraportError
 COMMANDS = {
     "demo": "The whole story on a real model: train, export, swap, verify.",
     "train": "Train a LoRA adapter on JSONL data.",
+    "eval": "Score a base and adapters on data: loss, accuracy, exact match, forgetting.",
     "convert": "Write an adapter as PEFT, MLX, GGUF, kohya, diffusers or .onnx_adapter.",
     "merge": "Merge adapters into a base of any size: streamed, exact, one pass.",
     "extract": "Turn a full fine-tune into an adapter.",
@@ -77,9 +78,10 @@ def main(arguments: list[str] | None = None) -> None:
         click.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt) as stop:
-        click.echo(str(stop) or "interrupted", err=True)
+        cause = stop.__cause__ or stop  # click wraps what interrupts
+        click.echo(str(cause) or "interrupted", err=True)
         # As a shell reports a process that a signal ended; SIGINT unless it is told.
-        sys.exit(128 + getattr(stop, "signal_number", 2))
+        sys.exit(128 + getattr(cause, "signal_number", 2))
     except OSError as error:
         # A full disk, a missing permission: the user's to mend, not a bug of ours.
         click.secho(f"error: {error}", fg="red", err=True)

@@ -1,0 +1,161 @@
+"""``loraport eval``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loraport.cli.options import log
+from loraport.errors import LoraportError
+
+if TYPE_CHECKING:
+    from loraport.evaluation import Evaluation
+
+
+@click.command("eval")
+@click.argument("base")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--adapter", "adapters", multiple=True, metavar="[NAME=]ADAPTER",
+              help="An adapter in any format; repeatable.")  # fmt: skip
+@click.option("--held-out", type=click.Path(path_type=Path), metavar="TEXT",
+              help="A text file that adapters should not make worse; a small neutral text "
+              "unless given.")  # fmt: skip
+@click.option("--generations", type=click.IntRange(min=0), default=100, show_default=True,
+              help="Rows whose answer is generated and compared.")  # fmt: skip
+@click.option("--examples", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Answers shown.")  # fmt: skip
+@click.option("--per-example", type=click.Path(path_type=Path), metavar="FILE.jsonl",
+              help="Write every row's scores and answers.")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--max-length", type=click.IntRange(min=2), default=1024, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--force", is_flag=True, help="Replace FILE.jsonl.")
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
+def eval(  # the command's name
+    base: str,
+    data: Path,
+    adapters: tuple[str, ...],
+    held_out: Path | None,
+    generations: int,
+    examples: int,
+    per_example: Path | None,
+    batch_size: int,
+    max_length: int,
+    device: str,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Score BASE and adapters on the rows of DATA (JSONL as for `loraport train`).
+
+    Loss and perplexity are per token that counts: the completion, the assistant's turns, or all
+    of a text. Exact match is the share of rows whose greedy answer is the expected one. Warns of
+    an adapter that does nothing, and of one that makes other text worse.
+    """
+    from converters.formats.registry import read_adapter
+    from loraport.base_model import load_causal_lm, load_tokenizer
+    from loraport.evaluation import evaluate
+    from loraport.evaluation.evaluate import text_rows
+    from loraport.output import refuse_existing
+    from loraport.training.devices import choose_placement
+    from loraport.training.tokens import read_rows
+
+    if per_example is not None:
+        refuse_existing(per_example, force=force)
+    paths = _named(adapters)
+    loaded = {name: read_adapter(path, base=base) for name, path in paths.items()}
+    tokenizer = load_tokenizer(base)
+    rows = read_rows(data, tokenizer, max_length).rows
+    text = None if held_out is None else _paragraphs(held_out)
+    model = load_causal_lm(base, device=str(choose_placement(device, "float32").device))
+    report = evaluate(
+        model,
+        tokenizer,
+        loaded,
+        rows,
+        held_out=None if text is None else text_rows(text, tokenizer, max_length),
+        generations=generations,
+        batch_size=batch_size,
+    )
+    if per_example is not None:
+        _write_rows(per_example, report, force=force)
+    for warning in report.warnings:
+        log.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    if as_json:
+        click.echo(json.dumps(_document(report), indent=2))
+    else:
+        _show(report, len(rows), examples)
+
+
+def _named(values: tuple[str, ...]) -> dict[str, Path]:
+    """Read ``ADAPTER`` or ``NAME=ADAPTER``; without a name it is the path's last part."""
+    found: dict[str, Path] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or Path(value).exists():
+            name, path = Path(value).name, value
+        if name in found:
+            raise LoraportError(f"--adapter {value}: expected another name than {name!r}, again")
+        found[name] = Path(path)
+    return found
+
+
+def _paragraphs(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoraportError(f"--held-out {path}: cannot be read: {error}") from error
+    paragraphs = [part for part in text.split("\n\n") if part.strip()]
+    if not paragraphs:
+        raise LoraportError(f"--held-out {path}: expected some text, got none")
+    return paragraphs
+
+
+def _document(report: Evaluation) -> dict[str, object]:
+    scores = [
+        {key: value for key, value in asdict(s).items() if key not in ("rows", "answers")}
+        | {"generations": len(s.answers)}
+        for s in report.scores
+    ]
+    return {"scores": scores, "warnings": list(report.warnings)}
+
+
+def _write_rows(path: Path, report: Evaluation, *, force: bool) -> None:
+    from loraport.output import new_file
+
+    with new_file(path, force=force) as partial, partial.open("w", encoding="utf-8") as file:
+        for scores in report.scores:
+            answers = {answer.line: answer for answer in scores.answers}
+            for row in scores.rows:
+                line = {"model": scores.name, **asdict(row)}
+                answer = answers.get(row.line)
+                if answer is not None:
+                    line |= {"expected": answer.expected, "answer": answer.got}
+                    line["exact"] = answer.exact
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _show(report: Evaluation, rows: int, examples: int) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from loraport.cli.reports import table_console
+
+    table = Table(title=f"{rows} rows", title_justify="left")
+    table.add_column("model")
+    for heading in ("loss", "perplexity", "token accuracy", "exact match", "held-out loss"):
+        table.add_column(heading, justify="right")
+    for s in report.scores:
+        exact = "" if s.exact_match is None else f"{s.exact_match:.1%} of {len(s.answers)}"
+        numbers = (f"{s.loss:.4f}", f"{s.perplexity:.3f}", f"{s.token_accuracy:.1%}", exact)
+        table.add_row(escape(s.name), *numbers, f"{s.held_out_loss:.4f}")
+    table_console().print(table)
+    for index in range(min(examples, len(report.scores[0].answers))):
+        first = report.scores[0].answers[index]
+        click.echo(f"\nline {first.line}, expected: {first.expected}")
+        for s in report.scores:
+            answer = s.answers[index]
+            click.echo(f"  {s.name}{' (exact)' if answer.exact else ''}: {answer.got}")

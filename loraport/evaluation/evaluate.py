@@ -1,0 +1,198 @@
+"""The base beside every adapter, on one copy of the base in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loraport.adapter import Adapter
+from loraport.errors import LoraportError
+from loraport.evaluation.neutral_text import PARAGRAPHS
+from loraport.evaluation.scores import RowScore, greedy_answer, question_and_answer, score_rows
+from loraport.training.batches import Row
+from loraport.training.inject import detach
+from loraport.training.load import load_into
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BASE = "base"
+# An adapter on a narrow task moves the base's own text by a percent or two; beyond this it forgets.
+FORGETTING = 0.05
+# The same forward pass with other kernels or batch shapes differs by less in float32.
+NOISE = 1e-5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer beside the expected one.
+
+    Attributes:
+        line: The row's line in its file.
+        expected: What the row says.
+        got: What the model says.
+    """
+
+    line: int
+    expected: str
+    got: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether both are the same text, but for blanks around it."""
+        return self.expected.strip() == self.got.strip()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's results.
+
+    Attributes:
+        name: The adapter's, or ``base``.
+        loss: Mean cross entropy per counted token, in nats.
+        perplexity: ``exp(loss)``.
+        token_accuracy: Share of counted tokens that are the likeliest one.
+        exact_match: Share of greedy answers that are the expected ones; ``None`` without any.
+        held_out_loss: Loss on the held-out text.
+        rows: Row by row.
+        answers: The answers generated.
+    """
+
+    name: str
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    exact_match: float | None
+    held_out_loss: float
+    rows: tuple[RowScore, ...]
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The base first, then the adapters, and what is to be warned of."""
+
+    scores: tuple[Scores, ...]
+    warnings: tuple[str, ...]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapters: Mapping[str, Adapter],
+    rows: Sequence[Row],
+    *,
+    held_out: Sequence[Row] | None = None,
+    generations: int = 100,
+    batch_size: int = 4,
+) -> Evaluation:
+    """Score a base and adapters on the same rows; the model is left as it was.
+
+    Args:
+        model: The base, in evaluation mode; each adapter is put in and taken out again.
+        tokenizer: The base's.
+        adapters: Name → adapter.
+        rows: At least one.
+        held_out: Text that the adapters should not make worse; a small neutral one unless given.
+        generations: Rows whose last answer is generated and compared, from the first on.
+        batch_size: Rows per forward pass.
+
+    Raises:
+        LoraportError: If there are no rows or an adapter does not fit the base.
+    """
+    if not rows:
+        raise LoraportError("evaluation: expected rows, got none")
+    if BASE in adapters:
+        raise LoraportError(f"adapter {BASE!r}: expected another name, this one means no adapter")
+    held_out = neutral_rows(tokenizer) if held_out is None else held_out
+
+    def scored(name: str) -> Scores:
+        return _score(model, tokenizer, name, rows, held_out, generations, batch_size)
+
+    found = [scored(BASE)]
+    for name, adapter in adapters.items():
+        load_into(model, adapter)
+        try:
+            model.eval()
+            found.append(scored(name))
+        finally:
+            detach(model)
+    return Evaluation(tuple(found), tuple(_warnings(found)))
+
+
+def neutral_rows(tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """Return the built-in neutral text as rows."""
+    return text_rows(PARAGRAPHS, tokenizer, 512)
+
+
+def text_rows(
+    paragraphs: Sequence[str], tokenizer: PreTrainedTokenizerBase, longest: int
+) -> list[Row]:
+    """Return texts as rows of which every token counts; long ones are cut into pieces."""
+    rows = []
+    for paragraph in paragraphs:
+        tokens = tokenizer(paragraph)["input_ids"]
+        pieces = [tokens[i : i + longest] for i in range(0, len(tokens), longest)]
+        rows += [Row(tuple(piece), tuple(piece)) for piece in pieces if len(piece) > 1]
+    return rows
+
+
+def _score(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    rows: Sequence[Row],
+    held_out: Sequence[Row],
+    generations: int,
+    batch_size: int,
+) -> Scores:
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    scores = score_rows(model, rows, batch_size, pad, model.device)
+    neutral = score_rows(model, held_out, batch_size, pad, model.device)
+    answers = []
+    for row in rows[:generations]:
+        parts = question_and_answer(row)
+        if parts is None:
+            continue
+        question, expected = parts
+        end: Any = tokenizer.eos_token_id
+        got = greedy_answer(model, question, len(expected), end, model.device)
+        texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (expected, got)]
+        answers.append(Answer(row.line, *texts))
+    loss = _mean_loss(scores)
+    return Scores(
+        name=name,
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        token_accuracy=sum(s.correct for s in scores) / sum(s.tokens for s in scores),
+        exact_match=sum(a.exact for a in answers) / len(answers) if answers else None,
+        held_out_loss=_mean_loss(neutral),
+        rows=tuple(scores),
+        answers=tuple(answers),
+    )
+
+
+def _mean_loss(scores: Sequence[RowScore]) -> float:
+    return sum(s.loss * s.tokens for s in scores) / sum(s.tokens for s in scores)
+
+
+def _warnings(found: Sequence[Scores]) -> list[str]:
+    base, *others = found
+    warnings = []
+    for scores in others:
+        pairs = zip(base.rows, scores.rows, strict=True)
+        if all(abs(b.loss - s.loss) <= NOISE * (1 + b.loss) for b, s in pairs):
+            warnings.append(
+                f"{scores.name} does nothing: its loss equals the base's on every row; is it "
+                "trained, and for this base?"
+            )
+        change = scores.held_out_loss / base.held_out_loss - 1
+        if not change <= FORGETTING:
+            warnings.append(
+                f"{scores.name} forgets: the loss on held-out text goes from "
+                f"{base.held_out_loss:.3f} to {scores.held_out_loss:.3f} ({change:+.1%}); train "
+                "for fewer steps, at a lower learning rate, or mix in general text"
+            )
+    return warnings

@@ -1,0 +1,180 @@
+"""Scores against transformers' own loss and PEFT's own model."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loraport.cli.eval import eval as eval_command
+from loraport.errors import LoraportError
+from loraport.evaluation import evaluate
+from loraport.evaluation.evaluate import neutral_rows
+from loraport.evaluation.scores import greedy_answer
+from loraport.peft_layout import read_peft
+from loraport.training.batches import IGNORED, Row
+from loraport.training.tokens import read_rows
+
+# PEFT asks transformers for a name that is about to change.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+ROWS = [
+    {"prompt": "Where do the ships go? ", "completion": "To the harbour."},
+    {"prompt": "2, 4, 8, ", "completion": "16, 32"},
+    {"messages": [{"role": "user", "content": "tea?"}, {"role": "assistant", "content": "Yes."}]},
+    {"text": "The harbour keeps its light on."},
+]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def tokenizer(tiny_base):
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+def load(tiny_base):
+    return AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def by_hand(model, rows):
+    """Loss and accuracy of each row alone, without padding, from the model's full logits."""
+    found = []
+    for row in rows:
+        tokens, labels = torch.tensor([row.tokens]), torch.tensor([row.labels])
+        output = model(input_ids=tokens, labels=labels)
+        counted = labels[0, 1:] != IGNORED
+        right = output.logits[0, :-1].argmax(-1)[counted] == labels[0, 1:][counted]
+        found.append((float(output.loss), int(counted.sum()), int(right.sum())))
+    return found
+
+
+def test_scores_equal_peft_and_transformers(tiny_base, adapters, data, tokenizer):
+    """float32 on other batch shapes: 1e-5. Control: base and adapters differ by far more."""
+    rows = read_rows(data, tokenizer, 256).rows
+    loaded = {name: read_peft(path) for name, path in adapters.items()}
+    model = load(tiny_base)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = evaluate(model, tokenizer, loaded, rows, batch_size=3)
+    assert [s.name for s in report.scores] == ["base", "a", "b"]
+    references = [load(tiny_base)]
+    references += [PeftModel.from_pretrained(load(tiny_base), p).eval() for p in adapters.values()]
+    for scores, reference in zip(report.scores, references, strict=True):
+        expected = by_hand(reference, rows)
+        for row, (loss, tokens, correct) in zip(scores.rows, expected, strict=True):
+            assert row.loss == pytest.approx(loss, rel=1e-5)
+            assert (row.tokens, row.correct) == (tokens, correct)
+        total = sum(tokens for _, tokens, _ in expected)
+        mean = sum(loss * tokens for loss, tokens, _ in expected) / total
+        assert scores.loss == pytest.approx(mean, rel=1e-5)
+        assert scores.perplexity == pytest.approx(torch.tensor(mean).exp().item(), rel=1e-4)
+        assert scores.token_accuracy == pytest.approx(sum(c for *_, c in expected) / total)
+        neutral = by_hand(reference, neutral_rows(tokenizer))
+        mean = sum(loss * n for loss, n, _ in neutral) / sum(n for _, n, _ in neutral)
+        assert scores.held_out_loss == pytest.approx(mean, rel=1e-5)
+    losses = [s.loss for s in report.scores]
+    assert min(abs(losses[i] - losses[j]) for i in range(3) for j in range(i)) > 1e-3
+    # The base is left as it was.
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@torch.no_grad()
+def test_answers_equal_transformers_generation(tiny_base, adapter_a, data, tokenizer):
+    rows = read_rows(data, tokenizer, 256).rows
+    report = evaluate(load(tiny_base), tokenizer, {"a": read_peft(adapter_a)}, rows)
+    peft = PeftModel.from_pretrained(load(tiny_base), adapter_a).eval()
+    for scores, model in ((report.scores[0], load(tiny_base)), (report.scores[1], peft)):
+        assert [answer.line for answer in scores.answers] == [1, 2, 3]  # no answer in a plain text
+        for row, answer in zip(rows[:3], scores.answers, strict=True):
+            asked = sum(label == IGNORED for label in row.labels)
+            prompt = torch.tensor([row.tokens[:asked]])
+            made = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                max_new_tokens=len(row.tokens) - asked,
+            )
+            assert answer.got == tokenizer.decode(made[0, asked:], skip_special_tokens=True)
+            assert not answer.exact
+
+
+def test_a_right_answer_is_an_exact_match(tiny_base, tokenizer):
+    """A row whose answer is what the base says."""
+    model = load(tiny_base)
+    prompt = tokenizer("Ships swap")["input_ids"]
+    said = model.generate(
+        input_ids=torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=5,
+    )[0, len(prompt) :].tolist()
+    other = tokenizer("light on")["input_ids"]
+    rows = [
+        Row((*prompt, *answer), ((IGNORED,) * len(prompt) + tuple(answer)))
+        for answer in (said, other)
+    ]
+    (scores,) = evaluate(model, tokenizer, {}, rows).scores
+    assert [answer.exact for answer in scores.answers] == [True, False]
+    assert scores.exact_match == 0.5
+
+
+def test_warnings(tiny_base, adapter_a, data, tokenizer):
+    from dataclasses import replace
+
+    rows = read_rows(data, tokenizer, 256).rows
+    adapter = read_peft(adapter_a)
+
+    def scaled(factor):
+        modules = {k: replace(m, lora_B=m.lora_B * factor) for k, m in adapter.modules.items()}
+        return replace(adapter, modules=modules)
+
+    adapters = {"none": scaled(0), "slight": scaled(0.01), "wild": scaled(30)}
+    # What the base itself says is what it knows best.
+    said = tuple(greedy_answer(load(tiny_base), [40, 41], 30, None, torch.device("cpu")))
+    held_out = [Row((40, 41, *said), (IGNORED, IGNORED, *said))]
+    report = evaluate(load(tiny_base), tokenizer, adapters, rows, held_out=held_out, generations=0)
+    nothing, forgets = report.warnings
+    assert nothing.startswith("none does nothing")
+    assert forgets.startswith("wild forgets")
+    assert report.scores[0].exact_match is None
+
+
+def test_no_rows_and_a_bad_name_are_refused(tiny_base, adapter_a, tokenizer):
+    model = load(tiny_base)
+    with pytest.raises(LoraportError, match="expected rows"):
+        evaluate(model, tokenizer, {}, [])
+    row = Row((3, 4), (3, 4))
+    with pytest.raises(LoraportError, match="expected another name"):
+        evaluate(model, tokenizer, {"base": read_peft(adapter_a)}, [row])
+
+
+def test_the_command(tiny_base, adapter_a, data, tmp_path):
+    per_example = tmp_path / "rows_out.jsonl"
+    arguments = [str(tiny_base), str(data), "--adapter", f"mine={adapter_a}", "--device", "cpu"]
+    done = CliRunner().invoke(
+        eval_command, [*arguments, "--json", "--per-example", str(per_example)]
+    )
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert [scores["name"] for scores in document["scores"]] == ["base", "mine"]
+    assert document["scores"][0]["generations"] == 3
+    lines = [json.loads(line) for line in per_example.read_text().splitlines()]
+    assert [(line["model"], line["line"]) for line in lines] == [
+        (name, number) for name in ("base", "mine") for number in (1, 2, 3, 4)
+    ]
+    done = CliRunner().invoke(eval_command, [*arguments, "--examples", "1"])
+    assert done.exit_code == 0, done.output
+    assert "held-out loss" in done.stdout
+    assert "line 1, expected: To the harbour." in done.stdout
+    again = CliRunner().invoke(eval_command, [*arguments, "--per-example", str(per_example)])
+    assert isinstance(again.exception, LoraportError)
