@@ -1,0 +1,252 @@
+"""What ends a run: signals, memory, disk, other processes, patience."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from loraport.errors import LoraportError
+from loraport.training import (
+    LoopOptions,
+    LoraOptions,
+    TrainOptions,
+    attach,
+    lora_layers,
+    train,
+    train_language_model,
+)
+from loraport.training.interruption import Stopped, stop_requests
+from loraport.training.lock import only_process
+from loraport.training.observer import Silent
+from loraport.training.optimizer import make_optimizer
+from loraport.training.text import work_directory
+
+OPTIONS = TrainOptions(
+    lora=LoraOptions(rank=4), loop=LoopOptions(learning_rate=0.02, steps=8, save_every=3)
+)
+
+
+def command(base, data, out, *more):
+    options = ["--rank", "4", "--lr", "0.02", "--steps", "14", "--save-every", "3", *more]
+    options += ["--validate-every", "2", "--early-stopping", "6", "--quiet"]
+    train = [sys.executable, "-m", "loraport", "train"]
+    return [*train, str(base), str(data), "-o", str(out), *options]
+
+
+def test_signals_end_with_a_checkpoint_and_a_kill_anywhere_resumes(
+    base_directory, chat_data, tmp_path
+):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    subprocess.run(command(base_directory, chat_data, whole), env=environment, check=True)
+    chance = random.Random()
+    metrics = work_directory(parts) / "metrics.jsonl"
+    ends = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}
+    for number, code in ends.items():
+        there = metrics.read_text().count("\n") if metrics.exists() else 0
+        lines = there + chance.randint(1, 4)
+        run = subprocess.Popen(
+            command(base_directory, chat_data, parts, "--resume"),
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while run.poll() is None:
+            if metrics.exists() and metrics.read_text().count("\n") >= lines:
+                break
+            time.sleep(0.002)
+        run.send_signal(number)
+        _, told = run.communicate()
+        assert run.returncode == code, told
+        assert "Traceback" not in told
+        if number is not signal.SIGKILL:
+            assert f"stopped by {number.name} after step" in told
+            assert "continue with the same command and --resume" in told
+        assert not parts.exists()
+    subprocess.run(
+        command(base_directory, chat_data, parts, "--resume"), env=environment, check=True
+    )
+    for name in ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_second_signal_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with stop_requests() as request:
+        signal.raise_signal(signal.SIGINT)
+        assert request.signal_number == signal.SIGINT
+        with pytest.raises(Stopped, match="stopped by SIGINT"):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_out_of_memory_says_what_to_change(base_directory, chat_data, tmp_path, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr("loraport.training.text.language_model_loss", full)
+    with pytest.raises(LoraportError) as raised:
+        train_language_model(str(base_directory), chat_data, tmp_path / "out", OPTIONS)
+    text = str(raised.value)
+    assert "out of memory" in text
+    assert "--batch-size 2 --accumulate 2 (the same step), --gradient-checkpointing" in text
+    assert "\n" not in text
+
+
+def test_other_errors_stay_what_they_are(base_directory, chat_data, tmp_path, monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("loraport.training.text.language_model_loss", wrong)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train_language_model(str(base_directory), chat_data, tmp_path / "out", OPTIONS)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(base_directory, chat_data, tmp_path, monkeypatch):
+    from loraport.training import checkpoints
+
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    write = checkpoints.write_safetensors
+
+    def full(tensors, path, metadata):
+        if "00000006" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoints, "write_safetensors", full)
+    with pytest.raises(LoraportError, match=r"No space left on device.*is kept.*--resume") as e:
+        train_language_model(str(base_directory), chat_data, out, OPTIONS)
+    assert "checkpoint-00000003" in str(e.value)
+    kept = [entry.name for entry in work_directory(out).iterdir() if entry.is_dir()]
+    assert kept == ["checkpoint-00000003"]
+    monkeypatch.undo()
+    train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+    train_language_model(str(base_directory), chat_data, whole, OPTIONS)
+    name = "adapter_model.safetensors"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_loss_that_is_not_finite_names_the_rows(base_directory, chat_data, tmp_path, monkeypatch):
+    from loraport.training.language_model import language_model_loss
+
+    seen = []
+
+    def diverging(model, batch):
+        seen.append(batch.lines)
+        part = language_model_loss(model, batch)
+        return part if len(seen) < 6 else part._replace(total=part.total * float("nan"))
+
+    monkeypatch.setattr("loraport.training.text.language_model_loss", diverging)
+    options = TrainOptions(lora=OPTIONS.lora, loop=OPTIONS.loop, validation_share=0)
+    with pytest.raises(LoraportError) as raised:
+        train_language_model(str(base_directory), chat_data, tmp_path / "out", options)
+    lines = ", ".join(map(str, sorted(seen[-1])))
+    assert f"step 6: expected a finite loss, got nan in the batch of data lines {lines}; " in str(
+        raised.value
+    )
+    assert "checkpoint-00000003" in str(raised.value)
+
+
+def test_one_process_per_output(base_directory, chat_data, tmp_path):
+    out = tmp_path / "out"
+    with only_process(out), pytest.raises(LoraportError, match=f"got process {os.getpid()}"):
+        train_language_model(str(base_directory), chat_data, out, OPTIONS)
+    train_language_model(str(base_directory), chat_data, out, OPTIONS)  # it is free again
+    assert [entry.name for entry in tmp_path.glob(".*")] == []
+
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.map(x)
+
+
+def line():
+    torch.manual_seed(0)
+    model = Line()
+    attach(model, LoraOptions(rank=2, targets=("map",)))
+    return model
+
+
+def test_early_stopping_keeps_the_best():
+    """Validation losses by hand: the best is at step 4, two validations later it ends."""
+    losses = iter([9.0, 5.0, 3.0, 4.0, 3.5, 1.0])
+    states = {}
+
+    class Keep(Silent):
+        def stepped(self, *, step, **_):
+            states[step] = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def loss(model, batch):
+        value = model(batch).square().mean()
+        return value if torch.is_grad_enabled() else value * 0 + next(losses)
+
+    model = line()
+    options = LoopOptions(steps=20, validate_every=2, early_stopping=2, learning_rate=0.05)
+    x = torch.randn(4, 5)
+    result = train(model, [x], loss, options, validation=[x], observer=Keep())
+    assert result.steps == 8
+    assert result.kept == (4, 3.0)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, states[4][name])
+    # Control: without it the last parameters stay, and they are others.
+    assert not torch.equal(states[8]["map.lora_B"], states[4]["map.lora_B"])
+    with pytest.raises(LoraportError, match="early_stopping: expected validation batches"):
+        train(line(), [x], loss, options)
+
+
+def test_lora_plus_steps_as_pefts_optimizer():
+    """The same steps in float64 from the same start; control: ratio 1 differs."""
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    x, y = torch.randn(16, 5).double(), torch.randn(16, 3).double()
+
+    def mine(ratio):
+        torch.manual_seed(0)
+        model = Line().double()
+        attach(model, LoraOptions(rank=2, alpha=4, targets=("map",)))
+        layer = lora_layers(model)["map"]
+        named = {"map.lora_A": layer.lora_A, "map.lora_B": layer.lora_B}
+        start = layer.lora_A.detach().clone()
+        options = LoopOptions(learning_rate=0.01, lora_plus_ratio=ratio)
+        optimizer = make_optimizer(named, options, torch.device("cpu"))
+        steps(model, optimizer)
+        return start, layer.lora_A, layer.lora_B
+
+    def steps(model, optimizer):
+        for _ in range(5):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+
+    start, a, b = mine(16.0)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["map"])
+    peft = get_peft_model(Line().double(), config, autocast_adapter_dtype=False)
+    layer = peft.base_model.model.map
+    their_a, their_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    their_a.data, their_b.data = start.clone(), their_b.data.double()
+    optimizer = create_loraplus_optimizer(peft, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16)
+    steps(peft, optimizer)
+    torch.testing.assert_close(a, their_a, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(b, their_b, rtol=1e-9, atol=1e-12)
+    _, _, plain = mine(1.0)
+    assert (plain - b).abs().max() > 1e-2
