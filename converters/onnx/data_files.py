@@ -22,6 +22,14 @@ from loraport.errors import Problems
 _OWN_DATA = "model.onnx.data"
 _OWN_NAMES = (MODEL_FILE, REQUIRED_MODEL_FILE, MANIFEST_FILE, "sources.json")
 _OWN_DIRECTORIES = (GOLDEN_DIRECTORY, "adapters")
+_GENAI = "genai_config.json"
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 # What is smaller stays in the graph: shapes and the like, which shape inference reads.
 _SMALLEST_OUTSIDE = 1024
 
@@ -61,6 +69,14 @@ def share_data(
             progress(f"copying {location}, which cannot be linked")
             shutil.copyfile(real, target)
     return locations
+
+
+def copy_companions(file: Path, bundle: Path) -> None:
+    """Copy the tokenizer and GenAI's configuration, where they lie beside the model."""
+    names = _TOKENIZER + ((_GENAI,) if file.name == MODEL_FILE else ())
+    for name in names:
+        if (file.parent / name).is_file() and not (bundle / name).exists():
+            shutil.copyfile(file.parent / name, bundle / name)
 
 
 def move_weights_out(model: ir.Model, bundle: Path) -> None:

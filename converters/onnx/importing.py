@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from converters.onnx.data_files import move_weights_out, share_data
+from converters.onnx.data_files import copy_companions, move_weights_out, share_data
 from converters.onnx.example_inputs import example_inputs
 from converters.onnx.graph_modules import GraphModules, fingerprint_graph
 from converters.onnx.graph_names import NamedSite, name_sites
@@ -20,6 +20,7 @@ from converters.onnx.site import Site
 from converters.onnx.slots import SlotOptions, SlottedModel, insert_slots, require_slot_inputs
 from converters.onnx.source_graph import external_tensors, read_graph
 from converters.onnx.unslotted import reasons
+from loraport.adapter import ModuleKind
 from loraport.bundle.golden import record_no_golden, write_base_golden
 from loraport.bundle.manifest import (
     MODEL_FILE,
@@ -95,6 +96,7 @@ def import_model(
     with new_directory(out, force=force) as bundle:
         share_data(model, file.parent, bundle, progress)
         move_weights_out(model, bundle)
+        copy_companions(file, bundle)
         examples = [options.inputs] if options.inputs else list(example_inputs(model))
         progress("putting in the slots")
         imported = slot_graph(model, options, module)
@@ -142,6 +144,9 @@ def slot_graph(
     served = [site for site in sites if options.slots.serves(site.kind)]
     named = name_sites(served)
     why = reasons(nodes, {id(site.node) for site in sites})
+    for entry in name_sites([site for site in sites if not options.slots.serves(site.kind)]):
+        wanted_by = "lora" if entry.site.kind is ModuleKind.LINEAR else entry.site.kind.value
+        why[entry.path] = f"not asked for; export again with {wanted_by} among --slots"
     modules = {} if module is None else slottable_modules(module)
     wanted = {path: m for path, m in modules.items() if options.slots.serves(m.kind)}
     finder: SiteMatcher = GraphModules(named) if module is None else Matcher(wanted)
@@ -158,7 +163,7 @@ def slot_graph(
         matcher=listening,
         exclude=lambda path: None if options.lm_head else _head_reason(path),
     )
-    unslotted = {**slotted.unslotted, **listening.unmatched, **why}
+    unslotted = {**why, **listening.unmatched, **slotted.unslotted}
     return ImportedGraph(SlottedModel(slotted.model, slotted.slots, unslotted), named)
 
 

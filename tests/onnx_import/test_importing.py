@@ -52,7 +52,7 @@ def test_every_linear_module_has_its_own_name(imported, made_bert):
     linear = {n for n, m in made_bert.base.named_modules() if isinstance(m, torch.nn.Linear)}
     manifest = read_manifest(imported)
     assert set(manifest.slots.modules()) == linear
-    assert all("Gather" not in name for name in manifest.unslotted)
+    assert manifest.unslotted["bert.embeddings.word_embeddings"].startswith("not asked for")
 
 
 def test_the_fingerprint_is_the_checkpoints_own(imported, made_bert):
