@@ -30,6 +30,7 @@ _SELECTIONS: tuple[tuple[str, dict[str, float]], ...] = (
 )
 _RANK = 8
 _LEARNING_RATE = 2e-3
+_SAVE_EVERY = 20
 _NEW_TOKENS = 48
 _TIMED_SWAPS = 50
 
@@ -80,7 +81,9 @@ class Story:
             table.add_column(heading, justify="left" if heading == "adapter" else "right")
         options = TrainOptions(
             lora=LoraOptions(rank=_RANK),
-            loop=LoopOptions(learning_rate=_LEARNING_RATE, steps=self._steps, save_every=0),
+            loop=LoopOptions(
+                learning_rate=_LEARNING_RATE, steps=self._steps, save_every=_SAVE_EVERY
+            ),
         )
         for task in TASKS:
             progress(f"{task}: {self._steps} steps, rank {_RANK}")
