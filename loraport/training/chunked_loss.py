@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from loraport.training.lora_function import product_dtype
+
+Reduction = Literal["sum", "none"]
 
 _CHUNK_LOGITS = 1 << 24  # 64 MB in float32: large enough for an efficient product
 
@@ -49,8 +51,9 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     transform: LogitTransform | None = None,
     chunk: int | None = None,
+    reduction: Reduction = "sum",
 ) -> torch.Tensor:
-    """Return the summed cross entropy of ``transform(hidden W^T + bias)``, in float32 at least.
+    """Return the cross entropy of ``transform(hidden W^T + bias)``, in float32 at least.
 
     Products are in the dtype of ``W`` (of autocast, where it is on); softmax and sum are not.
 
@@ -61,10 +64,11 @@ def linear_cross_entropy(
         targets: ``[n]`` int64.
         transform: What becomes of the logits; nothing where ``None``.
         chunk: Tokens at a time; chosen from the vocabulary's size where ``None``.
+        reduction: ``"sum"`` for a scalar, ``"none"`` for each token's loss ``[n]``.
     """
     dtype = product_dtype(hidden.device.type, weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        total: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        losses: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden,
             weight.to(dtype),
             None if bias is None else bias.to(dtype),
@@ -72,7 +76,7 @@ def linear_cross_entropy(
             transform or LogitTransform(),
             chunk or chunk_size(weight.shape[0]),
         )
-    return total
+    return losses.sum() if reduction == "sum" else losses
 
 
 def module_cross_entropy(
@@ -82,6 +86,7 @@ def module_cross_entropy(
     targets: torch.Tensor,
     transform: LogitTransform | None = None,
     chunk: int | None = None,
+    reduction: Reduction = "sum",
 ) -> torch.Tensor:
     """Return the same for a head of any kind (quantized, with LoRA), which is computed twice.
 
@@ -92,16 +97,19 @@ def module_cross_entropy(
         targets: ``[n]`` int64.
         transform: What becomes of the logits; nothing where ``None``.
         chunk: Tokens at a time; chosen from the vocabulary's size where ``None``.
+        reduction: ``"sum"`` for a scalar, ``"none"`` for each token's loss ``[n]``.
     """
 
     def one(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         logits = (transform or LogitTransform())(_at_least_float32(head(part)))
-        return F.cross_entropy(logits, target, reduction="sum")
+        return F.cross_entropy(logits, target, reduction=reduction)
 
     size = chunk or chunk_size(vocabulary)
     parts = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
     losses = [checkpoint(one, part, target, use_reentrant=False) for part, target in parts]
-    return torch.stack(losses).sum() if losses else hidden.sum() * 0.0
+    if not losses:
+        return hidden.sum() * 0.0 if reduction == "sum" else hidden.sum(dim=-1)
+    return torch.stack(losses).sum() if reduction == "sum" else torch.cat(losses)
 
 
 def chunk_size(vocabulary: int) -> int:
@@ -129,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
     ) -> torch.Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
         for start in range(0, hidden.shape[0], chunk):
@@ -138,7 +146,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raw = F.linear(hidden[rows].to(weight.dtype), weight, bias)  # [c, vocab]
             logits = transform(_at_least_float32(raw))
             log_probability = F.log_softmax(logits, dim=-1)
-            total -= log_probability.gather(1, target).sum()
+            losses[rows] = -log_probability.gather(1, target)[:, 0]
             if gradient is None:
                 continue
             slope = log_probability.exp_()  # of the loss by the logits: softmax - one-hot
@@ -148,11 +156,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slope *= transform.scale
             gradient[rows] = slope.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
-        return total
+        return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        scaled = None if gradient is None else gradient * grad_total.to(gradient.dtype)
+        # A token's loss depends on its own hidden state alone.
+        scaled = None if gradient is None else gradient * grad_losses[:, None].to(gradient.dtype)
         return scaled, None, None, None, None, None

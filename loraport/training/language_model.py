@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from loraport.training.batches import IGNORED, TokenBatch
-from loraport.training.chunked_loss import linear_cross_entropy, module_cross_entropy
+from loraport.training.chunked_loss import Reduction, linear_cross_entropy, module_cross_entropy
 from loraport.training.loss import LossSum
 from loraport.training.output_head import logit_transform, output_head
 
@@ -28,24 +28,39 @@ def language_model_loss(model: nn.Module, batch: TokenBatch) -> LossSum:
     """
     targets = batch.labels[:, 1:].flatten()
     counted = (targets != IGNORED).nonzero().flatten()  # [n]
-    total = _loss_at(model, batch, counted, targets[counted])
+    total = cross_entropy_at(model, batch, counted, targets[counted])
     return LossSum(total, counted.numel(), batch.tokens.numel())
 
 
-def _loss_at(
-    model: nn.Module, batch: TokenBatch, positions: torch.Tensor, targets: torch.Tensor
+def cross_entropy_at(
+    model: nn.Module,
+    batch: TokenBatch,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    reduction: Reduction = "sum",
 ) -> torch.Tensor:
+    """Return the cross entropy of the tokens that follow some positions.
+
+    Args:
+        model: A transformers causal language model.
+        batch: Tokens ``[batch, length]``.
+        positions: ``[n]``, indices into ``[batch, length - 1]`` flattened.
+        targets: ``[n]``, the tokens that follow.
+        reduction: ``"sum"`` for a scalar, ``"none"`` for each token's loss ``[n]``.
+    """
     head = output_head(model)
     transform = None if head is None else logit_transform(model, head)
     if head is None or transform is None:
         logits = logits_at(model, batch, positions)  # [n, vocab]
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        return F.cross_entropy(logits.float(), targets, reduction=reduction)
     hidden = _hidden_before(model, head, batch)  # [batch, length, dim]
     hidden = hidden[:, :-1].flatten(0, 1).index_select(0, positions)  # [n, dim]
     if type(head) is nn.Linear and not head.weight.requires_grad:
-        return linear_cross_entropy(hidden, head.weight, head.bias, targets, transform)
+        return linear_cross_entropy(
+            hidden, head.weight, head.bias, targets, transform, reduction=reduction
+        )
     vocabulary: int = getattr(head, "out_features", _WIDE)
-    return module_cross_entropy(hidden, head, vocabulary, targets, transform)
+    return module_cross_entropy(hidden, head, vocabulary, targets, transform, reduction=reduction)
 
 
 def _hidden_before(model: nn.Module, head: nn.Module, batch: TokenBatch) -> torch.Tensor:

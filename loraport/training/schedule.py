@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+from loraport.errors import LoraportError
+from loraport.training.options import LoopOptions
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
@@ -23,3 +27,18 @@ def learning_rate(step: int, total: int, peak: float, warmup: float) -> float:
     # One step more than there are, so that the last step still learns.
     progress = (step - rising) / (total - rising + 1)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def total_steps(batches: Any, options: LoopOptions) -> int:
+    """Return the number of optimizer steps of a run.
+
+    Raises:
+        LoraportError: If epochs are to be counted and the batches have no length.
+    """
+    if options.steps is not None:
+        return options.steps
+    if not hasattr(batches, "__len__"):
+        raise LoraportError(
+            "batches: expected a length, to know how many steps an epoch has, got none; give steps"
+        )
+    return options.epochs * -(-len(batches) // options.accumulate)

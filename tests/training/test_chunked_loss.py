@@ -225,3 +225,26 @@ def test_lora_on_the_head_learns_the_same():
     for mine, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-9)
         assert expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_single_losses_and_their_own_gradients(reduction):
+    """Each token's loss has a gradient of its own, against torch's logits in full."""
+    torch.manual_seed(0)
+    weight, targets = torch.randn(50, 12).double(), torch.randint(50, (9,))
+    factor = torch.linspace(-1, 2, 9).double() if reduction == "none" else torch.tensor(0.7)
+    results = []
+    for kind in ("linear", "module", "torch"):
+        hidden = torch.linspace(-1, 1, 9 * 12).double().view(9, 12).requires_grad_(True)
+        if kind == "linear":
+            got = linear_cross_entropy(hidden, weight, None, targets, chunk=4, reduction=reduction)
+        elif kind == "module":
+            head = lambda part: part @ weight.T  # noqa: E731
+            got = module_cross_entropy(hidden, head, 50, targets, chunk=4, reduction=reduction)
+        else:
+            got = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction=reduction)
+        (got * factor).sum().backward()
+        results.append((got.detach(), hidden.grad))
+    for got, gradient in results[:2]:
+        torch.testing.assert_close(got, results[2][0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient, results[2][1], rtol=1e-10, atol=1e-12)

@@ -1,0 +1,1 @@
+"""Try several ranks, targets, alphas and learning rates, and say which to take."""

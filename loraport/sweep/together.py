@@ -1,0 +1,312 @@
+"""Train several candidates on one frozen base in one pass.
+
+Each batch is repeated once per candidate, so that the base's weights are read once for all of
+them; every candidate has its own matrices, optimizer, learning rate, clipping and end. What it
+learns is what `loraport.training.train` would teach it alone: the same start, the same batches
+in the same order. (Where the base itself drops activations at random, as GPT-2 does in training,
+the dropped ones are others.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraport.errors import LoraportError
+from loraport.sweep.isolation import require_rows_apart
+from loraport.sweep.layers import Attached, attach_candidates
+from loraport.sweep.loss import GroupLoss
+from loraport.sweep.observer import SilentSweep, SweepObserver
+from loraport.sweep.trial import Outcome, Trial
+from loraport.training import rng
+from loraport.training.devices import Placement, choose_placement, to_device
+from loraport.training.early_stopping import EarlyStopping
+from loraport.training.inject import lora_module
+from loraport.training.layers import LoraLayer
+from loraport.training.modes import evaluation_mode, training_mode
+from loraport.training.optimizer import make_optimizer, set_learning_rate
+from loraport.training.options import LoopOptions
+from loraport.training.schedule import learning_rate, total_steps
+from loraport.training.stream import Batches, BatchStream, EndOfEpoch, EpochBatches
+
+
+def train_together(
+    model: nn.Module,
+    trials: Sequence[Trial],
+    batches: Batches,
+    loss: GroupLoss,
+    options: LoopOptions | None = None,
+    *,
+    validation: Batches | None = None,
+    observer: SweepObserver | None = None,
+) -> dict[str, Outcome]:
+    """Train candidates together; one that fails is dropped and harms no other.
+
+    Args:
+        model: The base, without LoRA layers; it is left as it was, on the device.
+        trials: The candidates; each has its own learning rate, the rest is ``options``.
+        batches: As for `loraport.training.train`; each is one candidate's batch.
+        loss: Gives each candidate's losses on a batch.
+        options: How the loop steps; nothing is saved while it runs.
+        validation: Batches for the validation losses.
+        observer: Told what happens.
+
+    Returns:
+        Name → what came of it, in the order of the trials.
+
+    Raises:
+        LoraportError: If names are not unique, targets match nothing, or the model's rows depend
+            on each other.
+    """
+    options = options or LoopOptions()
+    if len({trial.name for trial in trials}) < len(trials) or not trials:
+        raise LoraportError("trials: expected some, each with a name of its own")
+    placement = choose_placement(options.device, options.dtype)
+    model.to(placement.device)
+    rng.seed_everything(options.seed)
+    attached = attach_candidates(model, {trial.name: trial.lora for trial in trials})
+    try:
+        run = _GroupRun(
+            attached=attached,
+            loss=loss,
+            options=options,
+            placement=placement,
+            observer=observer or SilentSweep(),
+            steps=total_steps(batches, options),
+            members=[_member(trial, attached, options, placement) for trial in trials],
+        )
+        with training_mode(model):
+            return run.go(batches, validation)
+    finally:
+        attached.detach()
+
+
+@dataclass(eq=False)
+class _Member:
+    """One candidate's own state."""
+
+    trial: Trial
+    layers: dict[str, LoraLayer]
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    early: EarlyStopping
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    row_losses: tuple[float, ...] = ()
+    row_weights: tuple[int, ...] = ()
+    ended: str = ""
+    failed: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.trial.name
+
+    def outcome(self) -> Outcome:
+        best = next((v for v in self.validations if v[0] == self.early.best_step), None)
+        self.early.restore_best()
+        # A candidate that failed before its first validation has nothing worth keeping.
+        usable = best is not None or not self.failed
+        return Outcome(
+            name=self.name,
+            losses=tuple(self.losses),
+            validations=tuple(self.validations),
+            best=best,
+            row_losses=self.row_losses,
+            row_weights=self.row_weights,
+            modules={p: lora_module(layer) for p, layer in self.layers.items()} if usable else None,
+            ended=self.ended,
+            failed=self.failed,
+        )
+
+
+@dataclass(eq=False)
+class _GroupRun:
+    """One group's parts, and its progress."""
+
+    attached: Attached
+    loss: GroupLoss
+    options: LoopOptions
+    placement: Placement
+    observer: SweepObserver
+    steps: int
+    members: list[_Member]
+    step: int = 0
+    running: list[_Member] = field(default_factory=list)
+
+    def go(self, batches: Batches, validation: Batches | None) -> dict[str, Outcome]:
+        names = [member.name for member in self.members]
+        self.observer.group_started(names=names, steps=self.steps)
+        stream = BatchStream(batches, self.options.accumulate)
+        groups = iter(stream)
+        first = next(groups)
+        assert isinstance(first, list)
+        self._check_rows(first[0])
+        self._validate_base(validation)
+        self._set_running(self.members)
+        every = self.options.validate_every
+        group: list[Any] | EndOfEpoch = first
+        while self.step < self.steps and self.running:
+            if isinstance(group, EndOfEpoch):
+                if not every:
+                    self._validate(validation)
+            else:
+                self._one_step(group)
+                if every and self.step % every == 0:
+                    self._validate(validation)
+            if self.step < self.steps:
+                group = next(groups)
+        for member in self.running:
+            if not member.validations or member.validations[-1][0] != self.step:
+                self._validate(validation)
+                break
+        self._set_running([])
+        return {member.name: member.outcome() for member in self.members}
+
+    def _check_rows(self, batch: Any) -> None:
+        before = rng.capture()
+        batch = to_device(batch, self.placement.device)
+        require_rows_apart(self.attached, batch, self.loss, self.placement)
+        rng.restore(before)
+
+    def _one_step(self, group: list[Any]) -> None:
+        step, count = self.step + 1, len(self.running)
+        self.attached.clear_gradients()
+        sums = torch.zeros(count + 1, dtype=torch.float64, device=self.placement.device)
+        tokens = 0
+        for batch in group:
+            with self.placement.autocast():
+                part = self.loss(
+                    self.attached.model, to_device(batch, self.placement.device), count
+                )
+            # Rows do not mix: each candidate's gradients come from its own losses alone.
+            part.totals.sum().backward()  # type: ignore[no-untyped-call]
+            sums[:count] += part.totals.detach().double().sum(dim=1)
+            sums[count] += part.weights.sum()
+            tokens += part.tokens
+        self.attached.hand_out_gradients()
+        *totals, weight = sums.tolist()
+        if not weight:
+            raise LoraportError("the loss: expected something that counts in a batch, got nothing")
+        norms = self._norms(1 / weight)
+        ended = []
+        for member, total, norm in zip(self.running, totals, norms.tolist(), strict=True):
+            value = total / weight
+            for what, number in (("loss", value), ("gradient norm", norm)):
+                if not math.isfinite(number) and not member.failed:
+                    member.failed = True
+                    member.ended = f"step {step}: its {what} was {number}"
+            if member.failed:
+                ended.append(member)
+        for member, total, norm_tensor in zip(self.running, totals, norms, strict=True):
+            if not member.failed:
+                self._update(member, step, norm_tensor)
+                member.losses.append((step, total / weight))
+        self.step = step
+        losses = {m.name: m.losses[-1][1] for m in self.running if not m.failed}
+        self.observer.stepped(step=step, losses=losses, tokens=tokens * count)
+        self._end(ended)
+
+    def _norms(self, factor: float) -> torch.Tensor:
+        """Scale the gradients of all candidates; return their norms ``[count]``."""
+        norms = []
+        for member in self.running:
+            gradients = [p.grad for p in member.parameters.values() if p.grad is not None]
+            torch._foreach_mul_(gradients, factor)
+            norms.append(nn.utils.get_total_norm(gradients))
+        return torch.stack(norms)
+
+    def _update(self, member: _Member, step: int, norm: torch.Tensor) -> None:
+        nn.utils.clip_grads_with_norm_(
+            member.parameters.values(), self.options.clip or math.inf, norm
+        )
+        peak, warmup = member.trial.learning_rate, self.options.warmup
+        set_learning_rate(member.optimizer, learning_rate(step, self.steps, peak, warmup))
+        member.optimizer.step()
+
+    def _validate(self, validation: Batches | None) -> None:
+        if validation is None:
+            return
+        totals, weights = self._losses(validation, len(self.running))
+        count = sum(weights)
+        ended = []
+        for member, rows in zip(self.running, totals, strict=True):
+            value = sum(rows) / count
+            if not math.isfinite(value):
+                member.failed = True
+                member.ended = f"step {self.step}: its validation loss was {value}"
+                ended.append(member)
+                continue
+            member.validations.append((self.step, value))
+            member.early.see(self.step, value)
+            if member.early.best_step == self.step:
+                member.row_losses, member.row_weights = tuple(rows), tuple(weights)
+            if self.options.early_stopping and member.early.exhausted:
+                member.ended = f"step {self.step}: its validation loss fell no more"
+                ended.append(member)
+        losses = {m.name: m.validations[-1][1] for m in self.running if not m.failed}
+        self.observer.validated(step=self.step, losses=losses)
+        self._end(ended)
+
+    def _validate_base(self, validation: Batches | None) -> None:
+        """Measure the base once: at the start every candidate is the base."""
+        if validation is None:
+            return
+        (rows,), weights = self._losses(validation, 1)
+        value = sum(rows) / sum(weights)
+        if not math.isfinite(value):
+            raise LoraportError(f"the base: expected a finite validation loss, got {value}")
+        for member in self.members:
+            member.validations.append((0, value))
+        self.observer.validated(step=0, losses={"base": value})
+
+    def _losses(self, validation: Batches, count: int) -> tuple[list[list[float]], list[int]]:
+        """Return the summed loss of each candidate on each row, and the rows' weights."""
+        before = rng.capture()
+        totals, weights = [], []
+        model, device = self.attached.model, self.placement.device
+        try:
+            with evaluation_mode(model), torch.no_grad(), self.placement.autocast():
+                epoch = validation.epoch(0) if isinstance(validation, EpochBatches) else validation
+                for batch in epoch:
+                    part = self.loss(model, to_device(batch, device), count)
+                    totals.append(part.totals.double())
+                    weights.append(part.weights)
+        finally:
+            rng.restore(before)
+        if not totals:
+            raise LoraportError("validation batches: expected some, got none")
+        return torch.cat(totals, dim=1).tolist(), torch.cat(weights).tolist()
+
+    def _end(self, ended: list[_Member]) -> None:
+        if not ended:
+            return
+        for member in ended:
+            self.observer.ended(name=member.name, reason=member.ended)
+        self._set_running([member for member in self.running if member not in ended])
+
+    def _set_running(self, members: list[_Member]) -> None:
+        self.running = list(members)
+        self.attached.set_present([member.name for member in members])
+
+
+def _member(
+    trial: Trial, attached: Attached, options: LoopOptions, placement: Placement
+) -> _Member:
+    layers = dict(attached.members[trial.name])
+    parameters = {
+        f"{path}.{name}": parameter
+        for path, layer in layers.items()
+        for name, parameter in layer.named_parameters(recurse=False)
+    }
+    return _Member(
+        trial=trial,
+        layers=layers,
+        parameters=parameters,
+        optimizer=make_optimizer(parameters, options, placement.device),
+        early=EarlyStopping(options.early_stopping, parameters),
+    )
