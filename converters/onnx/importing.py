@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 _HEAD = "lm_head"
 _LEFT_OUT_HEAD = "left out, as the output head; export again with --lm-head"
+_BITS = 8  # of quantized weights whose operator does not say
 # The session holds the weights, some of them twice.
 _MEMORY_PER_WEIGHT_BYTE = 1.5
 
@@ -243,8 +244,10 @@ def _fingerprint(
 
 def _precision(named: list[NamedSite]) -> str:
     """Return how the weights are stored, by the coarsest of them."""
-    if any(entry.site.quantized for entry in named):
-        return "int4"
+    quantized = [entry.site.node for entry in named if entry.site.quantized]
+    if quantized:
+        bits = min(node.attributes.get_int("bits", _BITS) for node in quantized)
+        return "int4" if bits <= 4 else "int8"
     halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
     return "fp16" if any(entry.site.dtype in halves for entry in named) else "fp32"
 

@@ -100,7 +100,7 @@ def _reference_model(base: str, bundle: Path, manifest: Manifest) -> PreTrainedM
     fingerprint_model(model, paths).require_same_base(
         manifest.fingerprint, f"base {base}", f"bundle {bundle}"
     )
-    if manifest.precision == "int4":
+    if manifest.precision in ("int4", "int8"):
         replaced = load_graph_weights(bundle / MODEL_FILE, model)
         progress(f"{len(replaced)} weights taken dequantized from the graph")
     return model

@@ -47,6 +47,7 @@ def test_an_adapter_moves_the_outputs_as_in_floating_point(
     assert set(read_manifest(tmp_path / "int8").slots.modules()) == set(
         read_manifest(tmp_path / "float").slots.modules()
     )
+    assert read_manifest(tmp_path / "int8").precision == "int8"
     assert read_manifest(tmp_path / "int8").fingerprint.modules == {}
     size = np.linalg.norm(moved["float"])
     # Weights and activations are rounded to 8 bits in every layer, the adapter is not.
