@@ -1,4 +1,4 @@
-"""The arithmetic of a merge: float64 throughout, rounded once at the end.
+"""The arithmetic of a merge, float64 throughout; `rounding` rounds it once at the end.
 
 A stored weight is seen as a matrix ``[rows, columns]`` and worked on in blocks of rows, so
 memory does not grow with the size of the weight.
@@ -84,19 +84,28 @@ def prepare(change: Change) -> PreparedChange:
 def merged_rows(
     weight: torch.Tensor, first: int, total: int, changes: Sequence[PreparedChange]
 ) -> torch.Tensor:
-    """Return the merged rows ``first : first + n`` of a matrix.
+    """Return the merged rows ``first : first + n`` of a matrix; see `merge_rows_`."""
+    return merge_rows_(weight.clone(), first, total, changes)
+
+
+def merge_rows_(
+    weight: torch.Tensor, first: int, total: int, changes: Sequence[PreparedChange]
+) -> torch.Tensor:
+    """Merge changes into the rows ``first : first + n`` of a matrix, in place.
 
     Args:
-        weight: Those rows of the base, ``[n, columns]``, float64; left alone.
+        weight: Those rows of the base, ``[n, columns]``, float64; overwritten.
         first: Number of the first one.
         total: Rows of the whole matrix.
         changes: All changes to the matrix.
 
     Returns:
-        float64 ``[n, columns]``.
+        ``weight``.
     """
-    result = weight.clone()
-    last = first + weight.shape[0]
+    result = weight
+    if not all(prepared.change.adds for prepared in changes):
+        weight = weight.clone()  # the others are relative to the base's values
+    last = first + result.shape[0]
     for prepared in changes:
         start, stop = prepared.change.rows(total)
         begin, end = max(start, first), min(stop, last)
@@ -150,34 +159,3 @@ def _add_token_rows(part: torch.Tensor, weight: torch.Tensor, first: int, change
                 part[row - first] = new
             else:
                 part[row - first] += change.strength * (new - base)
-
-
-def round_once(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Round float64 to a dtype, to nearest with ties to even, in one step.
-
-    torch converts float64 to bfloat16 and float16 by way of float32. That rounds twice, and
-    wrongly where the first rounding lands on a tie of the second; those elements are nudged
-    off the tie to the side where the exact value lies.
-
-    Args:
-        exact: float64, any shape.
-        dtype: A floating dtype of at least 16 bits.
-    """
-    import torch
-
-    single = exact.to(torch.float32) if dtype != torch.float64 else exact
-    if dtype in (torch.float32, torch.float64):
-        return single
-    bits = single.view(torch.int32)
-    if dtype == torch.bfloat16:
-        suspect = (bits & 0xFFFF) == 0x8000
-    else:
-        # Where float16 is subnormal its ties lie elsewhere: all of those are looked at.
-        suspect = ((bits & 0x1FFF) == 0x1000) | (single.abs() < 2.0**-14)
-    where = suspect.flatten().nonzero().squeeze(1)
-    if where.numel():
-        flat = single.view(-1)
-        wanted, got = exact.flatten()[where], flat[where]
-        side = torch.sign(wanted - got.double()).float() * torch.inf
-        flat[where] = torch.where(wanted == got, got, torch.nextafter(got, side))
-    return single.to(dtype)

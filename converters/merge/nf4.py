@@ -59,8 +59,7 @@ class Nf4Source:
         import torch
 
         first, last = start // 2, -(-(start + count) // 2)
-        raw = files.read(self.info.file, self.info.start + first, last - first)
-        packed = torch.frombuffer(raw, dtype=torch.uint8)
+        packed = files.read(self.info.file, self.info.start + first, last - first)
         codes = torch.stack((packed >> 4, packed & 15), dim=1).flatten()
         codes = codes[start - 2 * first : start - 2 * first + count]
         blocks = torch.arange(start, start + count) // self.block

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from converters.merge.buffers import Buffers
 from loraport.checkpoint import TensorInfo
 from loraport.errors import LoraportError
 
@@ -36,7 +37,10 @@ class Source(Protocol):
         ...
 
     def read(self, files: OpenFiles, start: int, count: int) -> torch.Tensor:
-        """Return ``count`` elements from element ``start`` on, flat, in a floating dtype."""
+        """Return ``count`` elements from element ``start`` on, flat, in a floating dtype.
+
+        They may lie in memory that the same thread's next read overwrites.
+        """
         ...
 
 
@@ -46,6 +50,7 @@ class OpenFiles:
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self._buffers = Buffers()
 
     def descriptor(self, file: Path) -> int:
         """Return a descriptor that reads ``file``."""
@@ -60,14 +65,19 @@ class OpenFiles:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def read(self, file: Path, start: int, count: int) -> bytearray:
-        """Read exactly ``count`` bytes.
+    def read(self, file: Path, start: int, count: int) -> torch.Tensor:
+        """Read exactly ``count`` bytes, into memory that the same thread's next read reuses.
+
+        Returns:
+            uint8 ``[count]``.
 
         Raises:
             LoraportError: If the file has become shorter meanwhile.
         """
-        buffer = bytearray(count)
-        view = memoryview(buffer)
+        import torch
+
+        buffer = self._buffers.of(torch.uint8, count)
+        view = memoryview(buffer.numpy().data)
         descriptor = self.descriptor(file)
         done = 0
         while done < count:
@@ -111,14 +121,10 @@ class StoredSource:
 
     def read(self, files: OpenFiles, start: int, count: int) -> torch.Tensor:
         """See `Source`."""
-        import torch
-
         dtype = torch_dtype(self.info.dtype)
         size = dtype.itemsize
-        if count == 0:
-            return torch.empty(0, dtype=dtype)
         raw = files.read(self.info.file, self.info.start + start * size, count * size)
-        return torch.frombuffer(raw, dtype=dtype)
+        return raw.view(dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,14 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.merge.arithmetic import (
-    PreparedChange,
-    merged_rows,
-    prepare,
-    round_once,
-    ungained_rows,
-)
+from converters.merge.arithmetic import PreparedChange, merge_rows_, prepare, ungained_rows
+from converters.merge.buffers import Buffers
 from converters.merge.plan import MergePlan, TensorPlan
+from converters.merge.rounding import round_into
 from converters.merge.sources import OpenFiles, open_files, torch_dtype
 from loraport.errors import LoraportError
 
@@ -117,6 +113,7 @@ def _collect(running: set[Future[int]], progress: Progress) -> set[Future[int]]:
 def _tasks(
     tensors: tuple[TensorPlan, ...], output: int, start: int, files: OpenFiles
 ) -> Iterator[_Task]:
+    buffers = Buffers()
     for tensor in _joined(tensors):
         if isinstance(tensor, tuple):
             first, nbytes = tensor
@@ -128,7 +125,7 @@ def _tasks(
                 yield _copy_task(source, stored.start + offset, output, start + offset, size)
             start += nbytes
         else:
-            yield from _block_tasks(tensor, output, start, files)
+            yield from _block_tasks(tensor, output, start, files, buffers)
             start += tensor.nbytes
 
 
@@ -205,12 +202,15 @@ def _write_all(output: int, data: bytes | memoryview, at: int) -> None:
         view, at = view[written:], at + written
 
 
-def _block_tasks(tensor: TensorPlan, output: int, start: int, files: OpenFiles) -> Iterator[_Task]:
+def _block_tasks(
+    tensor: TensorPlan, output: int, start: int, files: OpenFiles, buffers: Buffers
+) -> Iterator[_Task]:
     changes = [prepare(change) for change in tensor.changes]
-    changes = [_with_norm(tensor, change, files) for change in changes]
+    changes = [_with_norm(tensor, change, files, buffers) for change in changes]
     row_bytes = tensor.nbytes // tensor.rows if tensor.rows else 0
     for first, count in _blocks(tensor):
-        yield _block_task(tensor, first, count, changes, files, output, start + first * row_bytes)
+        at = start + first * row_bytes
+        yield _block_task(tensor, first, count, changes, files, buffers, output, at)
 
 
 def _blocks(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
@@ -219,10 +219,15 @@ def _blocks(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
         yield first, min(step, tensor.rows - first)
 
 
-def _read_rows(tensor: TensorPlan, first: int, count: int, files: OpenFiles) -> torch.Tensor:
+def _read_rows(
+    tensor: TensorPlan, first: int, count: int, files: OpenFiles, buffers: Buffers
+) -> torch.Tensor:
+    """Return rows as float64 ``[count, columns]`` in the thread's buffer."""
+    import torch
+
     columns = tensor.columns
     flat = tensor.source.read(files, first * columns, count * columns)
-    return flat.double().reshape(count, columns)
+    return buffers.of(torch.float64, flat.numel()).copy_(flat).view(count, columns)
 
 
 def _block_task(
@@ -231,23 +236,29 @@ def _block_task(
     count: int,
     changes: list[PreparedChange],
     files: OpenFiles,
+    buffers: Buffers,
     output: int,
     at: int,
 ) -> _Task:
     def task() -> int:
         import torch
 
-        weight = _read_rows(tensor, first, count, files)
-        exact = merged_rows(weight, first, tensor.rows, changes) if changes else weight
-        rounded = round_once(exact, torch_dtype(tensor.dtype)).contiguous()
+        dtype = torch_dtype(tensor.dtype)
+        exact = _read_rows(tensor, first, count, files, buffers)
+        merge_rows_(exact, first, tensor.rows, changes)
+        single = buffers.of(torch.float32, exact.numel()).view(exact.shape)
+        rounded = buffers.of(dtype, exact.numel()).view(exact.shape)
+        round_into(exact, single, rounded)
         # The sum is the quick look: it is finite unless an element, or the sum itself, is not.
-        wide = torch.promote_types(rounded.dtype, torch.float32)
-        suspect = not rounded.sum(dtype=wide).isfinite()
-        if suspect and not rounded.isfinite().all() and weight.isfinite().all():
-            raise LoraportError(
-                f"{tensor.name}: expected finite values after the merge, got some beyond what "
-                f"{tensor.dtype} holds; use a smaller strength, or a base in bfloat16 or float32"
-            )
+        wide = torch.promote_types(dtype, torch.float32)
+        if not rounded.sum(dtype=wide).isfinite() and not rounded.isfinite().all():
+            rounded = rounded.clone()  # the base is read anew, which takes the buffers
+            if _read_rows(tensor, first, count, files, buffers).isfinite().all():
+                raise LoraportError(
+                    f"{tensor.name}: expected finite values after the merge, got some beyond what "
+                    f"{tensor.dtype} holds; use a smaller strength, or a base in bfloat16 or "
+                    "float32"
+                )
         raw = memoryview(rounded.view(torch.uint8).flatten().numpy().data)
         _write_all(output, raw, at)
         return len(raw)
@@ -255,7 +266,9 @@ def _block_task(
     return task
 
 
-def _with_norm(tensor: TensorPlan, prepared: PreparedChange, files: OpenFiles) -> PreparedChange:
+def _with_norm(
+    tensor: TensorPlan, prepared: PreparedChange, files: OpenFiles, buffers: Buffers
+) -> PreparedChange:
     """Give DoRA on a weight stored ``[in, out]`` its norms, which need all rows."""
     if prepared.change.magnitude is None or not prepared.change.transposed:
         return prepared
@@ -263,7 +276,7 @@ def _with_norm(tensor: TensorPlan, prepared: PreparedChange, files: OpenFiles) -
 
     squares = torch.zeros(tensor.columns, dtype=torch.float64)
     for first, count in _blocks(tensor):
-        weight = _read_rows(tensor, first, count, files)
+        weight = _read_rows(tensor, first, count, files, buffers)
         rows = ungained_rows(weight, slice(first, first + count), prepared)
         squares += rows.square().sum(0)
     return replace(prepared, norm=squares.sqrt())

@@ -84,7 +84,8 @@ def arithmetic_seconds(gigabytes: float) -> float:
     """Return the time of the adapted half's arithmetic on both cores, nothing read or written."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from converters.merge.arithmetic import Change, merged_rows, prepare, round_once
+    from converters.merge.arithmetic import Change, merged_rows, prepare
+    from converters.merge.rounding import round_once
 
     torch.set_num_threads(1)
     out, features = SHAPES["up"]
@@ -112,7 +113,8 @@ def exactness() -> None:
     import numpy as np
     from peft import LoraConfig, get_peft_model
 
-    from converters.merge.arithmetic import Change, merged_rows, prepare, round_once
+    from converters.merge.arithmetic import Change, merged_rows, prepare
+    from converters.merge.rounding import round_once
 
     for dtype in (torch.bfloat16, torch.float16):
         torch.manual_seed(0)

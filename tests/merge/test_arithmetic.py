@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.merge.arithmetic import Change, merged_rows, prepare, round_once
+from converters.merge.arithmetic import Change, merged_rows, prepare
+from converters.merge.rounding import round_once
 
 DTYPES = [torch.bfloat16, torch.float16]
 
