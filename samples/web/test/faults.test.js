@@ -1,0 +1,113 @@
+/** What is wrong with a bundle is told, once and clearly. The faults are made on the way. */
+
+import assert from 'node:assert/strict';
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import test, { after, before } from 'node:test';
+
+import { check, hasSet, launch, serve, shoot, visit } from './site.js';
+
+const bundle = process.env.LORAPORT_BUNDLE;
+const manifest = JSON.parse(readFileSync(join(bundle, 'manifest.json'), 'utf8'));
+let site;
+let browser;
+
+before(async () => {
+  site = await serve(bundle);
+  browser = await launch();
+});
+
+after(async () => {
+  await browser?.close();
+  site?.stop();
+});
+
+const flip = (bytes) => {
+  bytes[bytes.length >> 1] ^= 1;
+  return bytes;
+};
+const edited = (edit) => (bytes) => {
+  const document = JSON.parse(bytes);
+  edit(document);
+  return Buffer.from(JSON.stringify(document));
+};
+const outside = 'adapters/../../x';
+
+/** What the page says when a file reaches it changed; null where it says nothing. */
+async function said(path, change, act = async () => undefined) {
+  const context = await browser.newContext();
+  await context.route(`**/bundle/${path}`, async (route) => {
+    if (change === null) await route.fulfill({ status: 404 });
+    else await route.fulfill({ body: change(readFileSync(join(bundle, path))) });
+  });
+  const { page } = await visit(context, site.address);
+  await act(page);
+  const alert = page.getByRole('alert');
+  const message = (await alert.count()) ? await alert.textContent() : null;
+  await shoot(page, 'error');
+  await context.close();
+  return message;
+}
+
+for (const path of ['model.required.onnx', 'model.onnx.data', 'tokenizer.json', 'adapters/a.safetensors']) {
+  test(`a flipped byte in ${path} is refused`, async () => {
+    const message = await said(path, flip);
+    assert.match(message, new RegExp(`^${path}: expected sha256 [0-9a-f]{12}, got [0-9a-f]{12}; copy`));
+  });
+}
+
+test('the check refuses a flipped byte in any file', async () => {
+  for (const path of ['golden/base.safetensors', 'adapters/b.onnx_adapter', 'model.onnx', 'genai_config.json']) {
+    assert.ok(path in manifest.files);
+    assert.match(await said(path, flip, check), new RegExp(`is not intact\\n  - ${path}: expected sha256`));
+  }
+});
+
+for (const [what, path, change, message] of [
+  ['a missing manifest', 'manifest.json', null, /expected a bundle with manifest\.json, got: HTTP 404/],
+  ['a missing file', 'model.onnx.data', null, /expected the file model\.onnx\.data, got: HTTP 404/],
+  ['a truncated file', 'model.onnx.data', (bytes) => bytes.subarray(9), /^model\.onnx\.data: expected sha256/],
+  ['a truncated manifest', 'manifest.json', (bytes) => bytes.subarray(0, 900), /^manifest\.json: expected sound JSON/],
+  ['another version', 'manifest.json', edited((d) => { d.schema_version = 2; }), /expected schema version 1, got 2/],
+  ['a path that leaves the bundle', 'manifest.json', edited((d) => { d.adapters.a.tensors = outside; }), /outside the bundle\n  - "adapters\/\.\.\/\.\.\/x": expected a path inside/],
+  ['an adapter of another base', 'manifest.json', edited((d) => { for (const slot of d.slots) slot.in_features += 1; }), /adapters\/a\.safetensors does not fit the bundle's slots\n/],
+  ['a file without a hash', 'manifest.json', edited((d) => { delete d.files['adapters/a.safetensors']; }), /^adapters\/a\.safetensors: expected a file that manifest\.json lists/],
+]) {
+  test(`${what} is refused`, async () => {
+    assert.match(await said(path, change), message);
+  });
+}
+
+test('an adapter that cannot be read leaves the one before, and the page alive', async () => {
+  const message = await said('adapters/b.safetensors', flip, async (page) => {
+    await page.getByLabel('Adapter', { exact: true }).selectOption('b');
+    await page.getByRole('alert').waitFor();
+    assert.equal(await page.textContent('#adapted-heading'), 'With a × 1.00');
+    const shown = await page.getByRole('alert').textContent();
+    assert.match(shown, /^adapters\/b\.safetensors: expected sha256/);
+    await page.getByLabel('Adapter', { exact: true }).selectOption('');
+    await hasSet(page, null);
+  });
+  assert.equal(message, null);
+});
+
+test('a tolerance that is not met is shown', async () => {
+  const context = await browser.newContext();
+  await context.route('**/bundle/manifest.json', async (route) => {
+    const strict = edited((document) => { document.tolerances = { wasm: 0 }; });
+    await route.fulfill({ body: strict(readFileSync(join(bundle, 'manifest.json'))) });
+  });
+  const { page } = await visit(context, site.address);
+  const rows = await check(page);
+  assert.ok(rows.every((row) => row.at(-1) === '✗ differs'));
+  assert.match(await page.textContent('#check-status'), /4 of 4 cases differ/);
+  await context.close();
+});
+
+test('a page without its vendored files says what to do', async () => {
+  const context = await browser.newContext();
+  await context.route('**/vendor/tokenizers.mjs', (route) => route.fulfill({ status: 404 }));
+  const { page } = await visit(context, site.address);
+  assert.match(await page.getByRole('alert').textContent(), /run npm run vendor/);
+  await context.close();
+});
