@@ -88,7 +88,7 @@ def pack(
         weight = None
         if module.magnitude is not None:
             if base_weight is None:
-                problems.add(path, "the base, which DoRA's gain depends on", "none", "give it")
+                problems.add(path, "the base, which DoRA's gain depends on", "none", _MERGE)
                 continue
             weight = base_weight(path)
         update = module.lower(weight)

@@ -6,17 +6,20 @@ How ``x A`` and ``B`` are computed depends on the kind of module:
 - embedding: the rows of ``A`` that the tokens name, then a ``MatMul``;
 - convolution: the base's convolution with the kernel ``A``, then a 1×1 one.
 
-A strength ``s`` scales the whole change, the gain's part too:
+`controls` says how rows of a batch get adapters of their own. A strength ``s`` scales the whole
+change, the gain's part too:
 ``y' = y + s * ((gain * y - y) + (x A) B + bias)``, which is ``y`` bit for bit at ``s = 0``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
+from converters.onnx.controls import Controls
+from converters.onnx.nodes import NodeChain
 from converters.onnx.site import Site
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot
@@ -29,7 +32,7 @@ def add_slot_nodes(
     slot: Slot,
     site: Site,
     inputs: Mapping[str, ir.Value],
-    strength: ir.Value | None = None,
+    controls: Controls,
 ) -> None:
     """Put a slot's nodes after a site's operator; all readers of its output read theirs.
 
@@ -38,14 +41,15 @@ def add_slot_nodes(
         slot: The slot.
         site: Where it goes.
         inputs: Role → graph input.
-        strength: The strength ``[1]``, if the graph has one.
+        controls: The graph's controls.
     """
     # A module called twice has two sites, so node names carry the operator's name too.
-    chain = _Chain(f"{slot.name}.lora/{site.node.name or site.y.name}", site.dtype)
+    chain = NodeChain(f"{slot.name}.lora/{site.node.name or site.y.name}", site.dtype)
     readers = list(site.y.uses())
     own_bias = _take_bias_out(site) if slot.gain else None
     only_low_rank = not slot.gain and not slot.bias
-    change = _low_rank(chain, slot, site, inputs, strength if only_low_rank else None)
+    change = _low_rank(chain, slot, site, inputs, controls if only_low_rank else None)
+    strength = controls.factor(site.dtype) if controls.strength else None
     if slot.bias:
         change = chain.add("bias", "Add", [change, _over_output(chain, slot, inputs["bias"])])
     y = site.y
@@ -77,57 +81,14 @@ def add_slot_nodes(
     owner.insert_after(last, chain.nodes)
 
 
-class _Chain:
-    """Nodes under construction, named after their slot and operator."""
-
-    def __init__(self, stem: str, dtype: ir.DataType) -> None:
-        self._stem = stem
-        self._dtype = dtype
-        self.nodes: list[ir.Node] = []
-
-    def add(
-        self,
-        name: str,
-        operator: str,
-        inputs: Sequence[ir.Value],
-        attributes: Mapping[str, ir.Attr] | None = None,
-    ) -> ir.Value:
-        """Append a node of the standard operators; return its output."""
-        node = ir.Node(
-            "",
-            operator,
-            inputs,
-            (attributes or {}).values(),
-            num_outputs=1,
-            name=f"{self._stem}/{name}",
-        )
-        self.nodes.append(node)
-        output = node.outputs[0]
-        output.name = f"{node.name}/output_0"
-        output.type = ir.TensorType(self._dtype)
-        return output
-
-    def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """Append a constant."""
-        value = ir.tensor(array, name=name)
-        node = ir.Node(
-            "", "Constant", [], [ir.AttrTensor("value", value)], name=f"{self._stem}/{name}"
-        )
-        self.nodes.append(node)
-        output = node.outputs[0]
-        output.name = f"{node.name}/output_0"
-        output.type = ir.TensorType(value.dtype)
-        return output
-
-
 def _low_rank(
-    chain: _Chain,
+    chain: NodeChain,
     slot: Slot,
     site: Site,
     inputs: Mapping[str, ir.Value],
-    strength: ir.Value | None,
+    controls: Controls | None,
 ) -> ir.Value:
-    """Return ``strength * (x A) B``; the strength goes on the narrow side."""
+    """Return ``(x A) B``; what the controls do goes on the narrow side."""
     a, b = inputs["lora_A"], inputs["lora_B"]
     if slot.kind is ModuleKind.EMBEDDING:
         hidden = chain.add("A", "Gather", [a, site.x], {"axis": ir.AttrInt64("axis", 0)})
@@ -140,12 +101,12 @@ def _low_rank(
         hidden = chain.add("A", "Conv", [site.x, a], taken)
     else:
         hidden = chain.add("A", "MatMul", [site.x, a])
-    if strength is not None:
-        hidden = chain.add("strength", "Mul", [hidden, strength])
+    if controls is not None:
+        hidden = controls.on_hidden(chain, slot, site, hidden)
     return chain.add("B", "Conv" if slot.kind is ModuleKind.CONV else "MatMul", [hidden, b])
 
 
-def _over_output(chain: _Chain, slot: Slot, vector: ir.Value) -> ir.Value:
+def _over_output(chain: NodeChain, slot: Slot, vector: ir.Value) -> ir.Value:
     """Shape a vector ``[out]`` so that it broadcasts over the output."""
     if slot.kind is not ModuleKind.CONV:
         return vector

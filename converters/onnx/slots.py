@@ -19,20 +19,21 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from converters.onnx.controls import Controls
 from converters.onnx.matching import Match, Matcher, SiteMatcher, Unmatched
 from converters.onnx.modules import SlottableModule
 from converters.onnx.operators import find_site
 from converters.onnx.site import Site
 from converters.onnx.slot_nodes import add_slot_nodes
 from loraport.adapter import ModuleKind
-from loraport.bundle.slots import STRENGTH_INPUT, Slot, SlotInput, SlotMember, SlotTable
+from loraport.bundle.slots import Slot, SlotInput, SlotMember, SlotTable
 from loraport.errors import LoraportError, Problems
 from loraport.naming import packed_slot
 
 # Overridable initializers exist from this IR version on.
 _MINIMUM_IR_VERSION = 4
 
-VARIANTS = ("lora", "gain", "bias", "embedding", "conv", "replacement")
+VARIANTS = ("lora", "gain", "bias", "embedding", "conv")
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,24 @@ class SlotOptions:
 
     Attributes:
         variants: Of `VARIANTS`: ``lora`` on linear modules, ``embedding`` and ``conv`` on those,
-            ``gain`` (DoRA) and ``bias`` (LoRA bias) on every slot, ``replacement`` of whole
-            parameters.
+            ``gain`` (DoRA) and ``bias`` (LoRA bias) on every slot.
         strength: An input ``lora_strength`` ``[1]`` that scales every update.
+        per_row: An input ``adapter_ids`` ``[batch]``: every row of a batch has its own adapter.
     """
 
     variants: tuple[str, ...] = ("lora",)
     strength: bool = False
+    per_row: bool = False
 
     def __post_init__(self) -> None:
         problems = Problems()
         for variant in self.variants:
             if variant not in VARIANTS:
                 problems.add("slots", f"of {', '.join(VARIANTS)}", repr(variant))
-        if not {"lora", "embedding", "conv", "replacement"} & set(self.variants):
-            problems.add("slots", "lora, embedding, conv or replacement", "none of them")
+        if not {"lora", "embedding", "conv"} & set(self.variants):
+            problems.add("slots", "lora, embedding or conv", "none of them")
+        if self.per_row and {"gain", "bias"} & set(self.variants):
+            problems.add("per-row", "slots lora, embedding or conv", ",".join(self.variants))
         problems.raise_if_any("slot options cannot be used")
 
     def serves(self, kind: ModuleKind) -> bool:
@@ -101,7 +105,7 @@ def insert_slots(
     options = options or SlotOptions()
     wanted = {path: module for path, module in modules.items() if options.serves(module.kind)}
     matcher = matcher or Matcher(wanted)
-    strength = _Strength(model) if options.strength else None
+    controls = Controls(model.graph, strength=options.strength, per_row=options.per_row)
     table: dict[str, Slot] = {}
     inputs: dict[str, dict[str, ir.Value]] = {}
     unslotted: dict[str, str] = {}
@@ -119,6 +123,9 @@ def insert_slots(
             unslotted.update({path: reason for path, reason in excluded.items() if reason})
             continue
         slot = _slot(site, matched, options)
+        if (reason := controls.why_not(slot, site)) is not None:
+            unslotted.update({module.path: reason for module in matched})
+            continue
         if slot.name not in table:
             inputs[slot.name] = _add_inputs(model.graph, slot, site)
             table[slot.name] = slot
@@ -127,8 +134,7 @@ def insert_slots(
                 f"{slot.name}: expected the same operator wherever the module is called, got "
                 f"{table[slot.name]} and {slot}"
             )
-        factor = strength.of(site.dtype) if strength else None
-        add_slot_nodes(model.graph, slot, site, inputs[slot.name], factor)
+        add_slot_nodes(model.graph, slot, site, inputs[slot.name], controls)
     if not table:
         raise LoraportError(
             "slots: expected operators that match the base's modules, got none"
@@ -139,13 +145,13 @@ def insert_slots(
         if path not in covered:
             unslotted.setdefault(path, "no operator of the graph computes it by itself")
     model.ir_version = max(model.ir_version or 0, _MINIMUM_IR_VERSION)
-    slots = SlotTable(tuple(table.values()), strength=options.strength)
+    slots = SlotTable(tuple(table.values()), controls=tuple(controls.made))
     return SlottedModel(model, slots, unslotted)
 
 
 def require_slot_inputs(model: ir.Model, slots: SlotTable) -> None:
-    """Turn the slots' overridable initializers into plain required inputs, in place."""
-    for name in slots.inputs():
+    """Turn the slots' and controls' overridable initializers into required inputs, in place."""
+    for name in (*slots.inputs(), *(control.input for control in slots.controls)):
         model.graph.initializers.pop(name)
 
 
@@ -170,27 +176,6 @@ def _slot(site: Site, modules: Match, options: SlotOptions) -> Slot:
 
 def _add_inputs(graph: ir.Graph, slot: Slot, site: Site) -> dict[str, ir.Value]:
     return {role: _overridable(graph, entry, site.dtype) for role, entry in slot.inputs().items()}
-
-
-class _Strength:
-    """The strength input, cast once to each type that a slot computes in."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self._graph = model.graph
-        entry = SlotInput(STRENGTH_INPUT, (1,), 1.0)
-        self._by_dtype = {ir.DataType.FLOAT: _overridable(self._graph, entry, ir.DataType.FLOAT)}
-
-    def of(self, dtype: ir.DataType) -> ir.Value:
-        """Return the strength as this type."""
-        if dtype not in self._by_dtype:
-            name = f"{STRENGTH_INPUT}/{dtype.name}"
-            source = self._by_dtype[ir.DataType.FLOAT]
-            cast = ir.node("Cast", [source], {"to": int(dtype)}, name=name)
-            cast.outputs[0].name = f"{name}/output_0"
-            cast.outputs[0].type = ir.TensorType(dtype)
-            self._graph.insert_before(self._graph[0], cast)
-            self._by_dtype[dtype] = cast.outputs[0]
-        return self._by_dtype[dtype]
 
 
 def _overridable(graph: ir.Graph, entry: SlotInput, dtype: ir.DataType) -> ir.Value:

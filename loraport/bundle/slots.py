@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
+
+import numpy as np
 
 from loraport.adapter import ModuleKind
 from loraport.naming import slot_a, slot_b, slot_bias, slot_gain
 
-# Run-time inputs that belong to no slot.
 STRENGTH_INPUT = "lora_strength"
+ADAPTER_IDS_INPUT = "adapter_ids"
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,59 @@ class ReplacementSlot:
         )
 
 
+class ControlRole(StrEnum):
+    """What an input says that belongs to no slot.
+
+    - ``strength``: FLOAT ``[1]``, or one per lane ``[lanes]``; the factor on updates, 1 by default.
+    - ``adapter_ids``: INT64 ``[batch]``; the lane of each row, -1 for the base; 0 by default.
+    - ``lanes``: INT64 ``[r]``; the lane that each column of ``A`` belongs to, in the slots with as
+      many members as the control says; 0 by default.
+    """
+
+    STRENGTH = "strength"
+    ADAPTER_IDS = "adapter_ids"
+    LANES = "lanes"
+
+
+@dataclass(frozen=True)
+class Control:
+    """A graph input that says how adapters are used in a run.
+
+    Attributes:
+        input: The graph input; its default ``[1]`` means: one adapter in all rows, at strength 1.
+        role: What it says.
+        members: For ``lanes``, of which slots: those with this many modules.
+    """
+
+    input: str
+    role: ControlRole
+    members: int = 0
+
+    @property
+    def dtype(self) -> str:
+        """ONNX name of the input's element type."""
+        return "FLOAT" if self.role is ControlRole.STRENGTH else "INT64"
+
+    @property
+    def neutral(self) -> int:
+        """The default's only element."""
+        return 1 if self.role is ControlRole.STRENGTH else 0
+
+    def default(self) -> np.ndarray:
+        """Return the default ``[1]``."""
+        return np.full(1, self.neutral, np.float32 if self.dtype == "FLOAT" else np.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of the manifest."""
+        entry = {"input": self.input, "role": self.role.value, "dtype": self.dtype}
+        return {**entry, "neutral": self.neutral, "members": self.members}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Control:
+        """Read an entry; anything malformed raises TypeError, ValueError or KeyError."""
+        return cls(str(entry["input"]), ControlRole(entry["role"]), int(entry["members"]))
+
+
 @dataclass(frozen=True)
 class SlotTable:
     """All slots of an exported model.
@@ -212,12 +268,22 @@ class SlotTable:
     Attributes:
         slots: Places where updates are added.
         replacements: Parameters that can be replaced as a whole.
-        strength: There is an input ``lora_strength`` ``[1]``, one by default, on every update.
+        controls: Inputs that say how adapters are used in a run.
     """
 
     slots: tuple[Slot, ...]
     replacements: tuple[ReplacementSlot, ...] = ()
-    strength: bool = False
+    controls: tuple[Control, ...] = ()
+
+    @property
+    def per_row(self) -> bool:
+        """Every row of a batch can have its own adapter."""
+        return any(control.role is ControlRole.ADAPTER_IDS for control in self.controls)
+
+    @property
+    def strength(self) -> bool:
+        """There is an input that scales every update."""
+        return any(control.role is ControlRole.STRENGTH for control in self.controls)
 
     def inputs(self) -> list[str]:
         """Return the names of all graph inputs that adapters fill."""
@@ -241,8 +307,8 @@ class SlotTable:
         document: dict[str, Any] = {"slots": [slot.to_json() for slot in self.slots]}
         if self.replacements:
             document["replacements"] = [slot.to_json() for slot in self.replacements]
-        if self.strength:
-            document["controls"] = {"strength": STRENGTH_INPUT}
+        if self.controls:
+            document["controls"] = [control.to_json() for control in self.controls]
         return document
 
     @classmethod
@@ -253,5 +319,5 @@ class SlotTable:
             replacements=tuple(
                 ReplacementSlot.from_json(entry) for entry in document.get("replacements", ())
             ),
-            strength="strength" in document.get("controls", {}),
+            controls=tuple(Control.from_json(entry) for entry in document.get("controls", ())),
         )

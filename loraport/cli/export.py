@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     default="lora",
     show_default=True,
     metavar="LIST",
-    help="What adapters may have, of lora,gain,bias,embedding,conv,replacement: gain is for DoRA, "
-    "bias for LoRA biases, replacement for modules_to_save.",
+    help="What adapters may have, of lora (linear layers), bias (LoRA bias), embedding, conv.",
 )
 @click.option("--strength-input", is_flag=True, help="An input that scales the adapter per run.")
+@click.option("--per-row", is_flag=True, help="Every row of a batch can have its own adapter.")
 @click.option("--lm-head", is_flag=True, help="Put a slot beside the output head too.")
 @click.option("--base", "checkpoint", help="What MODEL.onnx was exported from, if that is known.")
 @click.option(
@@ -58,6 +58,7 @@ def export(
     provider: str,
     slots: str,
     strength_input: bool,
+    per_row: bool,
     lm_head: bool,
     checkpoint: str | None,
     inputs: tuple[str, ...],
@@ -89,7 +90,7 @@ def export(
         precision=precision,
         provider=provider,
         lm_head=lm_head,
-        slots=SlotOptions(variants, strength=strength_input),
+        slots=SlotOptions(variants, strength=strength_input, per_row=per_row),
     )
     if base.endswith(".onnx"):
         from converters.onnx.importing import ImportOptions, import_model

@@ -128,6 +128,11 @@ def slot_bias(slot: str) -> str:
     return f"{slot}.lora_bias"
 
 
+def lanes_input(members: int) -> str:
+    """Return the graph input that says whose each column of ``A`` is, by a slot's modules."""
+    return f"lora_lanes.{members}"
+
+
 def parse_slot_input(name: str) -> tuple[str, str] | None:
     """Split a slot's graph input into the slot and ``lora_A`` or ``lora_B``.
 

@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 
 from loraport.bundle.manifest import MODEL_FILE, Manifest, check_files, read_manifest
+from loraport.bundle.slots import Control
 from loraport.errors import LoraportError, Problems
 from loraport.runtime.resident import (
     ResidentAdapter,
     as_numpy,
+    as_value,
     blend_packed,
     make_resident,
     read_packed,
 )
+from loraport.runtime.rows import Rows, stack_packed
 from loraport.runtime.session import open_session
 
 # One adapter by name, several with strengths, or the base.
@@ -34,7 +37,13 @@ class Lane:
     Made by `Runtime.lane`.
     """
 
-    def __init__(self, session: Any, resident: ResidentAdapter | None, device: str) -> None:
+    def __init__(
+        self,
+        session: Any,
+        resident: ResidentAdapter | None,
+        device: str,
+        controls: Iterable[Control] = (),
+    ) -> None:
         self._session = session
         self._resident = resident  # kept alive: the binding only points at its memory
         self._device = device
@@ -43,6 +52,8 @@ class Lane:
         for name, value in slots.items():
             self._binding.bind_ortvalue_input(name, value)
         self._inputs = {entry.name for entry in session.get_inputs()}
+        self._controls = {control.input: control for control in controls}
+        self._given: dict[str, Any] = {}
         self._outputs = [entry.name for entry in session.get_outputs()]
 
     def run_on_device(
@@ -51,7 +62,8 @@ class Lane:
         """Run once and leave the outputs on the session's device.
 
         Args:
-            inputs: Every input of the model, as array or ``OrtValue``.
+            inputs: Every input of the model, as array or ``OrtValue``; controls of the bundle
+                (``lora_strength``, ``adapter_ids``) where they are wanted.
             outputs: Names of the outputs wanted; all unless told.
 
         Returns:
@@ -64,8 +76,11 @@ class Lane:
         binding = self._binding
         names = list(outputs) if outputs is not None else self._outputs
         binding.clear_binding_outputs()
+        controls = self._bind_controls(inputs)
         try:
             for name, value in inputs.items():
+                if name in controls:
+                    continue
                 if isinstance(value, np.ndarray):
                     binding.bind_cpu_input(name, np.ascontiguousarray(value))
                 else:
@@ -88,13 +103,29 @@ class Lane:
         values = self.run_on_device(inputs, outputs)
         return {name: as_numpy(value) for name, value in values.items()}
 
+    def _bind_controls(self, inputs: Mapping[str, Any]) -> set[str]:
+        """Bind the controls among the inputs; return their names.
+
+        What is bound stays bound: a control given in one run must not act in the next.
+        """
+        given = inputs.keys() & self._controls.keys()
+        for name in self._given.keys() | given:
+            control = self._controls[name]
+            default = control.default()
+            value = np.ascontiguousarray(inputs[name], default.dtype) if name in given else default
+            # The binding takes arrays for required inputs only, and just points at values.
+            bound = as_value(value, self._device)
+            self._binding.bind_ortvalue_input(name, bound[0])
+            self._given[name] = bound
+        return given
+
     def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        if inputs.keys() == self._inputs:
+        if inputs.keys() - self._controls.keys() == self._inputs:
             return
         problems = Problems()
         for name in sorted(self._inputs - inputs.keys()):
             problems.add(name, "an array for this input", "none")
-        for name in sorted(inputs.keys() - self._inputs):
+        for name in sorted(inputs.keys() - self._inputs - self._controls.keys()):
             problems.add(
                 name, f"one of the inputs {', '.join(sorted(self._inputs)[:8])}", "another"
             )
@@ -211,7 +242,29 @@ class Runtime:
 
     def lane(self, selection: Selection = None) -> Lane:
         """Return a new lane for a selection, to be used by one thread at a time."""
-        return Lane(self.session, self.load(selection), self.provider)
+        return Lane(self.session, self.load(selection), self.provider, self.manifest.slots.controls)
+
+    def rows(self, selections: Mapping[str, Selection] | Iterable[str]) -> Rows:
+        """Make adapters resident side by side, for batches with another adapter in every row.
+
+        Args:
+            selections: Names of adapters, or name → selection where some rows blend several.
+
+        Raises:
+            LoraportError: If the bundle was exported without ``--per-row``, or an adapter is
+                unknown.
+        """
+        if not isinstance(selections, Mapping):
+            selections = {name: name for name in selections}
+        table = self.manifest.slots
+        with self._lock:
+            lanes = [
+                blend_packed([(self._read(name), s) for name, s in _key(selection)], table)
+                for selection in selections.values()
+            ]
+        resident = make_resident(stack_packed(lanes, table), self.provider)
+        lane = Lane(self.session, resident, self.provider, table.controls)
+        return Rows(lane, list(selections))
 
     def run(
         self,

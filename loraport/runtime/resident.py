@@ -147,6 +147,13 @@ def make_resident(tensors: Mapping[str, torch.Tensor], device: str) -> ResidentA
     return ResidentAdapter(values, sum(array.nbytes for array in owners), tuple(owners))
 
 
+def as_value(array: np.ndarray, device: str) -> tuple[Any, np.ndarray]:
+    """Return an array as ``OrtValue`` on a device, and the array, which must live as long."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0), array
+
+
 def as_numpy(value: Any) -> np.ndarray:
     """Return an ``OrtValue``'s content as an array of its own."""
     return np.array(value.numpy())

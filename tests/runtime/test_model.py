@@ -323,7 +323,8 @@ class TestRefusals:
             "model.layers.7.mlp.up_proj.lora_A: expected a slot input",
             "model.layers.0.mlp.up_proj.lora_B: expected the partner",
             "model.layers.0.mlp.down_proj.lora_A: expected [48, r], got [47, 4]",
-            "model.layers.1.mlp.down_proj: expected lora_A and lora_B of one rank, got ranks [4, 5]",
+            "model.layers.1.mlp.down_proj: expected lora_A and lora_B of one rank, "
+            "got ranks [4, 5]",
         ):
             assert f"  - {name}" in str(refused.value)
 

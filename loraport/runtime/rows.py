@@ -1,0 +1,126 @@
+"""Different adapters in the rows of one batch: all of them resident, one picked per row."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from loraport.bundle.slots import ADAPTER_IDS_INPUT, ControlRole, SlotTable
+from loraport.errors import LoraportError
+
+if TYPE_CHECKING:
+    import torch
+
+    from loraport.runtime.model import Lane
+
+BASE = -1
+
+
+def stack_packed(
+    lanes: Sequence[Mapping[str, torch.Tensor]], table: SlotTable
+) -> dict[str, torch.Tensor]:
+    """Lay several packed adapters side by side.
+
+    Slots of as many modules share one input that says whose each column is, so within them a
+    lane has the same columns everywhere: its largest rank, filled up with zeros.
+
+    Args:
+        lanes: Packed tensors of each lane.
+        table: The slot table.
+
+    Returns:
+        Graph input → tensor: the slots', and int64 ``lora_lanes.K`` ``[r]``.
+
+    Raises:
+        LoraportError: If the bundle was exported without ``--per-row``.
+    """
+    import torch
+
+    if not table.per_row:
+        raise LoraportError(
+            "adapters per row: expected a bundle with adapter_ids, got one without; export it "
+            "again with --per-row"
+        )
+    empty: list[int] = [0] * len(lanes)
+    ranks: dict[int, list[int]] = defaultdict(empty.copy)
+    for slot in table.slots:
+        axis = slot.inputs()["lora_A"].rank_axis or 0
+        widest = ranks[len(slot.members)]
+        for number, tensors in enumerate(lanes):
+            if slot.input_a in tensors:
+                widest[number] = max(widest[number], tensors[slot.input_a].shape[axis])
+    stacked: dict[str, torch.Tensor] = {}
+    for slot in table.slots:
+        widest = ranks[len(slot.members)]
+        if not any(slot.input_a in tensors for tensors in lanes):
+            continue
+        for entry in (slot.inputs()["lora_A"], slot.inputs()["lora_B"]):
+            like = next(tensors[entry.name] for tensors in lanes if entry.name in tensors)
+            axis = entry.rank_axis or 0
+            shape = list(like.shape)
+            shape[axis] = sum(widest)
+            whole = like.new_zeros(shape)
+            start = 0
+            for tensors, width in zip(lanes, widest, strict=True):
+                if entry.name in tensors:
+                    part = tensors[entry.name]
+                    whole.narrow(axis, start, part.shape[axis]).copy_(part)
+                start += width
+            stacked[entry.name] = whole
+    for control in table.controls:
+        columns = ranks.get(control.members, [])
+        if control.role is ControlRole.LANES and any(columns):
+            numbers = [lane for lane, width in enumerate(columns) for _ in range(width)]
+            stacked[control.input] = torch.tensor(numbers, dtype=torch.int64)
+    return stacked
+
+
+class Rows:
+    """A lane whose batches have an adapter of its own in every row; made by `Runtime.rows`.
+
+    Args:
+        lane: A lane with the stacked adapters bound.
+        names: What the lanes of the stack are called, in their order.
+    """
+
+    def __init__(self, lane: Lane, names: Sequence[str]) -> None:
+        self._lane = lane
+        self._numbers = {name: number for number, name in enumerate(names)}
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        adapters: Sequence[str | None],
+        outputs: Iterable[str] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Run a batch.
+
+        Args:
+            inputs: Every input of the model; the first dimension is the batch.
+            adapters: Per row the name of an adapter of this stack, or ``None`` for the base.
+            outputs: Names of the outputs wanted; all unless told.
+
+        Raises:
+            LoraportError: If a name is unknown, or the rows are as many as no input's.
+        """
+        return self._lane.run(self.with_ids(inputs, adapters), outputs)
+
+    def with_ids(self, inputs: Mapping[str, Any], adapters: Sequence[str | None]) -> dict[str, Any]:
+        """Return the inputs with ``adapter_ids`` ``[batch]`` among them."""
+        unknown = [name for name in adapters if name is not None and name not in self._numbers]
+        if unknown:
+            raise LoraportError(
+                f"adapters per row: expected of {', '.join(self._numbers)}, got "
+                f"{', '.join(unknown)}; name them when making the rows"
+            )
+        batches = {value.shape[0] for value in inputs.values() if isinstance(value, np.ndarray)}
+        if batches and len(adapters) not in batches:
+            raise LoraportError(
+                f"adapters per row: expected one for each of {max(batches)} rows, got "
+                f"{len(adapters)}"
+            )
+        ids = [BASE if name is None else self._numbers[name] for name in adapters]
+        return {**inputs, ADAPTER_IDS_INPUT: np.array(ids, np.int64)}
