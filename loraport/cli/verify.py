@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from loraport.cli.options import log, progress
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from loraport.adapter import Adapter
@@ -47,8 +49,10 @@ def verify(
             f"bundle {bundle}: expected to know the base it was exported from; give --base"
         )
     sources = _adapter_sources(bundle, manifest, adapters)
-    model = _reference_model(found, bundle, manifest)
-    report = verify_bundle(bundle, model, sources, provider=provider, progress=progress)
+    model, original = _reference_model(found, bundle, manifest, sources)
+    report = verify_bundle(
+        bundle, model, sources, provider=provider, original=original, progress=progress
+    )
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=1))
     else:
@@ -88,8 +92,14 @@ def _adapter_sources(
     return found
 
 
-def _reference_model(base: str, bundle: Path, manifest: Manifest) -> PreTrainedModel:
-    """Load the base; with the graph's own rounded weights where those are quantized."""
+def _reference_model(
+    base: str, bundle: Path, manifest: Manifest, adapters: Mapping[str, Adapter]
+) -> tuple[PreTrainedModel, Callable[[str], torch.Tensor]]:
+    """Load the base; with the graph's own rounded weights where those are quantized.
+
+    Returns:
+        The model, and what gives the parameters that the adapters were made for.
+    """
     from converters.onnx.graph_weights import load_graph_weights
     from loraport.base_model import fingerprint_model, load_model
     from loraport.bundle.manifest import MODEL_FILE
@@ -100,7 +110,21 @@ def _reference_model(base: str, bundle: Path, manifest: Manifest) -> PreTrainedM
     fingerprint_model(model, paths).require_same_base(
         manifest.fingerprint, f"base {base}", f"bundle {bundle}"
     )
+    kept: dict[str, torch.Tensor] = {}
     if manifest.precision in ("int4", "int8"):
+        names = {name for adapter in adapters.values() for name in _compared(adapter)}
+        known = dict(model.named_parameters(remove_duplicate=False))
+        kept = {name: known[name].detach().clone() for name in names & known.keys()}
         replaced = load_graph_weights(bundle / MODEL_FILE, model)
         progress(f"{len(replaced)} weights taken dequantized from the graph")
-    return model
+    return model, lambda name: kept[name] if name in kept else model.get_parameter(name)
+
+
+def _compared(adapter: Adapter) -> Iterator[str]:
+    """Yield the parameters whose values in the base an adapter's effect depends on."""
+    from loraport.naming import weight_name
+
+    yield from adapter.replacements
+    for path, module in adapter.modules.items():
+        if module.magnitude is not None:
+            yield weight_name(path)

@@ -19,30 +19,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
 
 from loraport.adapter import Adapter
 from loraport.bundle.manifest import check_files
 from loraport.errors import LoraportError
+from loraport.parity.changes import Changes, Original, changes_of
 from loraport.parity.check import Check
 from loraport.parity.metrics import compare, worst
-from loraport.parity.reference import (
-    Updates,
-    adapted,
-    greedy_tokens,
-    merged,
-    torch_outputs,
-    updates_of,
-)
+from loraport.parity.packed import differences
+from loraport.parity.reference import adapted, greedy_tokens, merged, torch_outputs
 from loraport.parity.shipped import golden_cases, required_graph, same_in_both_files
 from loraport.parity.tolerances import AS_DEPLOYED, Tolerance
 from loraport.runtime import Runtime, Sampling, Selection, generate
+from loraport.runtime.resident import read_packed
 
 _GREEDY_TOKENS = 12
 _GREEDY_PROMPTS = 3
-# The packed tensors hold the adapter with one rounding of B to the slot's element type.
-_PACKED_RELATIVE = {"FLOAT": 1e-6, "FLOAT16": 1e-3, "BFLOAT16": 8e-3, "DOUBLE": 1e-6}
+_SHOWN = 5
 
 Inputs = Mapping[str, np.ndarray]
 
@@ -73,6 +67,8 @@ class Protocol:
         tolerance: See `loraport.parity.tolerances`.
         progress: Told what is being done.
         deployed: The bundle as users run it, where that rounds more than ``runtime`` does.
+        original: Gives the parameters that the adapters were made for, by path, where the model
+            has a quantized graph's; the model's own unless given.
     """
 
     def __init__(
@@ -84,10 +80,12 @@ class Protocol:
         tolerance: Tolerance,
         progress: Callable[[str], None] = lambda text: None,  # noqa: ARG005
         deployed: Runtime | None = None,
+        original: Original | None = None,
     ) -> None:
         self._runtime = runtime
         self._deployed = deployed
         self._model = model
+        self._original = original or model.get_parameter
         self._adapters = adapters
         self._samples = samples
         self._tolerance = tolerance
@@ -141,63 +139,44 @@ class Protocol:
 
     def _base(self) -> Check:
         self._progress("base")
-        return self._parity("base: onnxruntime = torch", None, {})
+        return self._parity("base: onnxruntime = torch", None, Changes())
 
     def _adapter(self, name: str) -> list[Check]:
         self._progress(f"adapter {name}")
         try:
-            updates = updates_of([(self._adapters[name], 1.0)], self._model)
-            packed = self._packed(name)
-            checks = [packed, self._torch_merged(name, updates)]
-            checks.append(self._parity(f"adapter {name}: onnxruntime = torch", name, updates))
-            checks.append(self._changes(name))
+            changes = self._changes_of([(self._adapters[name], 1.0)])
+            packed = self._packed(name, changes)
+            checks = [packed, self._torch_merged(name, changes)]
+            checks.append(self._parity(f"adapter {name}: onnxruntime = torch", name, changes))
+            checks.append(self._differs(name))
             if self._samples[0].token_ids:
-                checks.append(self._greedy(name, updates))
+                checks.append(self._greedy(name, changes))
         except LoraportError as error:
             return [Check(f"adapter {name}", False, str(error))]
         return checks
 
-    def _packed(self, name: str) -> Check:
-        """Compare each module's packed product with the source adapter's update."""
-        title = f"adapter {name}: packed = source"
-        resident = self._runtime.load(name)
-        assert resident is not None
-        wrong = []
-        places = self._runtime.manifest.slots.modules()
-        for path, module in self._adapters[name].modules.items():
-            if path not in places:
-                wrong.append(f"{path}: no slot")
-                continue
-            slot, member = places[path]
-            if slot.input_a not in resident.values:
-                wrong.append(f"{path}: no tensors for slot {slot.name}")
-                continue
-            a = torch.from_numpy(resident.values[slot.input_a].numpy()).double()
-            b = torch.from_numpy(resident.values[slot.input_b].numpy()).double()
-            got = a @ b[:, member.start : member.stop]
-            expected = module.lower().delta(torch.float64).T
-            error = float((got - expected).norm() / expected.norm().clamp_min(1e-30))
-            if not error <= _PACKED_RELATIVE[slot.dtype]:
-                wrong.append(f"{path}: relative error {error:.2g}")
-        served = {
-            slot.input_a
-            for path, (slot, _) in places.items()
-            if path in self._adapters[name].modules
-        }
-        wrong += [
-            f"{key}: not in the source adapter"
-            for key in resident.values
-            if key.endswith("lora_A") and key not in served
-        ]
-        shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        return Check(title, not wrong, shown or f"{len(self._adapters[name].modules)} modules")
+    def _changes_of(self, parts: Sequence[tuple[Adapter, float]]) -> Changes:
+        return changes_of(parts, self._model, self._original)
 
-    def _torch_merged(self, name: str, updates: Updates) -> Check:
+    def _packed(self, name: str, changes: Changes) -> Check:
+        """Compare what is in the bundle with the source adapter, module by module."""
+        manifest = self._runtime.manifest
+        file = self._runtime.directory / manifest.require_adapter(name).tensors
+        tensors = read_packed(file, manifest.slots)
+        wrong = differences(tensors, manifest.slots, changes, self._original)
+        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        count = f"{len(changes.terms)} modules"
+        if changes.replaced:
+            count += f", {len(changes.replaced)} replaced parameters"
+        detail = "; ".join(wrong[:_SHOWN]) + more
+        return Check(f"adapter {name}: packed = source", not wrong, detail or count)
+
+    def _torch_merged(self, name: str, changes: Changes) -> Check:
         comparisons = []
         for sample in self._samples[:4]:
-            with adapted(self._model, updates):
+            with adapted(self._model, changes):
                 beside = torch_outputs(self._model, sample.torch)
-            with merged(self._model, updates):
+            with merged(self._model, changes):
                 into = torch_outputs(self._model, sample.torch)
             comparisons += [compare(b, m) for b, m in zip(beside, into, strict=True)]
         found = worst(comparisons)
@@ -205,10 +184,10 @@ class Protocol:
             f"adapter {name}: torch merged = beside", found.within(self._tolerance), "", found
         )
 
-    def _parity(self, title: str, selection: Selection, updates: Updates) -> Check:
+    def _parity(self, title: str, selection: Selection, changes: Changes) -> Check:
         comparisons = []
         for sample in self._samples:
-            with adapted(self._model, updates):
+            with adapted(self._model, changes):
                 expected = torch_outputs(self._model, sample.torch)
             got = self._session(sample, selection)
             if len(expected) != len(got):
@@ -218,7 +197,7 @@ class Protocol:
         found = worst(comparisons)
         return Check(title, found.within(self._tolerance), "", found)
 
-    def _changes(self, name: str) -> Check:
+    def _differs(self, name: str) -> Check:
         """The negative control: an adapter that changes nothing proves nothing."""
         found = worst(
             [
@@ -234,12 +213,12 @@ class Protocol:
         detail = "" if passed else "the adapter changes no more than the tolerance"
         return Check(f"adapter {name}: differs from base", passed, detail, found)
 
-    def _greedy(self, name: str, updates: Updates) -> Check:
+    def _greedy(self, name: str, changes: Changes) -> Check:
         agreed, total = 0, 0
         for sample in self._samples[:_GREEDY_PROMPTS]:
             sampling = Sampling(max_new_tokens=_GREEDY_TOKENS)
             got = list(generate(self._runtime, sample.token_ids, name, sampling))
-            with adapted(self._model, updates):
+            with adapted(self._model, changes):
                 expected = greedy_tokens(self._model, sample.token_ids, len(got))
             agreed += sum(e == g for e, g in zip(expected, got, strict=True))
             total += len(got)
@@ -251,7 +230,7 @@ class Protocol:
         title = f"blend {first}=0.75 {second}=0.5: onnxruntime = torch"
         try:
             parts = [(self._adapters[name], strength) for name, strength in strengths.items()]
-            return self._parity(title, strengths, updates_of(parts, self._model))
+            return self._parity(title, strengths, self._changes_of(parts))
         except LoraportError as error:
             return Check(title, False, str(error))
 

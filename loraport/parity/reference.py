@@ -9,36 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from loraport.adapter import Adapter
-from loraport.errors import LoraportError, Problems
-from loraport.update import LowRankUpdate, weighted_sum
-
-Updates = Mapping[str, LowRankUpdate]
-
-
-def updates_of(parts: Sequence[tuple[Adapter, float]], model: nn.Module) -> Updates:
-    """Return the weighted sum of adapters as one update per module.
-
-    Args:
-        parts: Adapter and strength.
-        model: The base, for variants whose update depends on its weights.
-
-    Raises:
-        LoraportError: Naming every module whose update does not fit the base's weight.
-    """
-    problems = Problems()
-    found: dict[str, list[tuple[LowRankUpdate, float]]] = {}
-    for adapter, strength in parts:
-        for path, module in adapter.modules.items():
-            weight = _weight(model, path)
-            update = module.lower(weight)
-            shape, stored = (update.b.shape[0], update.a.shape[1]), tuple(weight.flatten(1).shape)
-            if stored not in (shape, shape[::-1]):
-                problems.add(path, f"an update of a weight {list(stored)}", f"{list(shape)}")
-            found.setdefault(path, []).append((update, strength))
-    problems.raise_if_any("the adapter does not fit the base")
-    return {path: weighted_sum(terms) for path, terms in found.items()}
+from loraport.errors import LoraportError
+from loraport.naming import bias_name, weight_name
+from loraport.parity.changes import Changes, Term, added_bias, changed_value, merged_matrix
+from loraport.update import LowRankUpdate
 
 
 def torch_outputs(model: nn.Module, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -56,42 +32,52 @@ def torch_outputs(model: nn.Module, inputs: Mapping[str, np.ndarray]) -> list[np
 
 
 @contextlib.contextmanager
-def adapted(model: nn.Module, updates: Updates) -> Iterator[None]:
-    """Run the model with updates beside its linear layers: ``y + scaling * B (A x)``."""
+def adapted(model: nn.Module, changes: Changes) -> Iterator[None]:
+    """Run the model with updates beside its modules, and with the replaced parameters."""
+    values = {
+        name: changed_value(_parameter(model, name), found)
+        for name, found in changes.replaced.items()
+    }
     handles = []
-    for path, update in updates.items():
-        module = model.get_submodule(path)
-        handles.append(module.register_forward_hook(_hook(update, getattr(module, "bias", None))))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _parameters(model, values):
+        try:
+            for path, terms in changes.terms.items():
+                hook = _hook(terms)
+                handles.append(model.get_submodule(path).register_forward_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 @contextlib.contextmanager
-def merged(model: nn.Module, updates: Updates) -> Iterator[None]:
-    """Run the model with updates added to its weights; the weights are put back afterwards."""
-    kept: dict[str, torch.Tensor] = {}
-    problems = Problems()
-    try:
-        for path, update in updates.items():
-            weight = _weight(model, path)
-            delta = update.delta(torch.float64).to(weight.device)
-            if update.bias is not None or update.gain is not None:
-                problems.add(path, "a plain low-rank update", "one with a gain or a bias")
-                continue
-            if weight.shape != delta.shape:
-                delta = delta.T
-            kept[path] = weight.detach().clone()
-            with torch.no_grad():
-                weight.copy_((weight.double() + delta).to(weight.dtype))
-        problems.raise_if_any("torch reference")
+def merged(model: nn.Module, changes: Changes) -> Iterator[None]:
+    """Run the model with all changes merged into its parameters, which are put back afterwards.
+
+    What no parameter can hold (a grouped convolution's update, a bias of a module that has none)
+    stays beside.
+    """
+    values = {
+        name: changed_value(_parameter(model, name), found)
+        for name, found in changes.replaced.items()
+    }
+    beside: dict[str, tuple[Term, ...]] = {}
+    for path, terms in changes.terms.items():
+        module = model.get_submodule(path)
+        if not _mergeable(module, terms):
+            beside[path] = terms
+            continue
+        name = weight_name(path)
+        weight = values.get(name, _parameter(model, name))
+        turned = _is_transposed(module)
+        matrix = merged_matrix(weight.detach().flatten(1).T if turned else weight.flatten(1), terms)
+        values[name] = (matrix.T if turned else matrix).reshape(weight.shape).to(weight)
+        bias = added_bias(terms)
+        if bias is not None:
+            old = values.get(bias_name(path), _parameter(model, bias_name(path)))
+            values[bias_name(path)] = (old.double() + bias.to(old.device)).to(old)
+    with _parameters(model, values), adapted(model, Changes(terms=beside)):
         yield
-    finally:
-        for path, original in kept.items():
-            with torch.no_grad():
-                _weight(model, path).copy_(original)
 
 
 def greedy_tokens(model: nn.Module, token_ids: Sequence[int], count: int) -> list[int]:
@@ -104,29 +90,84 @@ def greedy_tokens(model: nn.Module, token_ids: Sequence[int], count: int) -> lis
     return ids[len(token_ids) :]
 
 
-def _hook(update: LowRankUpdate, base_bias: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+def _hook(terms: Sequence[Term]) -> Callable[..., torch.Tensor]:
     def add(module: nn.Module, arguments: tuple[torch.Tensor, ...], y: torch.Tensor) -> Any:
-        del module
-        x = arguments[0].float()  # [..., in]
-        a, b = update.a.to(x), update.b.to(x)
-        delta = (x @ a.T) @ b.T * update.scaling  # [..., out]
-        if update.gain is None:
-            result = y + delta
-        else:
-            bias = base_bias if base_bias is not None else torch.zeros_like(y[..., :1])
-            result = update.gain.to(x) * (y - bias + delta) + bias
-        return result if update.bias is None else result + update.bias.to(x)
+        bias = getattr(module, "bias", None)
+        own = y if bias is None else y - _over(module, bias)
+        result = y
+        for term in terms:
+            change = _low_rank(module, arguments[0], term.update, y)
+            if term.update.gain is not None:
+                gain = _over(module, term.update.gain.to(y))
+                change = (gain - 1) * own + gain * change
+            if term.update.bias is not None:
+                change = change + _over(module, term.update.bias.to(y))
+            result = result + term.strength * change
+        return result
 
     return add
 
 
-def _weight(model: nn.Module, path: str) -> torch.Tensor:
+def _low_rank(
+    module: nn.Module, x: torch.Tensor, update: LowRankUpdate, y: torch.Tensor
+) -> torch.Tensor:
+    """Return ``scaling * B (A x)``, shaped like the module's output ``y``."""
+    a, b = update.a.to(y), update.b.to(y)
+    if isinstance(module, nn.Embedding):
+        delta = F.embedding(x, a.T) @ b.T  # [..., dim]
+        scale = getattr(module, "embed_scale", None)  # Gemma scales what it looks up
+        return delta * update.scaling * (1.0 if scale is None else scale)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        kernel = a.reshape(len(a), module.in_channels, *module.kernel_size)
+        ones = (1,) * len(module.kernel_size)
+        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(ones)]
+        hidden = convolve(x.to(y), kernel, None, module.stride, module.padding, module.dilation)
+        return convolve(hidden, b.reshape(*b.shape, *ones)) * update.scaling
+    return (x.to(y) @ a.T) @ b.T * update.scaling
+
+
+def _over(module: nn.Module, vector: torch.Tensor) -> torch.Tensor:
+    """Shape ``[out]`` so that it broadcasts over the module's output."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return vector.reshape(-1, *(1 for _ in module.kernel_size))
+    return vector
+
+
+def _mergeable(module: nn.Module, terms: Sequence[Term]) -> bool:
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1:
+        return False
+    has_bias = getattr(module, "bias", None) is not None
+    return has_bias or all(term.update.bias is None for term in terms)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Tell whether the module stores its weight ``[in, out]``."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Embedding | Conv1D)
+
+
+def _parameter(model: nn.Module, name: str) -> torch.Tensor:
     try:
-        weight = model.get_submodule(path).weight
+        return model.get_parameter(name).detach()
     except AttributeError as error:
-        raise LoraportError(f"{path}: expected this module in the base, got none") from error
-    assert isinstance(weight, torch.Tensor)
-    return weight
+        raise LoraportError(f"{name}: expected this parameter in the base, got none") from error
+
+
+@contextlib.contextmanager
+def _parameters(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Run the model with other parameters; where several modules share one, each has its own."""
+    kept = []
+    try:
+        for name, value in values.items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            kept.append((module, leaf, module._parameters[leaf]))
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        yield
+    finally:
+        for module, leaf, parameter in reversed(kept):
+            module._parameters[leaf] = parameter
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ from loraport.adapter import Adapter
 from loraport.base_model import load_tokenizer
 from loraport.bundle.golden import base_inputs
 from loraport.bundle.manifest import MODEL_FILE
+from loraport.parity.changes import Original
 from loraport.parity.check import Check
 from loraport.parity.prompts import PROMPTS
 from loraport.parity.protocol import Protocol, Sample
@@ -70,6 +71,7 @@ def verify_bundle(
     *,
     provider: str = "cpu",
     samples: list[Sample] | None = None,
+    original: Original | None = None,
     progress: Callable[[str], None] = lambda text: None,  # noqa: ARG005
 ) -> Verification:
     """Run the parity protocol.
@@ -80,6 +82,8 @@ def verify_bundle(
         adapters: Name in the bundle → the adapter it was packed from.
         provider: ``"cpu"`` or ``"cuda"``.
         samples: Inputs to compare on; prompts or golden inputs unless given.
+        original: Gives the parameters that the adapters were made for, by path, where the model
+            has a quantized graph's; the model's own unless given.
         progress: Told what is being done.
 
     Raises:
@@ -93,7 +97,14 @@ def verify_bundle(
     samples = samples or default_samples(runtime)
     tolerance = tolerance_for(runtime.manifest.precision, provider)
     protocol = Protocol(
-        runtime, model.eval(), adapters, samples, tolerance, progress, deployed=deployed
+        runtime,
+        model.eval(),
+        adapters,
+        samples,
+        tolerance,
+        progress,
+        deployed=deployed,
+        original=original,
     )
     return Verification(tuple(protocol.run()), tolerance, len(samples), provider)
 
