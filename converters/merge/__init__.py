@@ -1,6 +1,6 @@
 """Merge adapters into a checkpoint of any size: streamed, exact, in one pass.
 
-``plan`` decides what becomes of every tensor; ``writer`` streams it; ``arithmetic`` is what
+``planning`` decides what becomes of every tensor; ``writer`` streams it; ``arithmetic`` is what
 happens to a block of rows.
 """
 
@@ -15,7 +15,8 @@ from converters.merge.base import BaseCheckpoint, open_base
 from converters.merge.layout import BaseLayout, base_layout
 from converters.merge.model_files import write_model_files
 from converters.merge.options import MergeOptions
-from converters.merge.plan import MergePlan, TensorPlan, plan_merge
+from converters.merge.plan import MergePlan, TensorPlan
+from converters.merge.planning import plan_merge
 from converters.merge.same_base import require_same_base
 from converters.merge.targets import NamedAdapter
 from converters.merge.writer import write_shards

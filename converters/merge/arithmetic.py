@@ -51,9 +51,10 @@ class Change:
 
     def rows(self, total: int) -> tuple[int, int]:
         """Return the first of its rows in a matrix of ``total`` rows, and one past the last."""
-        if self.left is None:
+        given = self.left if self.left is not None else self.replacement
+        if given is None or self.token_rows is not None:
             return 0, total
-        return self.first_row, self.first_row + int(self.left.shape[0])
+        return self.first_row, self.first_row + int(given.shape[0])
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,6 @@ without weights. Where it does not know the model, names must fit, but for a pre
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -18,23 +17,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from converters.merge.stored_names import Place, StoredNames
 from loraport.base_model import read_model_config
 from loraport.naming import NameIndex, weight_name
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A checkpoint tensor that holds a parameter, or the rows of one expert of it.
+    """A checkpoint tensor that holds a parameter, or some rows of it or of one of its experts.
 
     Attributes:
         tensor: Name in the checkpoint.
-        expert: Which expert, or ``None`` where the tensor is the whole parameter.
-        first_row: Where its rows begin among the expert's rows.
+        expert: Which expert, or ``None`` where the tensor is no single expert's.
+        first_row: Where its rows begin among the parameter's or the expert's.
+        section: Which of the matrices that lie one under the other it is.
+        rows: How many rows it has, where it is not the whole parameter.
     """
 
     tensor: str
     expert: int | None = None
     first_row: int = 0
+    section: int = 0
+    rows: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the whole parameter."""
+        return self.rows is None
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,11 @@ class BaseLayout:
         model_class: Its class, where it is known.
         input_embeddings: Weights that are looked up by token or position.
         embeddings: Parameters with one row per token of the vocabulary.
-        unsupported: Parameters that are computed from the stored tensors in a way that is
-            not handled.
+        transposed: Parameters of fused experts that are ``[in, out]`` each.
+        unsupported: Parameters that are computed from stored tensors in a way that is not
+            handled, and those tensors; each of them also stands among ``pieces`` by itself, for
+            adapters that name it as it is stored.
+        names: The model's rules for stored names, where it is known.
     """
 
     pieces: Mapping[str, tuple[Piece, ...]]
@@ -62,7 +74,17 @@ class BaseLayout:
     model_class: str | None = None
     input_embeddings: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
-    unsupported: frozenset[str] = frozenset()
+    transposed: frozenset[str] = frozenset()
+    unsupported: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    names: StoredNames | None = None
+
+    def place(self, name: str) -> Place | None:
+        """Return what a name that is no parameter's stood for in an older model, if anything.
+
+        An adapter trained when each expert was a module of its own has such names.
+        """
+        place = None if self.names is None else self.names.place(name)
+        return place if place and place.handled and place.parameter in self.pieces else None
 
     def index(self) -> NameIndex:
         """Return an index of all parameters."""
@@ -123,19 +145,10 @@ def _model_without_weights(directory: Path, task_type: str | None) -> Any:
 
 
 def _layout_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> BaseLayout:
-    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
-    pieces: dict[str, list[Piece]] = defaultdict(list)
-    unsupported: set[str] = set()
-    for name, target, converter, pattern in _renamed(model, shapes):
-        if converter is None:
-            pieces[target].append(Piece(name))
-            continue
-        piece = _expert_piece(name, pattern, converter, shapes)
-        if piece is None:
-            unsupported.add(target)
-            pieces[target].append(Piece(name))
-        else:
-            pieces[target].append(piece)
+    held = model.state_dict(keep_vars=True)
+    state = {name: tuple(tensor.shape) for name, tensor in held.items()}
+    names = StoredNames(model, held)
+    pieces, unsupported = _pieces(names, shapes, state)
     ties: dict[str, list[str]] = defaultdict(list)
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if target in state and source in state:
@@ -143,7 +156,7 @@ def _layout_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> BaseLayout:
     modules = list(model.named_modules())
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     return BaseLayout(
-        pieces={name: tuple(found) for name, found in pieces.items()},
+        pieces=pieces,
         shapes=state,
         tied=tuple((source, *targets) for source, targets in ties.items()),
         conv1d=frozenset(path for path, module in modules if type(module).__name__ == "Conv1D"),
@@ -155,72 +168,56 @@ def _layout_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> BaseLayout:
         embeddings=frozenset(
             weight_name(path) for path, module in modules if any(module is end for end in ends)
         ),
-        unsupported=frozenset(unsupported),
+        transposed=frozenset(
+            f"{path}.{name}"
+            for path, module in modules
+            if getattr(module, "is_transposed", False)
+            for name, _ in module.named_parameters(recurse=False)
+        ),
+        unsupported=unsupported,
+        names=names,
     )
+
+
+def _pieces(
+    names: StoredNames, shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[Piece, ...]], dict[str, tuple[str, ...]]]:
+    """Return the pieces of every parameter, and the tensors of those that are not handled."""
+    whole: dict[str, list[Piece]] = defaultdict(list)
+    parts: dict[str, dict[tuple[int | None, int], str]] = defaultdict(dict)
+    sections: dict[str, int] = {}
+    unhandled: dict[str, list[str]] = defaultdict(list)
+    for name in shapes:
+        place = names.place(name)
+        if not place.handled:
+            unhandled[place.parameter].append(name)
+        elif place.whole:
+            whole[place.parameter].append(Piece(name))
+        else:
+            parts[place.parameter][place.expert, place.section] = name
+            sections[place.parameter] = place.sections
+    for parameter, found in parts.items():
+        experts = {expert for expert, _ in found}
+        if len(found) != len(experts) * sections[parameter]:
+            unhandled[parameter] += found.values()
+            continue
+        for expert in sorted(experts, key=lambda number: number or 0):
+            row = 0
+            for section in range(sections[parameter]):
+                name = found[expert, section]
+                rows = shapes[name][0]
+                whole[parameter].append(Piece(name, expert, row, section, rows))
+                row += rows
+    for tensors in unhandled.values():
+        whole.update({name: [Piece(name)] for name in tensors if name not in state})
+    pieces = {name: tuple(found) for name, found in whole.items()}
+    return pieces, {name: tuple(tensors) for name, tensors in unhandled.items()}
 
 
 def _is_embedding(module: Any) -> bool:
     import torch
 
     return isinstance(module, torch.nn.Embedding)
-
-
-def _renamed(
-    model: Any, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, str, Any, str | None]]:
-    """Yield checkpoint name, parameter, and the converter and its pattern where one applies."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    by_pattern = {
-        pattern: converter for converter in converters for pattern in converter.source_patterns
-    }
-    state = model.state_dict(keep_vars=True)
-    for name in shapes:
-        target, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, state
-        )
-        yield name, target, by_pattern.get(pattern), pattern
-
-
-def _expert_piece(
-    name: str, pattern: str | None, converter: Any, shapes: Mapping[str, tuple[int, ...]]
-) -> Piece | None:
-    """Return where one expert's matrix goes in the fused parameter.
-
-    Handled: experts stacked along the first dimension, each possibly made of several matrices
-    one under the other.
-    """
-    steps = [type(step).__name__ for step in converter.operations]
-    dims = [getattr(step, "dim", None) for step in converter.operations]
-    if (steps, dims) not in (
-        (["MergeModulelist"], [0]),
-        (["MergeModulelist", "Concatenate"], [0, 1]),
-    ):
-        return None
-    patterns = list(converter.source_patterns)
-    found = re.search(_as_regex(pattern or ""), name)
-    if found is None or not found.groups():
-        return None
-    expert = int(found[1])
-    above = 0
-    for earlier in patterns[: patterns.index(pattern)]:
-        partner = (
-            name[: found.start()]
-            + earlier.lstrip("^").rstrip("$").replace("\\", "").replace("*", str(expert), 1)
-            + name[found.end() :]
-        )
-        if partner not in shapes:
-            return None
-        above += shapes[partner][0]
-    return Piece(name, expert, above)
-
-
-def _as_regex(pattern: str) -> str:
-    return re.escape(pattern.replace("\\", "").lstrip("^").rstrip("$")).replace(r"\*", r"(\d+)", 1)
 
 
 @contextmanager

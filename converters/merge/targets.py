@@ -9,6 +9,7 @@ from pathlib import Path
 
 from converters.merge.changes import mirrored, same_replacement, touched_parameters
 from converters.merge.layout import BaseLayout
+from converters.merge.stored_names import Place
 from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.errors import Problems
 from loraport.naming import weight_name
@@ -33,6 +34,8 @@ class Said:
         module: The low-rank update, where the parameter is its weight.
         bias_of: The low-rank update whose bias goes into this parameter.
         replacement: What the parameter is replaced with.
+        part: The expert, or the rows, of the parameter that this is about; all where it is
+            ``None``.
     """
 
     adapter: NamedAdapter
@@ -40,6 +43,7 @@ class Said:
     module: LoraModule | None = None
     bias_of: LoraModule | None = None
     replacement: Replacement | None = None
+    part: Place | None = None
 
     def same_change(self, other: Said) -> bool:
         """Tell whether both come to the same for two parameters that are one tensor."""
@@ -71,26 +75,32 @@ def resolve(
     """Find the parameter that each adapter tensor is for.
 
     Returns:
-        Parameter of the model → what the adapters say about it, one entry per adapter.
+        Parameter of the model → what the adapters say about it, one entry for each adapter, or
+        for each part of the parameter that an adapter names by itself.
     """
     index = layout.index()
     said: dict[str, list[Said]] = defaultdict(list)
     for each in adapters:
-        claimed: dict[str, str] = {}
+        claimed: dict[tuple[str, Place | None], str] = {}
         for asked in touched_parameters(each.adapter.modules, each.adapter.replacements):
             subject = f"{each.path}: {asked}"
             found = index.candidates(asked)
+            place = None if found else layout.place(asked)
+            if place is not None:
+                found = [place.parameter]
+            part = None if place is None or place.whole else place
             if len(found) != 1:
                 got = f"{len(found)} that it may mean: {', '.join(found[:4])}" if found else "none"
                 remedy = _remedy(each.adapter, asked)
                 problems.add(subject, "one parameter of the base of this name", got, remedy)
                 continue
             name = found[0]
-            if name in claimed:
-                problems.add(subject, f"one module for {name}", f"{claimed[name]} for it as well")
+            if (name, part) in claimed:
+                other = claimed[name, part]
+                problems.add(subject, f"one module for {name}", f"{other} for it as well")
                 continue
-            claimed[name] = asked
-            said[name].append(_said(each, asked, name, layout))
+            claimed[name, part] = asked
+            said[name].append(replace(_said(each, asked, name, layout), part=part))
     return said
 
 

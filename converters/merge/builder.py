@@ -1,0 +1,242 @@
+"""Collects what adapters say about parameters into the plan of each tensor."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from converters.merge.arithmetic import Change
+from converters.merge.base import BaseCheckpoint
+from converters.merge.changes import bias_change, replacement_change, weight_change
+from converters.merge.experts import (
+    is_of_pieces,
+    is_part,
+    piece_changes,
+    replaced_pieces,
+    require_float,
+)
+from converters.merge.layout import BaseLayout, Piece
+from converters.merge.plan import TensorPlan
+from converters.merge.sources import FLOATING, GivenSource, Source
+from converters.merge.targets import Said, Tie
+from loraport.errors import LoraportError, Problems
+
+
+@dataclass
+class PlanBuilder:
+    """Collects the plan of each tensor."""
+
+    base: BaseCheckpoint
+    layout: BaseLayout
+    problems: Problems
+    sources: dict[str, Source] = field(default_factory=dict)
+    changes: dict[str, list[Change]] = field(default_factory=lambda: defaultdict(list))
+    columns: dict[str, int] = field(default_factory=dict)
+    pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
+    added: dict[str, str] = field(default_factory=dict)  # new tensor → the one it lies behind
+    resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    untied: bool = False
+
+    def __post_init__(self) -> None:
+        self.sources = self.base.sources()
+        self.pieces = dict(self.layout.pieces)
+
+    def untie(self, tie: Tie) -> None:
+        """Give each member of a tie that does not hold a tensor of its own."""
+        stored = next((m for m in tie.members if self.pieces.get(m)), None)
+        if stored is None or tie.kept:
+            return
+        self.untied = True
+        holder = self.pieces[stored][0].tensor
+        for member in tie.members:
+            if not self.pieces.get(member):
+                self.sources[member] = self.sources[holder]
+                self.pieces[member] = (Piece(member),)
+                self.added[member] = holder
+                self.notes.append(
+                    f"{member}: untied from {stored}, as only one of them is adapted; written as "
+                    "a tensor of its own, tie_word_embeddings set to false"
+                )
+
+    def change(self, parameter: str, entries: list[Said], ties: list[Tie]) -> None:
+        """Plan what the adapters say about one parameter."""
+        pieces = self.pieces.get(parameter, ())
+        subject = f"{entries[0].adapter.path}: {entries[0].asked}"
+        if parameter in self.layout.unsupported:
+            stored = self.layout.unsupported[parameter]
+            self.problems.add(
+                subject,
+                "a parameter stored as it is, or as separate experts",
+                "one that transformers computes from " + ", ".join(stored[:3]),
+                "merge it with transformers and PEFT",
+            )
+            return
+        if not pieces:
+            if any(tie.kept and parameter in tie.members for tie in ties):
+                return  # its partner is stored and gets the same changes
+            self._add(parameter, entries, subject)
+            return
+        if not pieces[0].whole or any(is_of_pieces(one) for one in entries):
+            self._change_pieces(parameter, pieces, entries)
+            return
+        name = pieces[0].tensor
+        source = self.sources[name]
+        if self._perhaps_tied(source) and any(one.module or one.bias_of for one in entries):
+            self.problems.add(
+                subject,
+                "to know whether the output head shares this embedding",
+                "a model that transformers does not know, whose config.json does not tell",
+                'set "tie_word_embeddings": false in its config.json if it does not',
+            )
+            return
+        if source.dtype not in FLOATING:
+            self.problems.add(
+                subject,
+                "a float tensor in the base",
+                f"{name} stored as {source.dtype}",
+                "merge into the float model it was made from",
+            )
+            return
+        self.columns[name] = math.prod(source.shape[1:]) if len(source.shape) > 1 else 1
+        for one in entries:
+            try:
+                self._change_whole(name, parameter, one, alone=len(entries) == 1)
+            except LoraportError as error:
+                self.problems.add(
+                    f"{one.adapter.path}: {one.asked}", "it to fit the base", str(error)
+                )
+
+    def _perhaps_tied(self, source: Source) -> bool:
+        config = self.base.config
+        if self.layout.known or not config or config.get("tie_word_embeddings") is False:
+            return False
+        vocabulary = config.get("vocab_size")
+        if len(source.shape) != 2 or source.shape[0] != vocabulary:
+            return False
+        same = [other for other in self.sources.values() if other.shape == source.shape]
+        return len(same) == 1
+
+    def _change_whole(self, name: str, parameter: str, one: Said, *, alone: bool) -> None:
+        source, strength = self.sources[name], one.adapter.strength
+        replacement = one.replacement
+        whole = replacement is not None and replacement.rows is None
+        if replacement is not None:
+            self._check_rows(replacement.rows, source.shape)
+        if whole and replacement is not None and alone and strength == 1.0:
+            # Nothing of the base's own values is left.
+            given = GivenSource(replacement.tensor, source.dtype)
+            if given.shape != source.shape:
+                self._resize(parameter, given.shape, source.shape)
+            source = self.sources[name] = given
+            replacement = None
+        elif whole and replacement is not None and tuple(replacement.tensor.shape) != source.shape:
+            raise LoraportError(
+                f"a parameter of another size ({list(replacement.tensor.shape)} for "
+                f"{list(source.shape)}) can be merged from one adapter at strength 1 only"
+            )
+        if one.module is not None:
+            if replacement is not None and replacement.rows is not None:
+                raise LoraportError("trained token rows and LoRA on the same weight")
+            tensor = None if replacement is None else replacement.tensor
+            self.changes[name].append(weight_change(one.module, source.shape, strength, tensor))
+        elif replacement is not None:
+            self.changes[name].append(replacement_change(replacement, strength))
+        if one.bias_of is not None:
+            bias = bias_change(one.bias_of, strength)
+            if bias is not None:
+                self.changes[name].append(bias)
+
+    def _check_rows(self, rows: tuple[int, ...] | None, shape: tuple[int, ...]) -> None:
+        beyond = [row for row in rows or () if row >= shape[0]]
+        if beyond:
+            raise LoraportError(f"token rows {beyond[:5]} of a vocabulary of {shape[0]}")
+
+    def _resize(self, parameter: str, new: tuple[int, ...], old: tuple[int, ...]) -> None:
+        if new[1:] != old[1:] or not self.layout.known:
+            raise LoraportError(f"expected {list(old)}, got {list(new)}")
+        self.resized[parameter] = new
+        self.notes.append(f"{parameter}: resized from {old[0]} to {new[0]} rows")
+
+    def _change_pieces(
+        self, parameter: str, pieces: tuple[Piece, ...], entries: list[Said]
+    ) -> None:
+        """Plan changes of a parameter that is several tensors, or holds several experts."""
+        for one in entries:
+            alone = sum(each.part in (None, one.part) for each in entries) == 1
+            try:
+                require_float(pieces, self.sources)
+                own = next((piece for piece in pieces if is_part(piece, one.part)), None)
+                if own is not None:
+                    self._change_split(own, one, alone=alone)
+                elif one.replacement is not None and one.part is None:
+                    self._replace_pieces(pieces, one, alone=alone)
+                else:
+                    transposed = parameter in self.layout.transposed if self.layout.known else None
+                    for name, change in piece_changes(one, pieces, self.sources, transposed):
+                        self.columns[name] = self.sources[name].shape[-1]
+                        self.changes[name].append(change)
+            except LoraportError as error:
+                subject = f"{one.adapter.path}: {one.asked}"
+                self.problems.add(subject, "it to fit the base's experts", str(error))
+
+    def _change_split(self, piece: Piece, one: Said, *, alone: bool) -> None:
+        """Plan the change of one expert's matrix that is a tensor of its own."""
+        shape = self.sources[piece.tensor].shape
+        if one.replacement is not None and tuple(one.replacement.tensor.shape) != shape:
+            found = list(one.replacement.tensor.shape)
+            raise LoraportError(f"{piece.tensor}: expected {list(shape)}, got {found}")
+        self.columns[piece.tensor] = math.prod(shape[1:])
+        self._change_whole(piece.tensor, piece.tensor, one, alone=alone)
+
+    def _replace_pieces(self, pieces: tuple[Piece, ...], one: Said, *, alone: bool) -> None:
+        """Plan a parameter's replacement, piece by piece."""
+        assert one.replacement is not None
+        for name, tensor in replaced_pieces(one.replacement, pieces, self.sources):
+            self.columns[name] = tensor.shape[-1]
+            if alone and one.adapter.strength == 1.0:
+                self.sources[name] = GivenSource(tensor, self.sources[name].dtype)
+                continue
+            rows = tensor.reshape(-1, tensor.shape[-1])
+            self.changes[name].append(Change(one.adapter.strength, replacement=rows))
+
+    def _add(self, parameter: str, entries: list[Said], subject: str) -> None:
+        one = entries[0]
+        whole = one.replacement is not None and one.replacement.rows is None
+        if one.module is not None or not whole or len(entries) > 1 or one.adapter.strength != 1.0:
+            self.problems.add(
+                subject,
+                f"a tensor for {parameter} in the base",
+                "none",
+                "use the base the adapter was trained on",
+            )
+            return
+        assert one.replacement is not None
+        tensor = one.replacement.tensor
+        self.sources[parameter] = GivenSource(tensor, self.base.common_dtype())
+        last = list(self.base.sources())[-1]
+        self.added[parameter] = last
+        self.resized[parameter] = tuple(tensor.shape)
+        self.notes.append(f"{parameter}: new, from the adapter")
+
+    def shards(self) -> dict[str, tuple[TensorPlan, ...]]:
+        """Return the plan of every tensor, shard by shard."""
+        result = {}
+        behind = defaultdict(list)
+        for name, holder in self.added.items():
+            behind[holder].append(name)
+        for file, tensors in self.base.shards.items():
+            ordered: list[str] = list(tensors)
+            ordered += [name for holder in tensors for name in behind.get(holder, ())]
+            result[file.name] = tuple(
+                TensorPlan(
+                    name=name,
+                    source=self.sources[name],
+                    dtype=self.sources[name].dtype,
+                    columns=self.columns.get(name, 1),
+                    changes=tuple(self.changes.get(name, ())),
+                )
+                for name in ordered
+            )
+        return result

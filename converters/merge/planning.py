@@ -1,0 +1,45 @@
+"""Decide what a merge does to each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from converters.merge.base import BaseCheckpoint
+from converters.merge.builder import PlanBuilder
+from converters.merge.config_changes import config_after
+from converters.merge.layout import BaseLayout
+from converters.merge.plan import MergePlan
+from converters.merge.targets import NamedAdapter, resolve, settle_ties
+from loraport.errors import Problems
+
+_DEQUANTIZED = "the output is its dequantized weights, merged, as a float checkpoint"
+
+
+def plan_merge(
+    base: BaseCheckpoint, layout: BaseLayout, adapters: Sequence[NamedAdapter]
+) -> MergePlan:
+    """Decide what becomes of every tensor.
+
+    Raises:
+        LoraportError: Everything that has no place in the base or cannot be merged exactly.
+    """
+    problems = Problems()
+    said = resolve(adapters, layout, problems)
+    ties = settle_ties(said, layout)
+    builder = PlanBuilder(base, layout, problems)
+    for tie in ties:
+        builder.untie(tie)
+    for parameter, entries in said.items():
+        builder.change(parameter, entries, ties)
+    config = config_after(
+        base.config,
+        layout,
+        untied=builder.untied,
+        resized=builder.resized,
+        dequantized=base.quantized is not None,
+        problems=problems,
+    )
+    problems.raise_if_any("the merge cannot be exact")
+    if base.quantized is not None:
+        builder.notes.insert(0, f"the base was quantized ({base.quantized}); {_DEQUANTIZED}")
+    return MergePlan(base, builder.shards(), config, tuple(builder.notes))
