@@ -33,6 +33,9 @@ class Site:
         bias_input: Number of the operator's input that is a constant bias ``[out]``, added as it
             is; ``None`` if it has none.
         bias_is_fixed: The operator adds something that cannot be taken out of it.
+        expose: Takes the product ``x W`` out of a larger operator, in place, and gives its site;
+            called when a slot goes in, so an operator without one stays as it is. ``None`` where
+            ``y`` is the product already.
     """
 
     node: ir.Node
@@ -48,8 +51,19 @@ class Site:
     groups: int = 1
     bias_input: int | None = None
     bias_is_fixed: bool = False
+    expose: Callable[[], Site] | None = None
 
     @property
     def fan_in(self) -> int:
         """Rows of the weight."""
         return self.in_features // self.groups * math.prod(self.kernel)
+
+    def exposed(self) -> Site:
+        """Return the site with its product in the graph; changes the graph where it was not."""
+        return self.expose() if self.expose is not None else self
+
+
+def inputs_of(node: ir.Node, count: int) -> list[ir.Value | None]:
+    """Return an operator's first inputs; those that it was not given are ``None``."""
+    given = list(node.inputs[:count])
+    return given + [None] * (count - len(given))

@@ -103,6 +103,9 @@ def insert_slots(
         LoraportError: If no operator could be matched at all.
     """
     options = options or SlotOptions()
+    for subgraph in model.graph.subgraphs():
+        # A subgraph has its model's opset, which its nodes cannot look up from where they are.
+        subgraph.opset_imports.update(model.graph.opset_imports)
     wanted = {path: module for path, module in modules.items() if options.serves(module.kind)}
     matcher = matcher or Matcher(wanted)
     controls = Controls(model.graph, strength=options.strength, per_row=options.per_row)
@@ -134,7 +137,7 @@ def insert_slots(
                 f"{slot.name}: expected the same operator wherever the module is called, got "
                 f"{table[slot.name]} and {slot}"
             )
-        add_slot_nodes(model.graph, slot, site, inputs[slot.name], controls)
+        add_slot_nodes(model.graph, slot, site.exposed(), inputs[slot.name], controls)
     if not table:
         raise LoraportError(
             "slots: expected operators that match the base's modules, got none"

@@ -71,14 +71,18 @@ _NO_WEIGHTS = frozenset(
         "ArgMax",
     ]
 )
+_INSIDE = (
+    "cannot be taken out: its mask's shape is unknown or of a kind of its own, or it rotates or "
+    "shares its cache; export without attention fusion"
+)
 _REASONS = {
     "LSTM": "a recurrent layer's projections are inside the operator",
     "GRU": "a recurrent layer's projections are inside the operator",
     "RNN": "a recurrent layer's projections are inside the operator",
     "DynamicQuantizeLSTM": "a recurrent layer's projections are inside the operator",
     "ConvTranspose": "transposed convolutions have no slots",
-    "Attention": "its projections are inside the fused operator; export without attention fusion",
-    "QAttention": "its projections are inside the fused operator; export without attention fusion",
+    "Attention": f"its projection {_INSIDE}",
+    "QAttention": f"its projection {_INSIDE}",
     "EmbedLayerNormalization": "the embedding is fused with its normalization",
 }
 

@@ -211,21 +211,3 @@ def test_a_graph_without_any_place_is_refused_with_the_reasons(tmp_path):
     onnx.save(helper.make_model(graph), tmp_path / "rnn.onnx")
     with pytest.raises(LoraportError, match="rnn: LSTM: a recurrent layer's projections"):
         import_model(tmp_path / "rnn.onnx", tmp_path / "out")
-
-
-def test_a_fused_attention_is_listed_with_its_reason(bert_onnx, tmp_path):
-    import logging
-
-    from onnxruntime.transformers.optimizer import optimize_model
-
-    logging.disable(logging.WARNING)
-    fused = optimize_model(str(bert_onnx), "bert", num_heads=4, hidden_size=32, opt_level=0)
-    logging.disable(logging.NOTSET)
-    fused.save_model_to_file(str(tmp_path / "fused.onnx"))
-    counts = fused.get_fused_operator_statistics()
-    import_model(tmp_path / "fused.onnx", tmp_path / "out")
-    manifest = read_manifest(tmp_path / "out")
-    attention = [reason for reason in manifest.unslotted.values() if "Attention: its" in reason]
-    assert len(attention) == counts["Attention"]
-    assert any("intermediate" in path for path in manifest.slots.modules())
-    assert all(result.passed for result in replay_golden(tmp_path / "out"))

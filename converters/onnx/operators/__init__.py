@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 
 from converters.onnx.operators import (
+    attention,
     conv,
     dynamic_quantize_matmul,
     fused_matmul,
@@ -18,6 +19,7 @@ from converters.onnx.operators import (
     matmul,
     matmul_integer,
     matmul_nbits,
+    q_attention,
 )
 from converters.onnx.site import Site
 
@@ -27,9 +29,11 @@ OPERATORS: Mapping[tuple[str, str], Callable[[ir.Node], Site | None]] = {
     ("", "MatMul"): matmul.find_site,
     ("", "Gemm"): gemm.find_site,
     ("", "MatMulInteger"): matmul_integer.find_site,
+    ("com.microsoft", "Attention"): attention.find_site,
     ("com.microsoft", "DynamicQuantizeMatMul"): dynamic_quantize_matmul.find_site,
     ("com.microsoft", "FusedMatMul"): fused_matmul.find_site,
     ("com.microsoft", "MatMulNBits"): matmul_nbits.find_site,
+    ("com.microsoft", "QAttention"): q_attention.find_site,
 }
 
 
