@@ -18,10 +18,13 @@ class FormatContext:
     Attributes:
         base: How the user names the base model, see `loraport.base_model.resolve_base`.
         force: Replace an existing output.
+        initial_adapter: The adapter as it was before its training, for initialisations that
+            change the base (PiSSA, OLoRA, CorDA, LoRA-GA).
     """
 
     base: str | None = None
     force: bool = False
+    initial_adapter: Path | None = None
 
     def base_directory(self, recorded: str | None = None) -> Path | None:
         """Return the base's directory, or ``None`` where nobody named one that is here.

@@ -8,6 +8,7 @@ from converters.formats.features import Feature
 from converters.formats.format import AdapterFormat, FormatContext
 from loraport.adapter import Adapter
 from loraport.peft_layout import CONFIG_FILE, is_peft, read_peft, write_peft
+from loraport.peft_layout.initial import relative_to_initial
 from loraport.peft_layout.read import PICKLED_FILE, WEIGHTS_FILE
 
 
@@ -21,9 +22,12 @@ def detect(path: Path) -> bool:
     )
 
 
-def read(path: Path, context: FormatContext) -> Adapter:  # noqa: ARG001  one signature for all
+def read(path: Path, context: FormatContext) -> Adapter:
     """Read an adapter directory; see `loraport.peft_layout.read_peft`."""
-    return read_peft(path)
+    if context.initial_adapter is None:
+        return read_peft(path)
+    trained = read_peft(path, changed_base=True)
+    return relative_to_initial(trained, read_peft(context.initial_adapter, changed_base=True))
 
 
 def write(adapter: Adapter, path: Path, context: FormatContext) -> None:

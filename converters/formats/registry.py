@@ -53,18 +53,28 @@ def detect_format(path: Path) -> AdapterFormat:
     )
 
 
-def read_adapter(path: Path | str, *, base: str | None = None) -> Adapter:
+def read_adapter(
+    path: Path | str, *, base: str | None = None, initial_adapter: Path | None = None
+) -> Adapter:
     """Read an adapter in any format.
 
     Args:
         path: File or directory.
         base: The base model, for formats that need it to tell module names.
+        initial_adapter: The adapter as it was before its training, where its initialisation
+            changed the base; both in PEFT's layout.
 
     Raises:
         LoraportError: If it cannot be read; all problems at once.
     """
     path = Path(path)
-    adapter = detect_format(path).read(path, FormatContext(base=base))
+    found = detect_format(path)
+    if initial_adapter is not None and found.name != "peft":
+        raise LoraportError(
+            f"adapter {path}: expected PEFT's layout beside an initial adapter, got {found.name}; "
+            "other formats cannot say how an adapter was initialised"
+        )
+    adapter = found.read(path, FormatContext(base=base, initial_adapter=initial_adapter))
     problems = Problems()
     for name in (*adapter.modules, *adapter.replacements):
         if not is_module_path(name):

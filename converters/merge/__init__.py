@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from converters.formats.registry import read_adapter
 from converters.merge.base import BaseCheckpoint, open_base
+from converters.merge.inputs import read_adapters
 from converters.merge.layout import BaseLayout, base_layout
 from converters.merge.model_files import write_model_files
 from converters.merge.options import MergeOptions
@@ -20,11 +20,8 @@ from converters.merge.planning import plan_merge
 from converters.merge.same_base import require_same_base
 from converters.merge.targets import NamedAdapter
 from converters.merge.writer import write_shards
-from loraport.adapter import Adapter
 from loraport.errors import LoraportError
 from loraport.output import new_directory, refuse_existing
-from loraport.peft_layout import is_peft, read_peft
-from loraport.peft_layout.initial import relative_to_initial
 
 __all__ = ["MergeOptions", "MergePlan", "TensorPlan", "make_plan", "merge"]
 
@@ -39,9 +36,7 @@ def make_plan(options: MergeOptions) -> MergePlan:
         raise LoraportError("merge: expected at least one adapter, got none")
     if options.output is not None:
         refuse_existing(options.output, force=options.force)
-    adapters = [
-        NamedAdapter(path, _read(path, options), strength) for path, strength in options.adapters
-    ]
+    adapters = read_adapters(options)
     base = open_base(options.base)
     layout = _layout(base, adapters)
     plan = plan_merge(base, layout, adapters)
@@ -70,13 +65,6 @@ def merge(options: MergeOptions, plan: MergePlan, progress: Callable[[int], None
     with new_directory(output, force=options.force) as partial:
         write_shards(plan, partial, progress, options.threads)
         write_model_files(plan, partial)
-
-
-def _read(path: Path, options: MergeOptions) -> Adapter:
-    if options.initial_adapter is not None and is_peft(path):
-        trained = read_peft(path, changed_base=True)
-        return relative_to_initial(trained, read_peft(options.initial_adapter, changed_base=True))
-    return read_adapter(path, base=options.base)
 
 
 def _layout(base: BaseCheckpoint, adapters: list[NamedAdapter]) -> BaseLayout:

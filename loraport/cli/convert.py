@@ -24,15 +24,27 @@ from converters.formats.registry import adapter_formats, read_adapter, write_ada
     help="The base model (directory, .gguf, hub name), for formats that need its names or "
     "head counts.",
 )
+@click.option(
+    "--initial-adapter",
+    type=click.Path(path_type=Path),
+    help="The adapter before training, for PiSSA, OLoRA, CorDA and LoRA-GA.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-def convert(adapter: Path, format_name: str, output: Path, base: str | None, force: bool) -> None:
+def convert(
+    adapter: Path,
+    format_name: str,
+    output: Path,
+    base: str | None,
+    initial_adapter: Path | None,
+    force: bool,
+) -> None:
     """Write ADAPTER, whatever its format, in another format.
 
     The input's format is told from its content. Tensors are carried over exactly, or with B
     rounded once where the format has no other place for the scale. What the format cannot hold
     is refused, never dropped.
     """
-    read = read_adapter(adapter, base=base)
+    read = read_adapter(adapter, base=base, initial_adapter=initial_adapter)
     copies = write_adapter(read, output, format_name, base=base, force=force)
     for name in copies:
         click.echo(f"{name}: left out, it equals the base's own", err=True)

@@ -48,7 +48,7 @@ def parse_strength(text: str) -> tuple[Path, float]:
 @click.option(
     "--initial-adapter",
     type=click.Path(path_type=Path),
-    help="The adapter before training, for PiSSA, OLoRA, CorDA and the like.",
+    help="The adapter before training, for PiSSA, OLoRA, CorDA and LoRA-GA.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Default: as many as cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print what changed as JSON.")

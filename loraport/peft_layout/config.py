@@ -67,8 +67,11 @@ _REFUSED = {
     "kasa_config": "merge it with PEFT",
     "monteclora_config": "merge it with PEFT",
 }
-# Initialisations that change the base weights; the adapter belongs to the changed base.
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Initialisations that leave the base weights alone.
+_PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+# Initialisations that take the initial update out of the base weights, so that the initial
+# adapter leads back to them; the adapter belongs to the changed base.
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -152,19 +155,8 @@ def _check_key(key: str, value: Any, problems: Problems, *, changed_base: bool) 
         return
     if key in _REFUSED:
         problems.add(key, "it unset", _shown(value), _REFUSED[key])
-    elif (
-        key == "init_lora_weights"
-        and not changed_base
-        and str(value).lower().startswith(_BASE_CHANGING_INITS)
-    ):
-        problems.add(
-            key,
-            "an initialisation that leaves the base weights alone",
-            _shown(value),
-            "this adapter belongs to a changed base: give the adapter as it was before training "
-            "with `loraport merge --initial-adapter`, or convert it in PEFT with "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL_ADAPTER)",
-        )
+    elif key == "init_lora_weights":
+        _check_init(value, problems, changed_base=changed_base)
     elif key == "bias" and value not in ("none", "all", "lora_only"):
         problems.add(key, "none, all or lora_only", _shown(value))
     elif key not in _HONOURED and key not in _TRAINING_ONLY:
@@ -173,6 +165,44 @@ def _check_key(key: str, value: Any, problems: Problems, *, changed_base: bool) 
             "a key of PEFT 0.21's LoRA configuration",
             _shown(value),
             "it may change the maths; unset it if it does not, or upgrade loraport",
+        )
+
+
+def changes_base(init: Any) -> bool:
+    """Tell whether an ``init_lora_weights`` takes the initial update out of the base.
+
+    >>> changes_base("pissa_niter_4"), changes_base(True)
+    (True, False)
+    """
+    return str(init).lower().startswith(_BASE_CHANGING_INITS)
+
+
+def _check_init(value: Any, problems: Problems, *, changed_base: bool) -> None:
+    expected = "an initialisation that leaves the base weights alone"
+    if changes_base(value):
+        if not changed_base:
+            problems.add(
+                "init_lora_weights",
+                expected,
+                _shown(value),
+                "this adapter belongs to a changed base: give the adapter as it was before "
+                "training with --initial-adapter (of `loraport convert` and `loraport merge`)",
+            )
+    elif str(value).lower() == "loftq":
+        problems.add(
+            "init_lora_weights",
+            expected,
+            _shown(value),
+            "this adapter belongs to the base that LoftQ quantized, and no initial adapter leads "
+            "back from there: save that base, set init_lora_weights to true in a copy of the "
+            "adapter and merge the copy into it",
+        )
+    elif str(value).lower() not in _PLAIN_INITS:
+        problems.add(
+            "init_lora_weights",
+            f"one of PEFT 0.21's: {', '.join((*_PLAIN_INITS, *_BASE_CHANGING_INITS))}",
+            _shown(value),
+            "it may have changed the base; set it to true in a copy if it did not",
         )
 
 
