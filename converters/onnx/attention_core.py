@@ -21,6 +21,7 @@ _DOMAIN = "com.microsoft"
 _KEPT = ("num_heads", "unidirectional", "mask_filter_value", "scale")
 # Masks that both operators read alike: lengths [batch], [batch, total], [batch, sequence, total].
 _MASK_RANKS = (1, 2, 3)
+_GIVE_LENGTHS = ("EmbedLayerNormalization", "QEmbedLayerNormalization")
 _SAME_RANK = ("Cast", "Identity")
 
 
@@ -117,7 +118,7 @@ def _mask_is_read_alike(mask: ir.Value) -> bool:
         if rank is not None:
             joined = rank == 1 and (producer is None or producer.op_type == "Concat")
             return rank in _MASK_RANKS and not joined
-        if producer is not None and producer.op_type == "EmbedLayerNormalization":
+        if producer is not None and producer.op_type in _GIVE_LENGTHS:
             return True
         if producer is None or producer.op_type not in _SAME_RANK:
             return False

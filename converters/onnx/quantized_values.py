@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from converters.onnx.constants import Constant, constant
+
 _QUANTIZE = ("QuantizeLinear", "DynamicQuantizeLinear")
 
 
@@ -46,3 +48,27 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     """Return the one node that reads a value that is no output of the graph, else ``None``."""
     readers = value.consumers()
     return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
+
+
+def scaled_product(node: ir.Node) -> tuple[ir.Value, Constant] | None:
+    """Return what an integer product is as a float, and the scale of its constant factor.
+
+    ``node -> Cast -> Mul(x_scale * weight_scale)`` is what quantizers write.
+    """
+    cast = only_reader(node.outputs[0])
+    if cast is None or cast.op_type != "Cast":
+        return None
+    scaled = only_reader(cast.outputs[0])
+    if scaled is None or scaled.op_type != "Mul":
+        return None
+    factors = [value for value in scaled.inputs if value is not cast.outputs[0]]
+    both = factors[0].producer() if len(factors) == 1 and factors[0] is not None else None
+    if both is None or both.op_type != "Mul":
+        return None
+    quantize = node.inputs[0].producer() if node.inputs[0] is not None else None
+    own = (*quantize.inputs[1:2], *quantize.outputs[1:2]) if quantize is not None else ()
+    for value in both.inputs:
+        scale = constant(value)
+        if scale is not None and not any(value is known for known in own):
+            return scaled.outputs[0], scale
+    return None

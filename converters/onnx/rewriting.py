@@ -86,6 +86,25 @@ class Rewrite:
         assert owner is not None
         owner.insert_before(self._node, self.nodes)
 
+    def put_after(self, value: ir.Value, last: ir.Value) -> None:
+        """Put the operators after the graph's.
+
+        Args:
+            value: The output of the graph's operator that they read.
+            last: What all others read in its place, under its name.
+        """
+        owner = self._node.graph
+        assert owner is not None
+        own = {id(node) for node in self.nodes}
+        readers = [usage for usage in value.uses() if id(usage.node) not in own]
+        value.name, last.name = f"{value.name}/before", value.name
+        for usage in readers:
+            usage.node.replace_input_with(usage.idx, last)
+        for index, output in enumerate(owner.outputs):
+            if output is value:
+                owner.outputs[index] = last
+        owner.insert_after(self._node, self.nodes)
+
     def replace(self, outputs: Sequence[ir.Value | None]) -> None:
         """Put the operators in the place of the graph's.
 

@@ -12,28 +12,41 @@ import onnx_ir as ir
 from converters.onnx.operators import (
     attention,
     conv,
+    conv_integer,
     dynamic_quantize_matmul,
     fused_matmul,
     gather,
+    gather_block_quantized,
     gemm,
     matmul,
     matmul_integer,
+    matmul_integer_to_float,
     matmul_nbits,
     q_attention,
+    q_gemm,
+    qlinear_conv,
+    qlinear_matmul,
 )
 from converters.onnx.site import Site
 
 OPERATORS: Mapping[tuple[str, str], Callable[[ir.Node], Site | None]] = {
     ("", "Conv"): conv.find_site,
+    ("", "ConvInteger"): conv_integer.find_site,
     ("", "Gather"): gather.find_site,
-    ("", "MatMul"): matmul.find_site,
     ("", "Gemm"): gemm.find_site,
+    ("", "MatMul"): matmul.find_site,
     ("", "MatMulInteger"): matmul_integer.find_site,
+    ("", "QLinearConv"): qlinear_conv.find_site,
+    ("", "QLinearMatMul"): qlinear_matmul.find_site,
     ("com.microsoft", "Attention"): attention.find_site,
     ("com.microsoft", "DynamicQuantizeMatMul"): dynamic_quantize_matmul.find_site,
     ("com.microsoft", "FusedMatMul"): fused_matmul.find_site,
+    ("com.microsoft", "GatherBlockQuantized"): gather_block_quantized.find_site,
+    ("com.microsoft", "MatMulIntegerToFloat"): matmul_integer_to_float.find_site,
     ("com.microsoft", "MatMulNBits"): matmul_nbits.find_site,
     ("com.microsoft", "QAttention"): q_attention.find_site,
+    ("com.microsoft", "QGemm"): q_gemm.find_site,
+    ("com.microsoft", "QLinearConv"): qlinear_conv.find_site,
 }
 
 

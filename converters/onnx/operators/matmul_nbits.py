@@ -49,11 +49,11 @@ def dequantize(node: ir.Node) -> np.ndarray:
     rows, columns = node.attributes.get_int("N", 0), node.attributes.get_int("K", 0)
     blocks = -(-columns // block)
     packed, scales = _constant(node, 1), _constant(node, 2)
-    values = _unpack(packed.reshape(rows, -1), bits)[:, : blocks * block]
+    values = unpack(packed.reshape(rows, -1), bits)[:, : blocks * block]
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         stored = _constant(node, 3)
         integers = stored.dtype == np.uint8
-        zeros = _unpack(stored.reshape(rows, -1), bits)[:, :blocks] if integers else stored
+        zeros = unpack(stored.reshape(rows, -1), bits)[:, :blocks] if integers else stored
         zeros = zeros.reshape(rows, blocks, 1).astype(np.float32)
     else:
         zeros = np.full((rows, blocks, 1), float(1 << (bits - 1)), np.float32)
@@ -70,7 +70,7 @@ def _constant(node: ir.Node, index: int) -> np.ndarray:
     return value.const_value.numpy()
 
 
-def _unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
     """Return the ``bits``-wide numbers of each row of bytes, low bits first."""
     if bits == 8:
         return packed

@@ -1,0 +1,36 @@
+"""``com.microsoft.MatMulIntegerToFloat``: 8-bit factors, the scales and a bias in one operator.
+
+``y = (A - a_zero_point) (B - b_zero_point) * a_scale * b_scale + bias``. Source: ONNX Runtime's
+ContribOperators documentation.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from converters.onnx.constants import constant, dequantized, vector
+from converters.onnx.quantized_values import quantized_from
+from converters.onnx.site import Site, inputs_of
+
+
+def find_site(node: ir.Node) -> Site | None:
+    """Return the site, or ``None`` where the weight is no constant or nothing was quantized."""
+    a, b, _, b_scale, _, b_zero, bias = inputs_of(node, 7)
+    x, weight, scale, zero = quantized_from(a), constant(b), constant(b_scale), constant(b_zero)
+    if x is None or weight is None or scale is None or len(weight.shape) != 2:
+        return None
+    if b_zero is not None and zero is None:
+        return None
+    separable = bias is not None and vector(bias, weight.shape[1])
+    return Site(
+        node=node,
+        x=x,
+        y=node.outputs[0],
+        in_features=weight.shape[0],
+        out_features=weight.shape[1],
+        dtype=scale.dtype,
+        weight=lambda: dequantized(weight.array(), scale.array(), zero.array() if zero else None),
+        quantized=True,
+        bias_input=6 if separable else None,
+        bias_is_fixed=bias is not None and not separable,
+    )

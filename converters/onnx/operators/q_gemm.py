@@ -1,0 +1,57 @@
+"""``com.microsoft.QGemm``: ``Gemm`` of 8-bit integers with a constant weight, either way round.
+
+``y = alpha * a_scale * b_scale * (A - a_zero_point) (B - b_zero_point) + c``, as integers where
+it has an output scale. Source: ONNX Runtime's ContribOperators documentation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from converters.onnx.constants import constant, dequantized
+from converters.onnx.quantized_ports import float_input, float_output
+from converters.onnx.site import Site, inputs_of
+
+
+def find_site(node: ir.Node) -> Site | None:
+    """Return the site, or ``None`` where ``x`` is transposed or the weight no constant."""
+    a, _, _, b, b_scale, b_zero, bias, y_scale, y_zero = inputs_of(node, 9)
+    weight, scale, zero = constant(b), constant(b_scale), constant(b_zero)
+    if a is None or weight is None or scale is None or len(weight.shape) != 2:
+        return None
+    if b_zero is not None and zero is None:
+        return None
+    if node.attributes.get_int("transA", 0):
+        return None
+    transposed = bool(node.attributes.get_int("transB", 0))
+    alpha = node.attributes.get_float("alpha", 1.0)
+    rows, columns = reversed(weight.shape) if transposed else weight.shape
+
+    def stored_as_in_out() -> np.ndarray:
+        zeros = zero.array() if zero else None
+        array = dequantized(weight.array(), scale.array(), zeros, axis=0 if transposed else 1)
+        array = array.T if transposed else array
+        return array if alpha == 1.0 else array * np.asarray(alpha, array.dtype)
+
+    def expose() -> Site:
+        x, y = float_input(node, 0, scale.dtype), node.outputs[0]
+        if y_scale is not None:
+            y = float_output(node, y_scale, y_zero, scale.dtype)
+        return replace(site, x=x, y=y, expose=None)
+
+    site = Site(
+        node=node,
+        x=a,
+        y=node.outputs[0],
+        in_features=rows,
+        out_features=columns,
+        dtype=scale.dtype,
+        weight=stored_as_in_out,
+        quantized=True,
+        bias_is_fixed=bias is not None,
+        expose=expose,
+    )
+    return site

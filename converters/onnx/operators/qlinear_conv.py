@@ -1,0 +1,55 @@
+"""``QLinearConv`` of one or two dimensions with a constant kernel: 8-bit integers in and out.
+
+A slot reads and writes floating point beside it, see `converters.onnx.quantized_ports`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from converters.onnx.constants import constant, dequantized
+from converters.onnx.quantized_ports import float_input, float_output
+from converters.onnx.site import Site, inputs_of
+from loraport.adapter import ModuleKind
+
+
+def find_site(node: ir.Node) -> Site | None:
+    """Return the site, or ``None`` where the kernel is no constant or has other dimensions."""
+    a, _, _, w, w_scale, w_zero, y_scale, y_zero, bias = inputs_of(node, 9)
+    kernel, scale, zero = constant(w), constant(w_scale), constant(w_zero)
+    if a is None or kernel is None or scale is None or y_scale is None:
+        return None
+    if len(kernel.shape) not in (3, 4) or (w_zero is not None and zero is None):
+        return None
+    if node.attributes.get_int("channels_last", 0):
+        return None
+    shape = kernel.shape
+    groups = node.attributes.get_int("group", 1)
+
+    def expose() -> Site:
+        x = float_input(node, 0, scale.dtype)
+        y = float_output(node, y_scale, y_zero, scale.dtype)
+        return replace(site, x=x, y=y, expose=None)
+
+    site = Site(
+        node=node,
+        x=a,
+        y=node.outputs[0],
+        in_features=shape[1] * groups,
+        out_features=shape[0],
+        dtype=scale.dtype,
+        weight=lambda: (
+            dequantized(kernel.array(), scale.array(), zero.array() if zero else None, axis=0)
+            .reshape(shape[0], -1)
+            .T
+        ),
+        quantized=True,
+        kind=ModuleKind.CONV,
+        kernel=tuple(shape[2:]),
+        groups=groups,
+        bias_is_fixed=bias is not None,
+        expose=expose,
+    )
+    return site

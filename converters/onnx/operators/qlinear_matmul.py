@@ -1,0 +1,43 @@
+"""``QLinearMatMul`` with a constant second factor: 8-bit integers in and out.
+
+``W = (b - b_zero_point) * b_scale``. A slot reads and writes floating point beside it, see
+`converters.onnx.quantized_ports`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from converters.onnx.constants import constant, dequantized
+from converters.onnx.quantized_ports import float_input, float_output
+from converters.onnx.site import Site, inputs_of
+
+
+def find_site(node: ir.Node) -> Site | None:
+    """Return the site, or ``None`` where the weight is no constant matrix."""
+    a, _, _, b, b_scale, b_zero, y_scale, y_zero = inputs_of(node, 8)
+    weight, scale, zero = constant(b), constant(b_scale), constant(b_zero)
+    if a is None or weight is None or scale is None or y_scale is None or len(weight.shape) != 2:
+        return None
+    if (b_zero is not None and zero is None) or constant(a) is not None:
+        return None
+
+    def expose() -> Site:
+        x = float_input(node, 0, scale.dtype)
+        y = float_output(node, y_scale, y_zero, scale.dtype)
+        return replace(site, x=x, y=y, expose=None)
+
+    site = Site(
+        node=node,
+        x=a,
+        y=node.outputs[0],
+        in_features=weight.shape[0],
+        out_features=weight.shape[1],
+        dtype=scale.dtype,
+        weight=lambda: dequantized(weight.array(), scale.array(), zero.array() if zero else None),
+        quantized=True,
+        expose=expose,
+    )
+    return site

@@ -1,0 +1,61 @@
+"""Floating-point values beside an operator that reads and writes integers.
+
+The integers stay what they are: an input is dequantized beside the operator, an output is
+dequantized, changed and quantized again with the same scale. Without a change that gives the
+same integers; with one the output's calibrated range still holds, so what an adapter adds beyond
+it is cut off.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from converters.onnx.quantized_values import only_reader, quantized_from
+from converters.onnx.rewriting import Rewrite
+
+_INTEGERS = (ir.DataType.INT8, ir.DataType.UINT8)
+
+
+def float_input(node: ir.Node, index: int, dtype: ir.DataType) -> ir.Value:
+    """Return the floating-point value of an operator's input; its scale and zero point follow it.
+
+    Args:
+        node: The operator; what dequantizes goes before it.
+        index: Number of the input.
+        dtype: Element type of the scale.
+    """
+    value, scale, zero = node.inputs[index : index + 3]
+    source = quantized_from(value)
+    if source is not None:
+        return source
+    rewrite = Rewrite(node)
+    y = rewrite.add("x", "DequantizeLinear", [value, scale, zero], [dtype])[0]
+    y.shape = value.shape if value is not None else None
+    rewrite.put_before()
+    return y
+
+
+def float_output(
+    node: ir.Node, scale: ir.Value, zero: ir.Value | None, dtype: ir.DataType
+) -> ir.Value:
+    """Return an operator's output in floating point, as all that follows reads it.
+
+    Args:
+        node: The operator; what dequantizes and quantizes goes after it.
+        scale: Of its output.
+        zero: Of its output.
+        dtype: Element type of the scale.
+    """
+    y = node.outputs[0]
+    following = only_reader(y)
+    if following is not None and following.op_type == "DequantizeLinear":
+        return following.outputs[0]
+    rewrite = Rewrite(node)
+    stored = y.dtype if y.dtype in _INTEGERS else None
+    if stored is None:
+        stored = (zero.dtype if zero is not None else None) or ir.DataType.UINT8
+    floats = rewrite.add("y", "DequantizeLinear", [y, scale, zero], [dtype])[0]
+    again = rewrite.add("quantized", "QuantizeLinear", [floats, scale, zero], [stored])[0]
+    floats.shape = again.shape = y.shape
+    rewrite.put_after(y, again)
+    return floats
