@@ -84,6 +84,8 @@ def _pattern(
               help="Share of the steps in which the learning rate rises.")  # fmt: skip
 @click.option("--weight-decay", type=float, default=_LOOP.weight_decay, help="AdamW's decay.")
 @click.option("--clip", type=float, default=_LOOP.clip, help="Largest gradient norm; 0 for none.")
+@click.option("--shard-base", is_flag=True,
+              help="With torchrun: spread the base over the processes (FSDP2).")  # fmt: skip
 @click.option("--gradient-checkpointing", is_flag=True, help="Save memory, take longer.")
 @click.option("--seed", type=int, default=_LOOP.seed, help="Seed of everything random.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default=_LOOP.dtype,
@@ -120,30 +122,37 @@ def train(
 
     While it runs, checkpoints are kept in ADAPTER.training. Ctrl-C or SIGTERM ends the run
     after the present step with one more checkpoint, and --resume continues it exactly.
+
+    On several GPUs or machines: torchrun --nproc-per-node N -m loraport train ... A step takes
+    --batch-size x --accumulate rows in all, whatever the number of processes, so the adapter is
+    the same, and any number of processes can continue a run.
     """
-    options = options_from(chosen)
     from rich.console import Console
     from transformers.utils import logging
 
     from loraport.training import train_language_model
     from loraport.training.interruption import Stopped
+    from loraport.training.processes import joined
     from loraport.training.report import ProgressReport, summary_table
 
     logging.disable_progress_bar()
     try:
-        summary = train_language_model(
-            base,
-            data,
-            out,
-            options,
-            validation=validation,
-            resume=resume,
-            force=force,
-            observer=None if quiet else ProgressReport(Console(stderr=True)),
-        )
+        with joined(chosen["device"]) as processes:
+            summary = train_language_model(
+                base,
+                data,
+                out,
+                options_from(chosen),
+                validation=validation,
+                resume=resume,
+                force=force,
+                observer=None if quiet else ProgressReport(Console(stderr=True)),
+            )
     except Stopped:
         click.echo("continue with the same command and --resume", err=True)
         raise
+    if not processes.first:
+        return
     if as_json:
         click.echo(json.dumps(asdict(summary), indent=2))
     elif not quiet:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from loraport.training.sharing import Idle
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -60,22 +62,44 @@ class RowBatches:
         batch_size: Rows per batch; the last batch may have fewer.
         pad: Token id to pad with.
         seed: Decides the order; ``None`` keeps the rows' order sorted by length.
+        part: Of each batch, every ``part[1]``-th row from ``part[0]`` on.
+        layout: Makes a batch of rows and the token to pad with; `collate` where ``None``.
     """
 
-    def __init__(self, rows: Sequence[Row], batch_size: int, pad: int, seed: int | None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        batch_size: int,
+        pad: int,
+        seed: int | None,
+        part: tuple[int, int] = (0, 1),
+        layout: Callable[[Sequence[Row], int], TokenBatch] | None = None,
+    ) -> None:
         self._rows = rows
         self._batch_size = batch_size
         self._pad = pad
         self._seed = seed
+        self._part = part
+        self._layout = layout or collate
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
         return -(-len(self._rows) // self._batch_size)
 
-    def epoch(self, number: int) -> Iterator[TokenBatch]:
+    def share(self, rank: int, size: int) -> RowBatches:
+        """Return the part of every batch that one of several processes computes."""
+        return RowBatches(
+            self._rows, self._batch_size, self._pad, self._seed, (rank, size), self._layout
+        )
+
+    def epoch(self, number: int) -> Iterator[TokenBatch | Idle]:
         """Return the batches of one epoch in order."""
+        first, step = self._part
         for chosen in self._order(number):
-            yield collate([self._rows[index] for index in chosen], self._pad)
+            # Rows of a batch are sorted by length: every process gets short and long ones.
+            mine = chosen[first::step]
+            batch = self._layout([self._rows[index] for index in mine or chosen[:1]], self._pad)
+            yield batch if mine else Idle(batch)
 
     def _order(self, epoch: int) -> list[list[int]]:
         order = list(range(len(self._rows)))

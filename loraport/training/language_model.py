@@ -11,6 +11,7 @@ from torch import nn
 from loraport.training.batches import IGNORED, TokenBatch
 from loraport.training.chunked_loss import Reduction, linear_cross_entropy, module_cross_entropy
 from loraport.training.loss import LossSum
+from loraport.training.model_inputs import model_inputs
 from loraport.training.output_head import logit_transform, output_head
 
 _WIDE = 256_000  # what a vocabulary is taken for where the head does not say
@@ -71,10 +72,10 @@ def _hidden_before(model: nn.Module, head: nn.Module, batch: TokenBatch) -> torc
         found.append(inputs[0])
         return (inputs[0][:1, :1].detach(), *inputs[1:])
 
+    inputs = model_inputs(model, batch)  # may try the model: before the hook is there
     hook = head.register_forward_pre_hook(take)
     try:
-        # Padding stands on the right, where a causal model's real tokens never look.
-        model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False)
+        model(**inputs)
     finally:
         hook.remove()
     return found[0]
@@ -106,10 +107,10 @@ def logits_at(model: nn.Module, batch: TokenBatch, positions: torch.Tensor) -> t
 
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
+    inputs = model_inputs(model, batch)  # may try the model: before the hook is there
     hook = head.register_forward_pre_hook(before_head) if head is not None else None
     try:
-        # Padding stands on the right, where a causal model's real tokens never look.
-        output = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False)
+        output = model(**inputs)
     finally:
         if hook is not None:
             hook.remove()

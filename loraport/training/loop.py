@@ -32,18 +32,21 @@ from loraport.training.faults import faults_explained, require_finite
 from loraport.training.inject import adapter_of, lora_layers
 from loraport.training.interruption import Stopped, StopRequest, stop_requests
 from loraport.training.layers import LoraLayer
-from loraport.training.loss import LossFunction, as_sum
+from loraport.training.loss import LossFunction, LossSum, as_sum
 from loraport.training.metrics import MetricsLog
 from loraport.training.modes import training_mode
 from loraport.training.observer import Observer, Silent
 from loraport.training.optimizer import make_optimizer, set_learning_rate
 from loraport.training.options import LoopOptions
+from loraport.training.processes import Processes, processes_now
 from loraport.training.schedule import learning_rate
+from loraport.training.sharded_base import shard_base
+from loraport.training.sharing import own_part, share, unpacked
 from loraport.training.stream import Batches, BatchStream, EndOfEpoch
 from loraport.training.validation import mean_loss
 
 # Options that do not change what a run computes: a resumed run may have others.
-_FREE_OPTIONS = frozenset(("save_every", "keep"))
+_FREE_OPTIONS = frozenset(("save_every", "keep", "shard_base"))
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class TrainingResult:
         losses: Step and mean loss of every step.
         validations: Step and validation loss of every validation; step 0 is the base alone.
         kept: The validation whose parameters the model is left with; ``None`` without any.
+        base_fingerprint: Of the modules adapted; ``None`` where there was no need of it.
     """
 
     steps: int
@@ -63,6 +67,7 @@ class TrainingResult:
     losses: tuple[tuple[int, float], ...]
     validations: tuple[tuple[int, float], ...]
     kept: tuple[int, float] | None = None
+    base_fingerprint: BaseFingerprint | None = field(default=None, compare=False)
 
 
 def train(
@@ -78,6 +83,10 @@ def train(
     observer: Observer | None = None,
 ) -> TrainingResult:
     """Train the LoRA layers of a model that `attach` prepared, and nothing else of it.
+
+    Where ``torch.distributed`` is initialised, all its processes share every step's batches: the
+    result is that of one process, but for the order of sums. Each calls this with the same
+    arguments; the first alone writes and tells the observer.
 
     Args:
         model: A model with LoRA layers; moved to the device, trained in place.
@@ -100,11 +109,18 @@ def train(
             only where there is a ``work`` directory.
     """
     options = options or LoopOptions()
-    observer = observer or Silent()
+    processes = processes_now()
+    observer = observer if observer is not None and processes.first else Silent()
     placement = choose_placement(options.device, options.dtype)
-    model.to(placement.device)
     layers = lora_layers(model)
     parameters = _lora_parameters(model, layers)
+    sharded = options.shard_base and processes.size > 1
+    # The base is frozen: its fingerprint is taken once, and while it is whole.
+    fingerprint = fingerprint_model(model, list(layers)) if work or sharded else None
+    if sharded:
+        shard_base(model, layers.values(), placement.device)
+    else:
+        model.to(placement.device)
     run = _Run(
         model=model,
         loss=loss,
@@ -114,7 +130,7 @@ def train(
         parameters=parameters,
         optimizer=make_optimizer(parameters, options, placement.device),
         steps=_total_steps(batches, options),
-        work=work,
+        work=work if processes.first else None,
         identity={
             **dict(identity or {}),
             **{key: v for key, v in asdict(options).items() if key not in _FREE_OPTIONS},
@@ -122,6 +138,11 @@ def train(
             "dtype": str(placement.dtype),
         },
         observer=observer,
+        processes=processes,
+        fingerprint=fingerprint,
+    )
+    stream = BatchStream(
+        share(batches, processes, options.accumulate), options.accumulate, processes
     )
     if options.early_stopping:
         if validation is None:
@@ -133,7 +154,7 @@ def train(
         stop_requests(active=work is not None) as run.stop,
     ):
         try:
-            return run.go(BatchStream(batches, options.accumulate), validation, resume=resume)
+            return run.go(stream, validation, resume=resume)
         finally:
             observer.finished()
 
@@ -153,7 +174,8 @@ class _Run:
     work: Path | None
     identity: dict[str, Any]
     observer: Observer
-    fingerprint: BaseFingerprint | None = None
+    processes: Processes
+    fingerprint: BaseFingerprint | None
     step: int = 0
     tokens: int = 0
     early: EarlyStopping | None = None
@@ -164,10 +186,8 @@ class _Run:
     ) -> TrainingResult:
         if self.work is not None:
             self.work.mkdir(parents=True, exist_ok=True)
-            # The base is frozen: its fingerprint is taken once, not at every checkpoint.
-            self.fingerprint = fingerprint_model(self.model, list(self.layers))
         rng.seed_everything(self.options.seed)
-        checkpoint = last_checkpoint(self.work) if resume and self.work else None
+        checkpoint = self.processes.from_first(self._last_checkpoint) if resume else None
         log = MetricsLog(self.work) if checkpoint is None else self._resume(checkpoint, stream)
         self.observer.started(steps=self.steps, done=self.step)
         try:
@@ -187,7 +207,8 @@ class _Run:
         if self.early is not None and self.early.best_step is not None:
             self.early.restore_best()
             kept = next(v for v in validations if v[0] == self.early.best_step)
-        return TrainingResult(self.step, self.tokens, tuple(log.losses()), validations, kept)
+        losses = tuple(log.losses())
+        return TrainingResult(self.step, self.tokens, losses, validations, kept, self.fingerprint)
 
     def _all_steps(self, stream: BatchStream, validation: Batches | None, log: MetricsLog) -> None:
         every, save = self.options.validate_every, self.options.save_every
@@ -198,20 +219,25 @@ class _Run:
                 if not every:
                     self._validate(validation, log)
                 continue
-            self._one_step(group, stream.epoch, log)
+            part = own_part(group, stream.batches, self.processes)
+            self._one_step(part, stream.epoch, log)
             if every and self.step % every == 0:
                 self._validate(validation, log)
-            stopped_by = self.stop.signal_number
+            stopped_by = int(self.processes.largest(self.stop.signal_number or 0))
             if self.work and (stopped_by or (save and self.step % save == 0)):
-                checkpoint = self._save(stream, log)
-                if stopped_by:
-                    raise Stopped(stopped_by, self.step, checkpoint)
+                self._save(stream, log)
+            if stopped_by:
+                kept = self.processes.from_first(self._last_checkpoint)
+                raise Stopped(stopped_by, self.step, kept)
 
     def _one_step(self, group: list[Any], epoch: int, log: MetricsLog) -> None:
         step = self.step + 1
+        if not self.processes.first:
+            rng.seed_beside_the_first(self.options.seed, step, self.processes.rank)
         self.optimizer.zero_grad(set_to_none=True)
         total, weight, tokens = torch.zeros((), dtype=torch.float64), 0.0, 0
-        for batch in group:
+        for entry in group:
+            batch, counts = unpacked(entry)
             with self.placement.autocast():
                 part = as_sum(self.loss(self.model, to_device(batch, self.placement.device)))
             if not part.total.requires_grad:
@@ -219,12 +245,18 @@ class _Run:
                     "the loss: expected one that depends on the LoRA layers, got one without "
                     "gradient; does the forward pass call the modules that were adapted?"
                 )
+            if not counts:
+                part = LossSum(part.total * 0, 0.0)
             part.total.backward()  # type: ignore[no-untyped-call]
             total = total.to(self.placement.device) + part.total.detach().double()
             weight, tokens = weight + part.weight, tokens + part.tokens
+        self.processes.sum_gradients(self.parameters.values())
         if step == 1:
             self._note_unused()
-        value = float(total) / weight
+        total_of_all, weight, counted = self.processes.sums(float(total), weight, tokens)
+        value, tokens = total_of_all / weight, int(counted)
+        if not math.isfinite(value):
+            group = [batch for part in self.processes.from_all(group) for batch in part]
         require_finite(value, "loss", step, group, self.work)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         torch._foreach_mul_(gradients, 1 / weight)
@@ -270,7 +302,7 @@ class _Run:
         return save_checkpoint(self.work, adapter, state, self.options.keep)
 
     def _resume(self, checkpoint: Path, stream: BatchStream) -> MetricsLog:
-        adapter, state = load_checkpoint(checkpoint)
+        adapter, state = self.processes.from_first(lambda: load_checkpoint(checkpoint))
         require_same_run(checkpoint, state.identity, self.identity)
         if adapter.base_fingerprint is not None and self.fingerprint is not None:
             adapter.base_fingerprint.require_same_base(
@@ -283,10 +315,14 @@ class _Run:
         stream.seek(position.epoch, position.index, state.epoch_random)
         rng.restore(state.random)
         self.observer.note(f"resumed after step {self.step} from {checkpoint}")
-        log = MetricsLog(self.work, position.metrics_bytes)
+        log = MetricsLog(self.work, position.metrics_bytes if self.work else 0)
+        log.lines = self.processes.from_first(lambda: log.lines)
         if self.early is not None:
             self.early.resume(log.validations(), state.best)
         return log
+
+    def _last_checkpoint(self) -> Path | None:
+        return last_checkpoint(self.work) if self.work else None
 
     def _note_unused(self) -> None:
         unused = [path for path, layer in self.layers.items() if layer.lora_B.grad is None]

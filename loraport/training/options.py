@@ -86,6 +86,7 @@ class LoopOptions:
             the best; 0 for never.
         lora_plus_ratio: How many times the learning rate of ``A`` that of ``B`` is: LoRA+
             (Hayou et al. 2024, arXiv:2402.12354).
+        shard_base: Spread the frozen base over the processes (FSDP2), instead of a copy in each.
     """
 
     learning_rate: float = 1e-3
@@ -103,6 +104,7 @@ class LoopOptions:
     validate_every: int = 0
     early_stopping: int = 0
     lora_plus_ratio: float = 1.0
+    shard_base: bool = False
 
     def __post_init__(self) -> None:
         problems = Problems()

@@ -30,12 +30,20 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_beside_the_first(seed: int, step: int, rank: int) -> None:
+    """Seed the generators of a process other than the first, anew for every step.
+
+    So that processes drop other inputs than one another, and a resumed run drops the same ones
+    although only the first process's state is in its checkpoints.
+    """
+    seed_everything(random.Random(f"{seed} {step} {rank}").getrandbits(63))
+
+
 def capture() -> RandomState:
     """Return the present state."""
     tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"cuda.{index}"] = state
+    for index in _own_gpus():
+        tensors[f"cuda.{index}"] = torch.cuda.get_rng_state(index)
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     numpy_state = [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)]
@@ -45,10 +53,20 @@ def capture() -> RandomState:
 def restore(state: RandomState) -> None:
     """Go back to a state."""
     torch.set_rng_state(state.tensors["cpu"])
-    for name, tensor in state.tensors.items():
-        if name.startswith("cuda."):
-            torch.cuda.set_rng_state(tensor, int(name.removeprefix("cuda.")))
+    for index in _own_gpus():
+        if f"cuda.{index}" in state.tensors:
+            torch.cuda.set_rng_state(state.tensors[f"cuda.{index}"], index)
     version, words, gauss = state.plain["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state.plain["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def _own_gpus() -> range:
+    """Return the GPUs that this process computes on: one of them where there are several."""
+    if not torch.cuda.is_available():
+        return range(0)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        present = torch.cuda.current_device()
+        return range(present, present + 1)
+    return range(torch.cuda.device_count())

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from loraport.errors import LoraportError
 from loraport.training import rng
+from loraport.training.processes import Processes
 
 
 @runtime_checkable
@@ -32,17 +33,21 @@ class BatchStream:
     Attributes:
         epoch: Number of the present epoch, the first being 0.
         index: Batches of this epoch handed out so far.
+        batches: What it goes through.
         epoch_start: Random state when this epoch's iteration began, for batches that draw
             their order from the global generators (a shuffling ``DataLoader``).
 
     Args:
         batches: `EpochBatches`, or any iterable that can be iterated once per epoch.
         group: Batches per group; an epoch's last group may have fewer.
+        processes: Those that iterate together; all begin an epoch with the random state of the
+            first, so that an order drawn from it is the same for all.
     """
 
-    def __init__(self, batches: Batches, group: int) -> None:
-        self._batches = batches
+    def __init__(self, batches: Batches, group: int, processes: Processes | None = None) -> None:
+        self.batches = batches
         self._group = group
+        self._processes = processes or Processes()
         self.epoch = 0
         self.index = 0
         self.epoch_start = rng.capture()
@@ -76,8 +81,10 @@ class BatchStream:
         if self.index:
             rng.restore(self.epoch_start)
         else:
-            self.epoch_start = present
-        batches = self._batches
+            self.epoch_start = self._processes.from_first(lambda: present)
+            if not self._processes.first:
+                rng.restore(self.epoch_start)
+        batches = self.batches
         iterator = iter(batches.epoch(self.epoch) if isinstance(batches, EpochBatches) else batches)
         skipped = sum(1 for _ in itertools.islice(iterator, self.index))
         if skipped < self.index:

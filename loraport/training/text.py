@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -28,6 +29,7 @@ from loraport.training.loop import TrainingResult, train
 from loraport.training.metrics import METRICS_FILE
 from loraport.training.observer import Observer, Silent
 from loraport.training.options import TrainOptions
+from loraport.training.processes import Processes, processes_now
 from loraport.training.tokens import Rows, read_rows
 
 if TYPE_CHECKING:
@@ -123,7 +125,8 @@ def train_language_model(
         Stopped: After SIGINT or SIGTERM; the run can be resumed.
     """
     options = options or TrainOptions()
-    with only_process(out):
+    processes = processes_now()
+    with only_process(out) if processes.first else contextlib.nullcontext():
         try:
             return _train(
                 base,
@@ -133,7 +136,8 @@ def train_language_model(
                 validation,
                 resume=resume,
                 force=force,
-                observer=observer or Silent(),
+                observer=observer if observer is not None and processes.first else Silent(),
+                processes=processes,
             )
         except MemoryRanOutError as error:
             raise LoraportError(f"{error}; to need less, try {_memory_savers(options)}") from None
@@ -149,20 +153,26 @@ def _train(
     resume: bool,
     force: bool,
     observer: Observer,
+    processes: Processes,
 ) -> TrainingSummary:
     work = work_directory(out)
-    if not resume:
-        _refuse_outputs(out, work, force=force)
+    if processes.first:
+        if not resume:
+            _refuse_outputs(out, work, force=force)
+        resolve_base(base)  # a download or conversion that the others then find
+    processes.wait()
+    _refuse_idle_processes(options, processes)
     tokenizer = load_tokenizer(base)
     rows = _read_data(base, data, validation, tokenizer, options, observer)
     identity = _identity(rows, options)
-    if resume and not force and out.exists():
-        return _finished_before(out, work, identity)
-    if not resume:
+    if resume and not force and processes.from_first(out.exists):
+        return processes.from_first(lambda: _finished_before(out, work, identity))
+    if not resume and processes.first:
         shutil.rmtree(work, ignore_errors=True)
     placement = choose_placement(options.loop.device, options.loop.dtype)
     with faults_explained(lambda: f"loading {base}", work):
-        model = _load_base(base, placement)
+        sharded = options.loop.shard_base and processes.size > 1
+        model = _load_base(base, placement, "cpu" if sharded else str(placement.device))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     attach(model, options.lora)
     if options.gradient_checkpointing:
@@ -182,7 +192,9 @@ def _train(
         observer=observer,
     )
     facts = {"task_type": "CAUSAL_LM", "lora_dropout": options.lora.dropout}
-    adapter = adapter_of(model, base_model=base, training=facts)
+    adapter = adapter_of(
+        model, base_model=base, base_fingerprint=result.base_fingerprint, training=facts
+    )
     summary = TrainingSummary(
         adapter=str(out),
         base=base,
@@ -204,7 +216,8 @@ def _train(
         seconds=round(time.monotonic() - started, 3),
     )
     with faults_explained(lambda: f"writing {out}", work):
-        _write(out, work, adapter, result, summary, identity, force=force)
+        if processes.first:
+            _write(out, work, adapter, result, summary, identity, force=force)
     return summary
 
 
@@ -226,6 +239,14 @@ def _memory_savers(options: TrainOptions) -> str:
         savers.append(f"--max-length {max(2, length // 2)}")
     savers.append(f"--rank {max(1, options.lora.rank // 2)}" if options.lora.rank > 1 else "")
     return ", ".join([*filter(None, savers), "or a smaller base"])
+
+
+def _refuse_idle_processes(options: TrainOptions, processes: Processes) -> None:
+    if options.batch_size < processes.size:
+        raise LoraportError(
+            f"--batch-size {options.batch_size}: expected at least a row for each of "
+            f"{processes.size} processes, which share every batch; raise it"
+        )
 
 
 def _refuse_outputs(out: Path, work: Path, *, force: bool) -> None:
@@ -331,7 +352,7 @@ def _finished_before(out: Path, work: Path, identity: dict[str, Any]) -> Trainin
     return summary
 
 
-def _load_base(base: str, placement: Placement) -> PreTrainedModel:
+def _load_base(base: str, placement: Placement, device: str) -> PreTrainedModel:
     import torch
 
     dtype: torch.dtype = torch.float32
@@ -340,7 +361,7 @@ def _load_base(base: str, placement: Placement) -> PreTrainedModel:
         config = read_model_config(resolve_base(base))
         stored = config.get("dtype") or config.get("torch_dtype")
         dtype = torch.bfloat16 if stored == "bfloat16" else torch.float32
-    return load_causal_lm(base, dtype=dtype, device=str(placement.device))
+    return load_causal_lm(base, dtype=dtype, device=device)
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:

@@ -40,7 +40,14 @@ def test_every_option_can_be_given():
         *("--weight-decay", "0.4", "--clip", "0.6", "--seed", "8", "--device", "cpu"),
         *("--dtype", "bfloat16", "--save-every", "11", "--keep", "3", "--validate-every", "12"),
         *("--batch-size", "13", "--max-length", "14", "--validation-share", "0.5"),
-        *("--gradient-checkpointing", "--early-stopping", "4", "--lora-plus-ratio", "15"),
+        *(
+            "--gradient-checkpointing",
+            "--early-stopping",
+            "4",
+            "--lora-plus-ratio",
+            "15",
+            "--shard-base",
+        ),
     )
     assert options == TrainOptions(
         lora=LoraOptions(
@@ -72,6 +79,7 @@ def test_every_option_can_be_given():
             validate_every=12,
             early_stopping=4,
             lora_plus_ratio=15,
+            shard_base=True,
         ),
         batch_size=13,
         max_length=14,

@@ -1,0 +1,118 @@
+"""Rows laid end to end in one sequence, each blind to the others.
+
+Nothing is padded, and what all rows of a sequence begin with (a chat template's system prompt) is
+there once: its keys and values serve every row. Each row's tokens keep the positions they would
+have alone and attend to the shared beginning and to their own row, so losses and gradients are
+those of the padded batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loraport.training.batches import IGNORED, Row, TokenBatch
+
+_SHARED, _PADDING = 0, -1
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentedBatch(TokenBatch):
+    """A batch whose sequences hold several rows each.
+
+    Attributes:
+        positions: ``[batch, length]`` int64, each token's place in its own row.
+        segments: ``[batch, length]`` int64: 0 for what all rows of the sequence share, else the
+            number of the row; -1 on padding.
+    """
+
+    positions: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> SegmentedBatch:
+        """Return the batch on a device."""
+        assert self.positions is not None
+        assert self.segments is not None
+        return SegmentedBatch(
+            tokens=self.tokens.to(device),
+            mask=None,
+            labels=self.labels.to(device),
+            lines=self.lines,
+            positions=self.positions.to(device),
+            segments=self.segments.to(device),
+        )
+
+
+def attention_mask(segments: torch.Tensor) -> torch.Tensor:
+    """Return which tokens attend to which, ``[batch, 1, length, length]`` bool.
+
+    Args:
+        segments: See `SegmentedBatch`.
+    """
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    query, key = segments[:, :, None], segments[:, None, :]
+    return (causal & ((query == key) | (key == _SHARED)))[:, None]
+
+
+def shared_beginning(rows: Sequence[Row]) -> int:
+    """Return how many tokens all rows begin with that no loss is computed from.
+
+    The first token after them is not learned either: it is predicted from the shared part, which
+    would have to predict another one for every row.
+
+    >>> shared_beginning([Row((1, 2, 3, 4), (-100, -100, -100, 4)), Row((1, 2, 5), (-100, 2, 5))])
+    0
+    >>> shared_beginning([Row((1, 2, 3, 4), (-100, -100, -100, 4))] * 2)
+    2
+    """
+    if len(rows) < 2:
+        return 0
+    first, last = min(row.tokens for row in rows), max(row.tokens for row in rows)
+    same = zip(first, last, strict=False)  # what the extremes share, all share
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], same))
+    # The first label never counts: there is nothing before it to predict it from.
+    learned = min(
+        next(i for i, label in enumerate(row.labels) if i and label != IGNORED) for row in rows
+    )
+    return min(common, learned - 1)
+
+
+def lay_end_to_end(sequences: Sequence[Sequence[Row]], pad: int) -> SegmentedBatch:
+    """Return a batch with one sequence for each group of rows.
+
+    Args:
+        sequences: The rows of each sequence; every row has a token to learn after its first.
+        pad: Token id to pad shorter sequences with.
+    """
+    laid = [_sequence(rows) for rows in sequences]
+    length = max(len(tokens) for tokens, _, _, _ in laid)
+    fills = (pad, IGNORED, 0, _PADDING)
+    tensors = []
+    for part, fill in enumerate(fills):
+        stacked = torch.full((len(laid), length), fill)
+        for index, parts in enumerate(laid):
+            stacked[index, : len(parts[part])] = torch.tensor(parts[part])
+        tensors.append(stacked)
+    tokens, labels, positions, segments = tensors
+    lines = tuple(row.line for rows in sequences for row in rows if row.line)
+    return SegmentedBatch(tokens, None, labels, lines, positions, segments)
+
+
+def _sequence(rows: Sequence[Row]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Return tokens, labels, positions and segments of one sequence."""
+    shared = shared_beginning(rows)
+    tokens = list(rows[0].tokens[:shared])
+    labels = [IGNORED] * shared
+    positions = list(range(shared))
+    segments = [_SHARED] * shared
+    for number, row in enumerate(rows, start=1):
+        tokens += row.tokens[shared:]
+        # What stands before a row's first token here is not what comes before it in the row.
+        labels += [IGNORED, *row.labels[shared + 1 :]]
+        positions += range(shared, len(row.tokens))
+        segments += [number] * (len(row.tokens) - shared)
+    return tokens, labels, positions, segments
