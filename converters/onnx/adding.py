@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from converters.onnx.base_parameters import BaseParameters
 from converters.onnx.pack import PackedAdapter, pack
 from loraport.adapter import Adapter
 from loraport.bundle.golden import base_inputs, golden_reason, write_golden
@@ -28,6 +29,7 @@ def add_adapters(
     *,
     force: bool = False,
     ignore_fingerprint: bool = False,
+    base: str | None = None,
     progress: Callable[[str], None] = lambda text: None,  # noqa: ARG005
 ) -> Manifest:
     """Pack adapters into a bundle, without exporting anything again.
@@ -41,6 +43,8 @@ def add_adapters(
         adapters: Name → adapter.
         force: Replace adapters that are already there.
         ignore_fingerprint: Accept adapters that were made for another base.
+        base: The model that the bundle was exported from, see `resolve_base`; DoRA and trained
+            tokens depend on its weights. Found by itself in most cases, see `base_parameters`.
         progress: Told what is being done.
 
     Returns:
@@ -62,13 +66,14 @@ def add_adapters(
             problems.add(name, "a new name", "one the bundle has", "choose another, or --force")
     problems.raise_if_any("adapters cannot be added under these names")
     packed = {}
+    parameters = BaseParameters(bundle, manifest, base)
     for name, adapter in adapters.items():
         if adapter.base_fingerprint is not None and not ignore_fingerprint:
             adapter.base_fingerprint.require_same_base(
                 manifest.fingerprint, f"adapter {name!r}", f"bundle {bundle}"
             )
         try:
-            packed[name] = pack(adapter, manifest.slots, manifest.unslotted)
+            packed[name] = pack(adapter, manifest.slots, manifest.unslotted, parameters)
         except LoraportError as error:
             raise LoraportError(f"adapter {name!r}: {error}") from error
     if manifest.adapters.keys() & adapters.keys():

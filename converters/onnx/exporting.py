@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from converters.onnx.genai_builder import PRECISIONS, build_with_genai
-from converters.onnx.modules import slottable_modules
+from converters.onnx.modules import slottable_modules, tied_modules
+from converters.onnx.provenance import MADE_BY, record_provenance
 from converters.onnx.slots import SlotOptions, SlottedModel, insert_slots, require_slot_inputs
 from converters.onnx.torch_exporter import export_module
-from loraport import __version__
 from loraport.base_model import (
     is_causal_lm,
     load_model,
@@ -177,17 +177,18 @@ def _slot_and_describe(
         return _LEFT_OUT_HEAD if path == head and not options.lm_head else None
 
     slotted = insert_slots(ir.load(bundle / MODEL_FILE), modules, options.slots, exclude=exclude)
+    record_provenance(slotted.model, base_name)
     save_graphs(slotted, bundle)
     covered = [path for path in slotted.slots.modules() if path in modules]
     manifest = Manifest(
         base_name=base_name,
         fingerprint=fingerprint(covered, lambda path: _stored_weight(model, path)),
         precision=options.precision,
-        slots=slotted.slots,
+        slots=replace(slotted.slots, tied=tied_modules(modules)),
         unslotted=slotted.unslotted,
         tolerance=golden_tolerance(options.precision),
         tolerances=golden_tolerances(options.precision),
-        made_by=f"loraport {__version__}",
+        made_by=MADE_BY,
     )
     files = sorted(f.relative_to(bundle).as_posix() for f in bundle.rglob("*") if f.is_file())
     write_manifest(manifest.with_files(bundle, files), bundle)

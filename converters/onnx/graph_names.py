@@ -66,6 +66,16 @@ def _by_weight(sites: Iterable[Site]) -> dict[tuple[str, ModuleKind], list[Site]
     return groups
 
 
+def tied_sites(named: Iterable[NamedSite]) -> tuple[tuple[str, ...], ...]:
+    """Return groups of modules that share one weight: an embedding and its output head."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for entry in named:
+        weight = weight_of(entry.site)
+        if weight is not None and entry.path not in groups[weight.name]:
+            groups[weight.name].append(entry.path)
+    return tuple(tuple(paths) for paths in groups.values() if len(paths) > 1)
+
+
 def weight_of(site: Site) -> Constant | None:
     """Return the operator's largest constant: its weight as it is stored."""
     found = [known for value in site.node.inputs if (known := constant(value)) is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import onnx_ir as ir
 from converters.onnx.data_files import copy_companions, move_weights_out, share_data
 from converters.onnx.example_inputs import example_inputs
 from converters.onnx.graph_modules import GraphModules, fingerprint_graph
-from converters.onnx.graph_names import NamedSite, name_sites
+from converters.onnx.graph_names import NamedSite, name_sites, tied_sites
 from converters.onnx.matching import Match, Matcher, SiteMatcher, Unmatched
 from converters.onnx.operators import find_site
 from converters.onnx.provenance import MADE_BY, record_provenance
@@ -138,7 +138,7 @@ def slot_graph(
     Raises:
         LoraportError: If there is no operator that can have a slot; with all the reasons.
     """
-    from converters.onnx.modules import slottable_modules
+    from converters.onnx.modules import slottable_modules, tied_modules
 
     nodes = list(model.graph.all_nodes())
     sites = [site for node in nodes if (site := find_site(node)) is not None]
@@ -165,7 +165,9 @@ def slot_graph(
         exclude=lambda path: None if options.lm_head else _head_reason(path),
     )
     unslotted = {**why, **listening.unmatched, **slotted.unslotted}
-    return ImportedGraph(SlottedModel(slotted.model, slotted.slots, unslotted), named)
+    tied = tied_sites(named) if module is None else tied_modules(modules)
+    slots = replace(slotted.slots, tied=tied)
+    return ImportedGraph(SlottedModel(slotted.model, slots, unslotted), named)
 
 
 class _Listening:

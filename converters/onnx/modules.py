@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -67,3 +68,11 @@ def linear_modules(model: nn.Module) -> dict[str, SlottableModule]:
         for path, module in slottable_modules(model).items()
         if module.kind is ModuleKind.LINEAR
     }
+
+
+def tied_modules(modules: Mapping[str, SlottableModule]) -> tuple[tuple[str, ...], ...]:
+    """Return groups of modules that share one weight: an embedding and its output head."""
+    groups: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        groups.setdefault(module.weight.data_ptr(), []).append(path)
+    return tuple(tuple(paths) for paths in groups.values() if len(paths) > 1)

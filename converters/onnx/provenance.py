@@ -10,6 +10,7 @@ MADE_BY = f"loraport {__version__}"
 _TOOL = "loraport.slots_by"
 _SOURCE = "loraport.slots_in"
 _SHA256 = "loraport.slots_in_sha256"
+_SLOT = "loraport.slot"
 
 
 def record_provenance(model: ir.Model, source: str, sha256: str = "") -> None:
@@ -24,3 +25,13 @@ def record_provenance(model: ir.Model, source: str, sha256: str = "") -> None:
     model.metadata_props[_SOURCE] = source
     if sha256:
         model.metadata_props[_SHA256] = sha256
+
+
+def record_slot(node: ir.Node, slot: str) -> None:
+    """Write into an operator's metadata which slot stands beside it, in place."""
+    node.metadata_props[_SLOT] = slot
+
+
+def recorded_slot(node: ir.Node) -> str | None:
+    """Return the slot that stands beside an operator, if it has one."""
+    return node.metadata_props.get(_SLOT)

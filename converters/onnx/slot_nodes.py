@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from converters.onnx.controls import Controls
 from converters.onnx.nodes import NodeChain
+from converters.onnx.provenance import record_slot
 from converters.onnx.site import Site
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot
@@ -43,6 +44,7 @@ def add_slot_nodes(
         inputs: Role → graph input.
         controls: The graph's controls.
     """
+    record_slot(site.node, slot.name)
     # A module called twice has two sites, so node names carry the operator's name too.
     chain = NodeChain(f"{slot.name}.lora/{site.node.name or site.y.name}", site.dtype)
     readers = list(site.y.uses())

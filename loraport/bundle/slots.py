@@ -269,11 +269,18 @@ class SlotTable:
         slots: Places where updates are added.
         replacements: Parameters that can be replaced as a whole.
         controls: Inputs that say how adapters are used in a run.
+        tied: Groups of modules that share one weight in the base.
     """
 
     slots: tuple[Slot, ...]
     replacements: tuple[ReplacementSlot, ...] = ()
     controls: tuple[Control, ...] = ()
+    tied: tuple[tuple[str, ...], ...] = ()
+
+    def tied_to(self, path: str) -> tuple[str, ...]:
+        """Return the other modules that share a module's weight."""
+        group = next((group for group in self.tied if path in group), ())
+        return tuple(other for other in group if other != path)
 
     @property
     def per_row(self) -> bool:
@@ -303,12 +310,14 @@ class SlotTable:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest's ``slots``, ``replacements`` and ``controls``."""
+        """Return the manifest's ``slots``, ``replacements``, ``controls`` and ``tied``."""
         document: dict[str, Any] = {"slots": [slot.to_json() for slot in self.slots]}
         if self.replacements:
             document["replacements"] = [slot.to_json() for slot in self.replacements]
         if self.controls:
             document["controls"] = [control.to_json() for control in self.controls]
+        if self.tied:
+            document["tied"] = [list(group) for group in self.tied]
         return document
 
     @classmethod
@@ -320,4 +329,5 @@ class SlotTable:
                 ReplacementSlot.from_json(entry) for entry in document.get("replacements", ())
             ),
             controls=tuple(Control.from_json(entry) for entry in document.get("controls", ())),
+            tied=tuple(tuple(map(str, group)) for group in document.get("tied", ())),
         )

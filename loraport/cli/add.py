@@ -14,7 +14,17 @@ from loraport.cli.options import log, named_paths, progress
 @click.argument("adapters", nargs=-1, required=True, metavar="NAME=ADAPTER...")
 @click.option("--force", is_flag=True, help="Replace adapters that are already there.")
 @click.option("--ignore-fingerprint", is_flag=True, help="Accept adapters made for another base.")
-def add(bundle: Path, adapters: tuple[str, ...], force: bool, ignore_fingerprint: bool) -> None:
+@click.option(
+    "--base",
+    help="The model the bundle was exported from, if DoRA or trained tokens need it and it moved.",
+)
+def add(
+    bundle: Path,
+    adapters: tuple[str, ...],
+    force: bool,
+    ignore_fingerprint: bool,
+    base: str | None,
+) -> None:
     """Pack adapters into BUNDLE; nothing is exported again."""
     from converters.formats.registry import read_adapter
     from converters.onnx.adding import add_adapters
@@ -26,6 +36,7 @@ def add(bundle: Path, adapters: tuple[str, ...], force: bool, ignore_fingerprint
         {name: read_adapter(path) for name, path in paths.items()},
         force=force,
         ignore_fingerprint=ignore_fingerprint,
+        base=base,
         progress=progress,
     )
     for name, path in paths.items():

@@ -122,8 +122,9 @@ def test_everything_that_does_not_fit_is_named_at_once():
         "embed: expected a slot for this module, got none; "
         f"export again with embedding among --slots, or {merge}",
         f"{V}: expected in and out features (6, 5), got (7, 5)",
-        "score.weight: expected low-rank updates only, got a whole parameter",
-        "embed.weight: expected low-rank updates only, got a whole parameter",
+        "score.weight: expected a slot for this parameter, got none, and the adapter stores it as "
+        "a whole (modules_to_save or a trained bias); "
+        f"export again with --replace score, or {merge}",
     ):
         assert f"  - {line}" in str(refused.value)
     assert str(refused.value).count("\n  - ") == 9
@@ -151,7 +152,7 @@ def test_values_that_half_precision_cannot_hold_are_refused():
 
 
 def test_an_adapter_without_modules_is_refused():
-    with pytest.raises(LoraportError, match="expected low-rank updates, got none"):
+    with pytest.raises(LoraportError, match="low-rank updates or whole parameters, got none"):
         pack(Adapter({}), table(), {})
 
 

@@ -1,0 +1,164 @@
+"""The base's own weights, for adapters whose tensors in the slots depend on them.
+
+DoRA's gain is ``m / ||W + s B A||``, and trained tokens are told from the base's. The first of
+these that has a weight gives it:
+
+1. the base that the user names;
+2. the bundle's graph, where the weight is not quantized;
+3. the checkpoint that the bundle was exported from, as ``sources.json`` remembers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from converters.onnx.operators import find_site
+from converters.onnx.provenance import recorded_slot
+from converters.onnx.site import Site
+from converters.onnx.source_graph import read_graph
+from loraport.adapter import ModuleKind
+from loraport.bundle.manifest import MODEL_FILE, Manifest
+from loraport.bundle.slots import SlotMember
+from loraport.bundle.sources import base_source
+from loraport.checkpoint import Checkpoint
+from loraport.errors import LoraportError
+from loraport.fingerprint import hash_weight
+from loraport.naming import NameIndex, weight_name
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Given a module's path, and whether it is stored [in, out]: its weight as it is stored.
+BaseWeight = Callable[[str, bool], torch.Tensor]
+
+_REMEDY = "give --base with the model that the bundle was exported from"
+
+
+class BaseParameters:
+    """Finds the base's weights; nothing is read before it is asked for.
+
+    Args:
+        bundle: The bundle's directory.
+        manifest: Its manifest.
+        base: What the user names as the base, see `resolve_base`.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, base: str | None = None) -> None:
+        self._bundle = bundle
+        self._manifest = manifest
+        self._base = base
+
+    def weight(self, path: str, in_out: bool = False) -> torch.Tensor:
+        """Return a module's weight as it is stored.
+
+        Args:
+            path: The module.
+            in_out: It is stored ``[in, out]`` (transformers' ``Conv1D``), where the shape does
+                not tell; a graph does not know.
+
+        Raises:
+            LoraportError: If no source has it, or it is another base's.
+        """
+        if self._base is None and (found := self._in_graph(path, in_out)) is not None:
+            return found
+        source = self._base or base_source(self._bundle)
+        if source is None:
+            raise LoraportError(
+                f"{path}: expected the base's weight, which this adapter depends on, got none: "
+                f"the graph holds no exact one; {_REMEDY}"
+            )
+        return self._checked(path, self._stored(path, source), source)
+
+    def is_copy(self, parameter: str, tensor: torch.Tensor) -> bool:
+        """Tell whether a parameter that an adapter stores is the base's own.
+
+        A weight that the base cannot be asked for is taken for another one.
+        """
+        path, _, leaf = parameter.rpartition(".")
+        known = self._manifest.fingerprint.modules.get(path)
+        if leaf != "weight":
+            return False
+        if known is not None:
+            return hash_weight(tensor) == known
+        try:
+            own = self.weight(path)
+        except LoraportError:
+            return False
+        return own.shape == tensor.shape and torch.equal(own.float(), tensor.to(own.dtype).float())
+
+    def _checked(self, path: str, weight: torch.Tensor, source: str) -> torch.Tensor:
+        known = self._manifest.fingerprint.modules.get(path)
+        if known is not None and (got := hash_weight(weight)) != known:
+            raise LoraportError(
+                f"{path}: expected the weight that the bundle was exported with ({known[:12]}), "
+                f"got another ({got[:12]}) in {source}; {_REMEDY}"
+            )
+        return weight
+
+    def _stored(self, path: str, source: str) -> torch.Tensor:
+        """Return a weight of a checkpoint; a whole model is loaded only where names differ."""
+        from loraport.base_model import resolve_base
+
+        directory = resolve_base(source)
+        try:
+            checkpoint: Checkpoint | None = Checkpoint(directory)
+        except LoraportError:
+            checkpoint = None  # other files than safetensors, which transformers may read
+        if checkpoint is not None:
+            names = NameIndex(checkpoint).candidates(weight_name(path))
+            if len(names) == 1 and (found := checkpoint.load(names[0])).is_floating_point():
+                return found
+        try:
+            weight = self._model(source).get_submodule(path).weight
+        except AttributeError as error:
+            raise LoraportError(
+                f"{path}: expected this module in the base {source}, got none; {_REMEDY}"
+            ) from error
+        assert isinstance(weight, torch.Tensor)
+        return weight.detach()
+
+    def _model(self, source: str) -> nn.Module:
+        if self._loaded is None:
+            from loraport.base_model import load_model
+
+            self._loaded = load_model(source)
+        return self._loaded
+
+    _loaded: nn.Module | None = None
+
+    @cached_property
+    def _sites(self) -> dict[str, tuple[Site, SlotMember]]:
+        """Module path → the unquantized operator that computes it, and its part of it."""
+        places = dict(self._slot_sites())
+        return {
+            path: (places[slot.name], member)
+            for path, (slot, member) in self._manifest.slots.modules().items()
+            if slot.name in places
+        }
+
+    def _slot_sites(self) -> Iterator[tuple[str, Site]]:
+        for node in read_graph(self._bundle / MODEL_FILE).graph.all_nodes():
+            name = recorded_slot(node)
+            site = find_site(node) if name is not None else None
+            if name is not None and site is not None and not site.quantized:
+                yield name, site
+
+    def _in_graph(self, path: str, in_out: bool) -> torch.Tensor | None:
+        if path not in self._sites:
+            return None
+        site, member = self._sites[path]
+        # Numpy has no bfloat16 that torch reads; float32 holds all of its values.
+        array = np.ascontiguousarray(site.weight()[:, member.start : member.stop], np.float32)
+        weight = torch.from_numpy(array.copy())
+        if site.kind is ModuleKind.EMBEDDING:
+            return weight
+        if site.kind is ModuleKind.CONV:
+            own = site.in_features // site.groups
+            return weight.T.reshape(member.stop - member.start, own, *site.kernel)
+        return weight if in_out else weight.T

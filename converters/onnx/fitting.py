@@ -1,0 +1,208 @@
+"""Find the slot of everything in an adapter; what has none is named, all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import onnx_ir as ir
+import torch
+
+from converters.onnx.slot_tensors import TORCH_DTYPES, require_finite
+from converters.onnx.token_rows import rows_misfit, token_update
+from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
+from loraport.bundle.slots import Slot, SlotMember, SlotTable
+from loraport.errors import LoraportError, Problems
+from loraport.naming import weight_name
+from loraport.update import LowRankUpdate, weighted_sum
+
+MERGE = "merge the adapter and export that"
+
+
+class Base(Protocol):
+    """What is known of the base's weights; see `base_parameters`."""
+
+    def weight(self, path: str, in_out: bool = False) -> torch.Tensor:
+        """Return a module's weight as it is stored."""
+        ...
+
+    def is_copy(self, parameter: str, tensor: torch.Tensor) -> bool:
+        """Tell whether a parameter that an adapter stores is the base's own."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """An adapter by its slots.
+
+    Attributes:
+        updates: Module path → what its slot takes.
+        scalings: Module path → LoRA scaling, for those that have one.
+        whole: Graph input → the parameter that it takes.
+    """
+
+    updates: dict[str, LowRankUpdate] = field(default_factory=dict)
+    scalings: dict[str, float] = field(default_factory=dict)
+    whole: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def fit(
+    adapter: Adapter,
+    table: SlotTable,
+    unslotted: Mapping[str, str],
+    base: Base | None,
+    problems: Problems,
+) -> Fitted:
+    """Return everything in the adapter with its place.
+
+    Args:
+        adapter: The adapter.
+        table: The slots.
+        unslotted: Module or parameter path → why the export gave it no slot.
+        base: The base's weights, for variants that depend on them.
+        problems: Where everything that has no slot or does not fit is noted.
+    """
+    fitter = _Fitter(table, unslotted, base, problems)
+    whole = {
+        name: found
+        for name, found in adapter.replacements.items()
+        if found.rows is not None or base is None or not base.is_copy(name, found.tensor)
+    }
+    for path, module in adapter.modules.items():
+        fitter.add_module(path, module, whole.get(weight_name(path)))
+    for parameter, replacement in whole.items():
+        if replacement.rows is None:
+            fitter.add_parameter(parameter, replacement.tensor)
+        else:
+            fitter.add_rows(parameter.removesuffix(".weight"), replacement)
+    return fitter.fitted
+
+
+class _Fitter:
+    def __init__(
+        self,
+        table: SlotTable,
+        unslotted: Mapping[str, str],
+        base: Base | None,
+        problems: Problems,
+    ) -> None:
+        self._table = table
+        self._places = table.modules()
+        self._unslotted = unslotted
+        self._base = base
+        self._problems = problems
+        self.fitted = Fitted()
+
+    def add_module(self, path: str, module: LoraModule, own_weight: Replacement | None) -> None:
+        """Lower a module for its slot."""
+        place = self._place(path, module.kind)
+        if place is None:
+            return
+        slot, member = place
+        add = self._problems.add
+        if module.kind is not slot.kind:
+            add(path, f"an update of a {slot.kind.value} module", module.kind.value)
+            return
+        expected = (slot.in_features, *slot.kernel, member.stop - member.start)
+        if (got := (*module.lora_A.shape[1:], module.lora_B.shape[0])) != expected:
+            add(path, f"in and out features {expected}", f"{tuple(got)}")
+            return
+        weight = None
+        if module.magnitude is not None:
+            if not slot.gain:
+                add(path, "a slot with a gain", "DoRA", export_with("gain"))
+                return
+            weight = self._base_weight(path, module, own_weight)
+            if weight is None:
+                return
+        try:
+            update = module.lower(weight)
+        except LoraportError as error:
+            add(path, "an update that the slot can take", str(error))
+            return
+        if update.bias is not None and not slot.bias:
+            add(path, "a slot with a bias", "lora_bias", export_with("bias"))
+        self.fitted.updates[path] = update
+        self.fitted.scalings[path] = module.scaling
+
+    def add_parameter(self, parameter: str, tensor: torch.Tensor) -> None:
+        """Give a whole parameter to its slot."""
+        slot = next((s for s in self._table.replacements if s.parameter == parameter), None)
+        if slot is None:
+            name = parameter.rpartition(".")[0] or parameter
+            remedy = self._unslotted.get(parameter) or (
+                f"export again with --replace {name}, or {MERGE}"
+            )
+            got = "none, and the adapter stores it as a whole (modules_to_save or a trained bias)"
+            self._problems.add(parameter, "a slot for this parameter", got, remedy)
+            return
+        value = tensor.T if slot.transposed else tensor
+        if tuple(value.shape) != slot.shape:
+            expected = slot.shape[::-1] if slot.transposed else slot.shape
+            self._problems.add(parameter, f"{list(expected)}", f"{list(tensor.shape)}")
+            return
+        value = value.to(TORCH_DTYPES[ir.DataType[slot.dtype].name]).contiguous()
+        require_finite(slot.dtype, {slot.input: value}, self._problems)
+        self.fitted.whole[slot.input] = value
+
+    def add_rows(self, path: str, replacement: Replacement) -> None:
+        """Give trained tokens to the slot of the embedding, and of a head tied to it."""
+        if self._place(path, ModuleKind.EMBEDDING) is None:
+            return
+        try:
+            base = self._base.weight(path) if self._base is not None else None
+        except LoraportError as error:
+            self._problems.add(path, "the base's rows of the trained tokens", str(error))
+            return
+        if base is None:
+            self._problems.add(path, "the base, which trained tokens depend on", "none", MERGE)
+            return
+        if (wanted := rows_misfit(replacement, base)) is not None:
+            got = f"{list(replacement.tensor.shape)} for tokens {list(replacement.rows or ())[:8]}"
+            self._problems.add(path, wanted, got)
+            return
+        for module in (path, *self._table.tied_to(path)):
+            if module not in self._places:
+                reason = self._unslotted.get(module, "export again with --lm-head")
+                expected = "a slot, as it shares the weight whose tokens were trained"
+                self._problems.add(module, expected, "none", f"{reason}; or {MERGE}")
+                continue
+            slot, _ = self._places[module]
+            self._combine(module, token_update(replacement, base, slot.kind))
+
+    def _combine(self, path: str, update: LowRankUpdate) -> None:
+        known = self.fitted.updates.get(path)
+        if known is not None and known.gain is not None:
+            self._problems.add(path, "trained tokens or DoRA", "both", MERGE)
+            return
+        whole = update if known is None else weighted_sum([(known, 1.0), (update, 1.0)])
+        self.fitted.updates[path] = whole
+
+    def _place(self, path: str, kind: ModuleKind) -> tuple[Slot, SlotMember] | None:
+        if path in self._places:
+            return self._places[path]
+        reason = self._unslotted.get(path, "the exported model has no such module")
+        if path not in self._unslotted and kind is not ModuleKind.LINEAR:
+            reason = export_with(kind.value)
+        self._problems.add(path, "a slot for this module", "none", reason)
+        return None
+
+    def _base_weight(
+        self, path: str, module: LoraModule, own: Replacement | None
+    ) -> torch.Tensor | None:
+        if own is not None and own.rows is None:
+            return own.tensor
+        if self._base is None:
+            self._problems.add(path, "the base, which DoRA's gain depends on", "none", MERGE)
+            return None
+        try:
+            return self._base.weight(path, module.fan_in_fan_out)
+        except LoraportError as error:
+            self._problems.add(path, "the base's weight, which DoRA's gain depends on", str(error))
+            return None
+
+
+def export_with(variant: str) -> str:
+    """Return the remedy for an adapter with a variant that the slots were not made for."""
+    return f"export again with {variant} among --slots, or {MERGE}"
