@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     import torch
 
 
+_UNKNOWN = (
+    "transformers does not know this model: every matrix is taken for a linear layer's weight "
+    "[out, in]; embeddings and weights stored [in, out] need the model's config.json beside them"
+)
+
+
 @dataclass(frozen=True)
 class ExtractOptions:
     """What to extract.
@@ -44,11 +50,13 @@ class Extracted:
         adapter: The adapter.
         errors: Module → relative error of its update.
         unchanged: Number of tensors that are the same in both.
+        notes: What the user should know.
     """
 
     adapter: Adapter
     errors: Mapping[str, float]
     unchanged: int
+    notes: tuple[str, ...] = ()
 
 
 def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Extracted:
@@ -100,7 +108,7 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
         base_model=options.base,
         base_fingerprint=BaseFingerprint(hashes) if hashes else None,
     )
-    return Extracted(adapter, errors, unchanged)
+    return Extracted(adapter, errors, unchanged, () if layout.known else (_UNKNOWN,))
 
 
 def _module(

@@ -1,4 +1,4 @@
-"""Write a Llama or Qwen2 as an F32 GGUF file, after llama.cpp's rules: a base for the tests."""
+"""Write a Llama, Qwen2 or GPT-2 as an F32 GGUF file, after llama.cpp's rules, for the tests."""
 
 from pathlib import Path
 
@@ -17,7 +17,14 @@ _NAMES = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+    "ln_1": "attn_norm",
+    "ln_2": "ffn_norm",
 }
+_CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # stored [in, out]
 
 
 def write_gguf_base(model: PreTrainedModel, path: Path) -> Path:
@@ -26,19 +33,26 @@ def write_gguf_base(model: PreTrainedModel, path: Path) -> Path:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.model_type == "gpt2":
+        writer.add_feed_forward_length(4 * config.hidden_size)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    else:
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     _add_vocabulary(writer, config.vocab_size)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    heads = {"q_proj": config.num_attention_heads}
+    heads["k_proj"] = getattr(config, "num_key_value_heads", config.num_attention_heads)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         weight = tensor.float().numpy()
+        if name.endswith(_CONV1D):
+            weight = weight.T
         for projection, count in heads.items():
             # llama.cpp stores Llama's heads for interleaved rotary embeddings, Qwen2's as they are.
             if config.model_type == "llama" and name.endswith(f"{projection}.weight"):
@@ -58,6 +72,11 @@ def tiny_decoder(model_type: str) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
+    if model_type == "gpt2":
+        sizes = {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 320, "n_positions": 128}
+        ends = {"bos_token_id": 1, "eos_token_id": 2}
+        config = AutoConfig.for_model(model_type, **sizes, **ends, initializer_range=0.1)
+        return AutoModelForCausalLM.from_config(config).eval()
     config = AutoConfig.for_model(
         model_type,
         vocab_size=320,
@@ -74,7 +93,11 @@ def tiny_decoder(model_type: str) -> PreTrainedModel:
 
 
 def _tensor_name(name: str) -> str:
-    if name == "model.embed_tokens.weight":
+    if name == "transformer.wpe.weight":
+        return "position_embd.weight"
+    if name.startswith("transformer.ln_f."):
+        return f"output_norm.{name.rpartition('.')[2]}"
+    if name in ("model.embed_tokens.weight", "transformer.wte.weight"):
         return "token_embd.weight"
     if name == "model.norm.weight":
         return "output_norm.weight"

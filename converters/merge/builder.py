@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from converters.merge.arithmetic import Change
 from converters.merge.base import BaseCheckpoint
@@ -20,7 +21,9 @@ from converters.merge.layout import BaseLayout, Piece
 from converters.merge.plan import TensorPlan
 from converters.merge.sources import FLOATING, GivenSource, Source
 from converters.merge.targets import Said, Tie
+from loraport.adapter import LoraModule, ModuleKind
 from loraport.errors import LoraportError, Problems
+from loraport.storage import is_transposed
 
 
 @dataclass
@@ -37,6 +40,8 @@ class PlanBuilder:
     added: dict[str, str] = field(default_factory=dict)  # new tensor → the one it lies behind
     resized: dict[str, tuple[int, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    square: list[Said] = field(default_factory=list)
+    contradicted: set[Path] = field(default_factory=set)  # adapters with a wrong fan_in_fan_out
     untied: bool = False
 
     def __post_init__(self) -> None:
@@ -139,6 +144,8 @@ class PlanBuilder:
         if one.module is not None:
             if replacement is not None and replacement.rows is not None:
                 raise LoraportError("trained token rows and LoRA on the same weight")
+            if not self.layout.known:
+                self._note_orientation(one, one.module, source.shape)
             tensor = None if replacement is None else replacement.tensor
             self.changes[name].append(weight_change(one.module, source.shape, strength, tensor))
         elif replacement is not None:
@@ -147,6 +154,30 @@ class PlanBuilder:
             bias = bias_change(one.bias_of, strength)
             if bias is not None:
                 self.changes[name].append(bias)
+
+    def _note_orientation(self, one: Said, module: LoraModule, shape: tuple[int, ...]) -> None:
+        if module.kind is not ModuleKind.LINEAR or len(shape) != 2:
+            return
+        if shape[0] == shape[1]:
+            self.square.append(one)
+        elif is_transposed(module, shape) != module.fan_in_fan_out:
+            self.contradicted.add(one.adapter.path)
+
+    def check_orientations(self) -> None:
+        """Record square weights that may be stored either way round.
+
+        The adapter's one flag decides on them; where its other modules show the flag to be
+        wrong, and no model is known that would tell, nothing does.
+        """
+        for one in self.square:
+            if one.adapter.path in self.contradicted:
+                self.problems.add(
+                    f"{one.adapter.path}: {one.asked}",
+                    "to know which way round the square weight is stored",
+                    "an adapter whose fan_in_fan_out is wrong for its other modules, and no "
+                    "model that transformers knows",
+                    "put the model's config.json beside its weights, or mend fan_in_fan_out",
+                )
 
     def _check_rows(self, rows: tuple[int, ...] | None, shape: tuple[int, ...]) -> None:
         beyond = [row for row in rows or () if row >= shape[0]]

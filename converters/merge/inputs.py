@@ -25,13 +25,21 @@ def read_adapters(options: MergeOptions) -> list[NamedAdapter]:
             path,
             read_adapter(
                 path,
-                base=options.base,
+                base=None if _is_bare(options.base) else options.base,
                 initial_adapter=options.initial_adapter if path in begun else None,
             ),
             strength,
         )
         for path, strength in options.adapters
     ]
+
+
+def _is_bare(base: str) -> bool:
+    """Tell whether a base is weights alone, which tell an adapter's reader nothing."""
+    path = Path(base).expanduser()
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return path.is_dir() and not (path / "config.json").is_file()
 
 
 def _begun_with(options: MergeOptions) -> set[Path]:

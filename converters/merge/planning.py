@@ -31,6 +31,7 @@ def plan_merge(
         builder.untie(tie)
     for parameter, entries in said.items():
         builder.change(parameter, entries, ties)
+    builder.check_orientations()
     config = config_after(
         base.config,
         layout,

@@ -42,5 +42,7 @@ def extract(
     refuse_existing(output, force=force)
     with ByteProgress("comparing") as progress:
         extracted = run(ExtractOptions(base, tuned, rank, energy), progress)
+    for note in extracted.notes:
+        click.echo(note, err=True)
     write_peft(extracted.adapter, output, force=force)
     show_errors(output, extracted.adapter, extracted.errors, as_json=as_json)
