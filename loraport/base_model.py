@@ -117,6 +117,33 @@ def load_model(
     return loaded
 
 
+def model_without_weights(directory: Path) -> PreTrainedModel | None:
+    """Return the model that `load_model` would load, on the meta device; nothing is read.
+
+    Args:
+        directory: See `resolve_base`.
+
+    Returns:
+        The model, or ``None`` where transformers cannot make it from the configuration alone.
+    """
+    import torch
+    import transformers
+
+    architecture = (read_model_config(directory).get("architectures") or ["AutoModel"])[0]
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+        model_class = getattr(transformers, architecture, None)
+        with torch.device("meta"):
+            if model_class is None:
+                model: PreTrainedModel = transformers.AutoModel.from_config(config)
+            else:
+                model = model_class(config)
+    # A configuration of code that is not here, or one that this version does not read.
+    except (ValueError, OSError, KeyError, AttributeError, TypeError, ImportError, RuntimeError):
+        return None
+    return model
+
+
 def load_causal_lm(
     base: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> PreTrainedModel:

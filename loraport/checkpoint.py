@@ -111,12 +111,24 @@ class Checkpoint:
         Raises:
             LoraportError: If there is none of this name or its bytes cannot be read.
         """
+        return self.load_part(name)
+
+    def load_part(self, name: str, *part: slice) -> torch.Tensor:
+        """Read a part of one tensor into memory.
+
+        Args:
+            name: The tensor.
+            part: What to read of its first dimensions; all of it unless given.
+
+        Raises:
+            LoraportError: If there is none of this name or its bytes cannot be read.
+        """
         from safetensors import SafetensorError, safe_open
 
         info = self.info(name)
         try:
             with safe_open(info.file, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
+                tensor: torch.Tensor = file.get_slice(name)[part] if part else file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise LoraportError(f"tensor {name!r} of {info.file}: {error}") from error
         return tensor

@@ -35,8 +35,13 @@ class GraphModules:
     def match(self, site: Site) -> Match | Unmatched:
         """Return the site's one module; its weight is not read."""
         path = self._paths[id(site.node)]
-        weight = torch.empty(site.out_features, site.fan_in, device="meta")
-        return (SlottableModule(path, weight, site.kind),)
+
+        def rows(start: int, stop: int) -> torch.Tensor:
+            part = np.ascontiguousarray(site.weight()[:, start:stop].T, np.float32)
+            return torch.from_numpy(part)
+
+        module = SlottableModule(path, site.out_features, site.fan_in, site.kind, rows, path)
+        return (module,)
 
 
 def fingerprint_graph(named: Iterable[NamedSite], paths: Iterable[str]) -> BaseFingerprint:

@@ -36,7 +36,8 @@ from loraport.parity.tolerances import golden_tolerance, golden_tolerances
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import nn
+
+    from converters.onnx.base_modules import BaseModules
 
 Progress = Callable[[str], None]
 _HEAD = "lm_head"
@@ -93,19 +94,19 @@ def import_model(
     options = options or ImportOptions()
     progress(f"reading {file.name}")
     model = read_graph(file)
-    module = _load_base(options.base, progress)
+    base = _open_base(options.base, progress)
     with new_directory(out, force=force) as bundle:
         share_data(model, file.parent, bundle, progress)
         move_weights_out(model, bundle)
         copy_companions(file, bundle)
         examples = [options.inputs] if options.inputs else list(example_inputs(model))
         progress("putting in the slots")
-        imported = slot_graph(model, options, module)
+        imported = slot_graph(model, options, base)
         record_provenance(model, file.name, file_sha256(file))
         weights = sum(tensor.nbytes for tensor in external_tensors(model))
         _save(imported.slotted, bundle)
         progress("hashing the weights")
-        _describe(bundle, file, imported, options, module)
+        _describe(bundle, file, imported, options, base)
         progress("recording golden outputs")
         _record_golden(bundle, examples, weights, progress)
         finish(bundle)
@@ -125,7 +126,7 @@ class ImportedGraph:
 
 
 def slot_graph(
-    model: ir.Model, options: ImportOptions, module: nn.Module | None = None
+    model: ir.Model, options: ImportOptions, base: BaseModules | None = None
 ) -> ImportedGraph:
     """Put slots into a graph and say of everything with weights that has none why.
 
@@ -133,12 +134,12 @@ def slot_graph(
         model: As `read_graph` gave it; changed in place. Its weights are read only where they
             are compared with the base's.
         options: See `ImportOptions`.
-        module: The base, if it is known.
+        base: The base's modules, if it is known.
 
     Raises:
         LoraportError: If there is no operator that can have a slot; with all the reasons.
     """
-    from converters.onnx.modules import slottable_modules, tied_modules
+    from converters.onnx.modules import tied_modules
 
     nodes = list(model.graph.all_nodes())
     sites = [site for node in nodes if (site := find_site(node)) is not None]
@@ -148,9 +149,9 @@ def slot_graph(
     for entry in name_sites([site for site in sites if not options.slots.serves(site.kind)]):
         wanted_by = "lora" if entry.site.kind is ModuleKind.LINEAR else entry.site.kind.value
         why[entry.path] = f"not asked for; export again with {wanted_by} among --slots"
-    modules = {} if module is None else slottable_modules(module)
+    modules = {} if base is None else base.modules
     wanted = {path: m for path, m in modules.items() if options.slots.serves(m.kind)}
-    finder: SiteMatcher = GraphModules(named) if module is None else Matcher(wanted)
+    finder: SiteMatcher = GraphModules(named) if base is None else Matcher(wanted)
     listening = _Listening(finder)
     if not served:
         raise LoraportError(
@@ -165,7 +166,7 @@ def slot_graph(
         exclude=lambda path: None if options.lm_head else _head_reason(path),
     )
     unslotted = {**why, **listening.unmatched, **slotted.unslotted}
-    tied = tied_sites(named) if module is None else tied_modules(modules)
+    tied = tied_sites(named) if base is None else tied_modules(modules)
     slots = replace(slotted.slots, tied=tied)
     return ImportedGraph(SlottedModel(slotted.model, slots, unslotted), named)
 
@@ -189,14 +190,13 @@ def _head_reason(path: str) -> str | None:
     return _LEFT_OUT_HEAD if path.rpartition(".")[2] == _HEAD else None
 
 
-def _load_base(base: str | None, progress: Progress) -> nn.Module | None:
+def _open_base(base: str | None, progress: Progress) -> BaseModules | None:
     if base is None:
         return None
-    from loraport.base_model import load_model
+    from converters.onnx.base_modules import open_base_modules
 
-    progress(f"reading {base}")
-    loaded: nn.Module = load_model(base)
-    return loaded
+    progress(f"looking at {base}")
+    return open_base_modules(base)
 
 
 def _save(slotted: SlottedModel, bundle: Path) -> None:
@@ -210,13 +210,13 @@ def _describe(
     file: Path,
     imported: ImportedGraph,
     options: ImportOptions,
-    module: nn.Module | None,
+    base: BaseModules | None,
 ) -> None:
     paths = list(imported.slotted.slots.modules())
     precision = _precision(imported.named)
     manifest = Manifest(
         base_name=file.stem if options.base is None else Path(options.base).name,
-        fingerprint=_fingerprint(imported.named, paths, module),
+        fingerprint=_fingerprint(imported.named, paths, base),
         precision=precision,
         slots=imported.slotted.slots,
         unslotted=imported.slotted.unslotted,
@@ -234,14 +234,9 @@ def _describe(
 
 
 def _fingerprint(
-    named: list[NamedSite], paths: list[str], module: nn.Module | None
+    named: list[NamedSite], paths: list[str], base: BaseModules | None
 ) -> BaseFingerprint:
-    if module is None:
-        return fingerprint_graph(named, paths)
-    from loraport.base_model import fingerprint_model
-
-    known = {path for path, _ in module.named_modules()}
-    return fingerprint_model(module, [path for path in paths if path in known])
+    return fingerprint_graph(named, paths) if base is None else base.fingerprint(paths)
 
 
 def _precision(named: list[NamedSite]) -> str:

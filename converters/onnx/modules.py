@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from loraport.adapter import ModuleKind
 
+if TYPE_CHECKING:
+    from loraport.checkpoint import Checkpoint
+
 
 @dataclass(frozen=True, eq=False)
 class SlottableModule:
     """A linear module, embedding or convolution of the base.
 
+    Its weight counts as ``[out, in]``, whatever its storage: an embedding is a linear map of the
+    one-hot token, a kernel is flattened to ``in = channels / groups * kernel``.
+
     Attributes:
         path: Its path in the model.
-        weight: Its weight as a view ``[out, in]``, whatever its storage: an embedding is a
-            linear map of the one-hot token, a kernel is flattened to
-            ``in = channels / groups * kernel``.
+        out_features: Length of its output.
+        in_features: Columns of its weight.
         kind: What it is.
+        rows: Gives some rows of its weight, from one number up to another.
+        stored: The same for modules that share one weight, and for no others.
     """
 
     path: str
-    weight: torch.Tensor
-    kind: ModuleKind = ModuleKind.LINEAR
+    out_features: int
+    in_features: int
+    kind: ModuleKind
+    rows: Callable[[int, int], torch.Tensor]
+    stored: Hashable
 
     @property
-    def in_features(self) -> int:
-        """Columns of its weight."""
-        return int(self.weight.shape[1])
-
-    @property
-    def out_features(self) -> int:
-        """Length of its output."""
-        return int(self.weight.shape[0])
+    def weight(self) -> torch.Tensor:
+        """Its weight ``[out, in]``, a view where the model is loaded."""
+        return self.rows(0, self.out_features)
 
 
 def slottable_modules(model: nn.Module) -> dict[str, SlottableModule]:
@@ -44,21 +50,70 @@ def slottable_modules(model: nn.Module) -> dict[str, SlottableModule]:
     These are ``nn.Linear``, transformers' ``Conv1D``, ``nn.Embedding``, ``nn.Conv1d`` and
     ``nn.Conv2d``.
     """
+    return {path: _loaded(path, module, kind) for path, module, kind in _weighted(model)}
+
+
+def stored_modules(
+    model: nn.Module, tensors: Mapping[str, str], checkpoint: Checkpoint
+) -> dict[str, SlottableModule]:
+    """Return the same of a model whose weights are in a checkpoint, and are read when asked for.
+
+    Args:
+        model: The model, on the meta device.
+        tensors: Module path → the tensor that is its weight, of the same shape.
+        checkpoint: Where they are.
+    """
+    return {
+        path: _stored(path, module, kind, tensors[path], checkpoint)
+        for path, module, kind in _weighted(model)
+        if path in tensors
+    }
+
+
+def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleKind]]:
     from transformers.pytorch_utils import Conv1D
 
-    found = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            found[path] = SlottableModule(path, module.weight.detach())
-        elif isinstance(module, Conv1D):
-            found[path] = SlottableModule(path, module.weight.detach().T)
+        if isinstance(module, nn.Linear | Conv1D):
+            yield path, module, ModuleKind.LINEAR
         elif isinstance(module, nn.Embedding):
-            weight = module.weight.detach().T
-            found[path] = SlottableModule(path, weight, ModuleKind.EMBEDDING)
+            yield path, module, ModuleKind.EMBEDDING
         elif isinstance(module, nn.Conv1d | nn.Conv2d):
-            weight = module.weight.detach().flatten(1)
-            found[path] = SlottableModule(path, weight, ModuleKind.CONV)
-    return found
+            yield path, module, ModuleKind.CONV
+
+
+def _is_in_out(module: nn.Module) -> bool:
+    """Tell whether a module's weight is stored ``[in, out]``."""
+    return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+
+
+def _out_in(module: nn.Module) -> torch.Tensor:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach().T if _is_in_out(module) else weight.detach().flatten(1)
+
+
+def _loaded(path: str, module: nn.Module, kind: ModuleKind) -> SlottableModule:
+    weight = _out_in(module)
+    rows, columns = weight.shape
+    return SlottableModule(
+        path, rows, columns, kind, lambda start, stop: weight[start:stop], weight.data_ptr()
+    )
+
+
+def _stored(
+    path: str, module: nn.Module, kind: ModuleKind, tensor: str, checkpoint: Checkpoint
+) -> SlottableModule:
+    out_features, in_features = _out_in(module).shape
+    turned = _is_in_out(module)
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        part = slice(start, stop)
+        if turned:
+            return checkpoint.load_part(tensor, slice(None), part).T
+        return checkpoint.load_part(tensor, part).flatten(1)
+
+    return SlottableModule(path, out_features, in_features, kind, rows, tensor)
 
 
 def linear_modules(model: nn.Module) -> dict[str, SlottableModule]:
@@ -72,7 +127,7 @@ def linear_modules(model: nn.Module) -> dict[str, SlottableModule]:
 
 def tied_modules(modules: Mapping[str, SlottableModule]) -> tuple[tuple[str, ...], ...]:
     """Return groups of modules that share one weight: an embedding and its output head."""
-    groups: dict[int, list[str]] = {}
+    groups: dict[Hashable, list[str]] = {}
     for path, module in modules.items():
-        groups.setdefault(module.weight.data_ptr(), []).append(path)
+        groups.setdefault(module.stored, []).append(path)
     return tuple(tuple(paths) for paths in groups.values() if len(paths) > 1)

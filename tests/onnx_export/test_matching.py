@@ -155,7 +155,7 @@ def test_conv1d_of_transformers_is_seen_as_out_in():
 
 
 class TestQuantized:
-    """A rounded weight is believed by its name when it is near, and never found by value."""
+    """A rounded weight is believed by its name when it is near, else the nearest is looked for."""
 
     def quantize(self, weight, name):
         from onnx import helper
@@ -185,8 +185,12 @@ class TestQuantized:
         packed = self.quantize(weight_of(modules, Q, K, V), "/layers.1/attn/qkv_proj/MatMul_Q4")
         assert paths(Matcher(modules).match(packed)) == [Q, K, V]
 
-    def test_named_but_far(self, modules):
+    def test_a_name_that_lies_is_not_believed(self, modules):
         lying = self.quantize(weight_of(modules, Q), "/layers.0/attn/q_proj/MatMul_Q4")
-        matched = Matcher(modules).match(lying)
+        assert paths(Matcher(modules).match(lying)) == [Q]
+
+    def test_far_from_everything(self, modules):
+        other = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
+        matched = Matcher(modules).match(self.quantize(other, "/layers.0/attn/q_proj/MatMul_Q4"))
         assert isinstance(matched, Unmatched)
         assert "the node's weight is not layers.0.self_attn.q_proj's" in matched.reason
