@@ -68,8 +68,10 @@ def _pattern(
               help="Another rank for some modules, like v_proj=4; repeatable.")  # fmt: skip
 @click.option("--alpha-pattern", multiple=True, callback=_pattern,
               help="Another alpha for some modules; repeatable.")  # fmt: skip
-@click.option("--init", type=click.Choice(["kaiming", "gaussian"]), default=_LORA.init,
-              help="Distribution of A at the start.")  # fmt: skip
+@click.option("--dora", "use_dora", is_flag=True, help="Train magnitudes too (DoRA).")
+@click.option("--init", type=click.Choice(["kaiming", "gaussian", "pissa", "olora"]),
+              default=_LORA.init,
+              help="How A begins: drawn, or from the base (doubles the adapter).")  # fmt: skip
 @click.option("--lr", "learning_rate", type=float, default=_LOOP.learning_rate,
               help="Peak learning rate. Try 1e-3 to 5e-3: LoRA's best rate is about ten times "
               "that of full fine-tuning.")  # fmt: skip

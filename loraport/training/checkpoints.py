@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraport.adapter import Adapter
+from loraport.adapter import Adapter, LoraModule
 from loraport.checkpoint import Checkpoint
 from loraport.errors import LoraportError, Problems
 from loraport.output import new_directory
@@ -183,13 +183,28 @@ def restore_adapter(layers: Mapping[str, LoraLayer], adapter: Adapter, path: Pat
                 "it adapted" if module else "it not adapted",
                 "the opposite; use the LoRA options the run began with",
             )
-        elif layer.lora_A.shape != module.lora_A.shape or layer.lora_B.shape != module.lora_B.shape:
-            problems.add(name, f"rank {module.rank}", f"rank {layer.rank} or another shape")
+            continue
+        expected = [matrix.shape for matrix in layer.matrices()]
+        if expected != [module.lora_A.shape, module.lora_B.shape]:
+            problems.add(name, f"rank {module.rank}", f"rank {expected[0][0]} or another shape")
+        if (layer.magnitude is None) is not (module.magnitude is None):
+            problems.add(name, "DoRA as it was", "the opposite")
     problems.raise_if_any(f"cannot resume from {path}")
-    with torch.no_grad():
-        for name, layer in layers.items():
-            layer.lora_A.copy_(adapter.modules[name].lora_A)
-            layer.lora_B.copy_(adapter.modules[name].lora_B)
+    for name, layer in layers.items():
+        _restore_layer(layer, adapter.modules[name])
+
+
+@torch.no_grad()
+def _restore_layer(layer: LoraLayer, module: LoraModule) -> None:
+    """Copy back what `lora_module` took from a layer."""
+    layer.lora_A.copy_(module.lora_A[: layer.rank])
+    layer.lora_B.copy_(module.lora_B[:, : layer.lora_B.shape[1]])
+    if layer.initial_A is not None and layer.initial_B is not None:
+        # Not those computed anew: another machine decomposes with other roundings.
+        layer.initial_A.copy_(module.lora_A[layer.rank :])
+        layer.initial_B.copy_(-module.lora_B[:, layer.rank :])
+    if layer.magnitude is not None and module.magnitude is not None:
+        layer.magnitude.copy_(module.magnitude.flatten())
 
 
 def optimizer_tensors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,7 +78,10 @@ def new_layers(model: nn.Module, options: LoraOptions) -> dict[str, LoraLayer]:
             use_rslora=options.use_rslora,
             dropout=options.dropout,
         )
-        layers[path].reset(options.init, generator)
+        try:
+            layers[path].reset(options.init, generator, use_dora=options.use_dora)
+        except LoraportError as error:
+            raise LoraportError(f"{path}: {error}") from None
     return layers
 
 
@@ -178,8 +182,8 @@ def adapter_of(
     for path, layer in layers.items():
         if layer.gain is not None or layer.extra_bias is not None:
             raise LoraportError(
-                f"{path}: expected plain LoRA, got a layer with a gain or bias of its own "
-                "(DoRA, lora_bias); keep the adapter it was loaded from"
+                f"{path}: expected a layer that is trained here, got one loaded with a gain or "
+                "bias of its own (DoRA, lora_bias); keep the adapter it was loaded from"
             )
     if base_fingerprint is None:
         base_fingerprint = fingerprint_model(model, list(layers))
@@ -192,14 +196,21 @@ def adapter_of(
 
 
 def lora_module(layer: LoraLayer) -> LoraModule:
-    """Return a plain LoRA layer's part of an adapter, as copies on the CPU."""
+    """Return a LoRA layer's part of an adapter, as copies on the CPU.
+
+    Where matrices are subtracted (PiSSA, OLoRA), the adapter has them beside those trained, and
+    an alpha with which its scaling stays what it is.
+    """
+    a, b = (matrix.detach().cpu().clone() for matrix in layer.matrices())
+    growth = len(a) / layer.rank
     return LoraModule(
         kind=layer.kind,
-        lora_A=layer.lora_A.detach().cpu().clone(),
-        lora_B=layer.lora_B.detach().cpu().clone(),
-        alpha=layer.alpha,
+        lora_A=a,
+        lora_B=b,
+        alpha=layer.alpha * (math.sqrt(growth) if layer.use_rslora else growth),
         use_rslora=layer.use_rslora,
         fan_in_fan_out=layer.fan_in_fan_out,
+        magnitude=None if layer.magnitude is None else layer.magnitude.detach().cpu().clone(),
     )
 
 

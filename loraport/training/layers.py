@@ -19,7 +19,11 @@ from torch import nn
 from loraport.adapter import ModuleKind
 from loraport.errors import LoraportError
 from loraport.scaling import lora_scaling
+from loraport.training.dora import row_norms, row_squares
 from loraport.training.lora_function import add_low_rank, lora_linear
+from loraport.training.principal import principal_matrices
+
+Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 
 
 class LoraLayer(nn.Module):
@@ -38,6 +42,12 @@ class LoraLayer(nn.Module):
 
     kind: ModuleKind = ModuleKind.LINEAR
     fan_in_fan_out: bool = False
+    # DoRA's magnitudes [out] while they are trained, and the squares of the base's row norms.
+    magnitude: nn.Parameter | None
+    squares: torch.Tensor | None
+    # Matrices whose product is taken off that of A and B (PiSSA, OLoRA).
+    initial_A: torch.Tensor | None  # noqa: N815  the field's name for it
+    initial_B: torch.Tensor | None  # noqa: N815  the field's name for it
     # What the canonical form has beyond low rank; set when an adapter with such parts is loaded.
     gain: torch.Tensor | None
     extra_bias: torch.Tensor | None
@@ -65,8 +75,9 @@ class LoraLayer(nn.Module):
             dtype = torch.promote_types(weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.zeros(shape_a, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(shape_b, dtype=dtype, device=weight.device))
-        self.register_buffer("gain", None, persistent=False)
-        self.register_buffer("extra_bias", None, persistent=False)
+        self.register_parameter("magnitude", None)
+        for name in ("squares", "initial_A", "initial_B", "gain", "extra_bias"):
+            self.register_buffer(name, None, persistent=False)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -84,6 +95,13 @@ class LoraLayer(nn.Module):
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``scaling * B (A dropout(x))``, of the output's shape."""
         raise NotImplementedError
+
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B as they are multiplied: beside those whose product is subtracted."""
+        if self.initial_A is None or self.initial_B is None:
+            return self.lora_A, self.lora_B
+        both_a = torch.cat([self.lora_A, self.initial_A])
+        return both_a, torch.cat([self.lora_B, -self.initial_B], dim=1)
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``dropout(x)`` in the dtype of ``A``, or as it is where autocast will choose."""
@@ -107,25 +125,44 @@ class LoraLayer(nn.Module):
             x: The base module's input, of any shape it takes.
         """
         base: torch.Tensor = self.base_layer(x)
-        adapted = base + self.low_rank(x)
-        if self.gain is not None:
+        return self.refined(base + self.low_rank(x)).to(base.dtype)
+
+    def refined(self, adapted: torch.Tensor) -> torch.Tensor:
+        """Apply what a variant has beyond low rank.
+
+        Args:
+            adapted: The output of base and low-rank update.
+        """
+        gain = self.present_gain()
+        if gain is not None:
             bias = getattr(self.base_layer, "bias", None)
-            shift = 0 if bias is None else self.per_output(bias)
-            adapted = self.per_output(self.gain) * (adapted - shift) + shift
+            plain = adapted if bias is None else adapted - self.per_output(bias).to(adapted.dtype)
+            # The gain is near 1: a narrow dtype holds its difference to that better.
+            adapted = adapted + self.per_output(gain - 1).to(adapted.dtype) * plain
         if self.extra_bias is not None:
             adapted = adapted + self.per_output(self.extra_bias)
-        return adapted.to(base.dtype)
+        return adapted
+
+    def present_gain(self) -> torch.Tensor | None:
+        """Return the factor on each output, ``[out]``; ``None`` for plain LoRA."""
+        if self.magnitude is None or self.squares is None:
+            return self.gain
+        return self.magnitude / row_norms(self, self.squares)
 
     @torch.no_grad()
-    def reset(self, init: Literal["kaiming", "gaussian"], generator: torch.Generator) -> None:
+    def reset(self, init: Init, generator: torch.Generator, *, use_dora: bool = False) -> None:
         """Draw ``A`` anew and set ``B`` to zero, so that the layer equals its base.
 
         Kaiming-uniform with ``a = sqrt(5)`` is ``U(-1/sqrt(fan_in), 1/sqrt(fan_in))``; the
-        Gaussian has standard deviation ``1 / rank``.
+        Gaussian has standard deviation ``1 / rank``. For the others see `principal`.
 
         Args:
-            init: The distribution.
+            init: The distribution, or what of the base's weight to begin with.
             generator: On the CPU, so that a seed means the same on every device.
+            use_dora: Train magnitudes too, which begin as the norms of the base's rows.
+
+        Raises:
+            LoraportError: If the base does not allow it.
         """
         drawn = torch.empty(self.lora_A.shape, dtype=torch.float32)
         if init == "gaussian":
@@ -135,6 +172,15 @@ class LoraLayer(nn.Module):
             drawn.uniform_(-bound, bound, generator=generator)
         self.lora_A.copy_(drawn)
         self.lora_B.zero_()
+        if init in ("pissa", "olora"):
+            self.initial_A, self.initial_B = principal_matrices(
+                self, init, generator.initial_seed()
+            )
+            self.lora_A.copy_(self.initial_A)
+            self.lora_B.copy_(self.initial_B)
+        if use_dora:
+            self.squares = row_squares(self)
+            self.magnitude = nn.Parameter(self.squares.sqrt())
 
 
 class LoraLinear(LoraLayer):
@@ -147,15 +193,16 @@ class LoraLinear(LoraLayer):
         return (rank, layer.in_features), (layer.out_features, rank)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the adapted output; where nothing but A and B is beside the base, in one node."""
-        dropping = self.training and isinstance(self.lora_dropout, nn.Dropout)
-        if dropping or self.gain is not None or self.extra_bias is not None:
+        """Return the adapted output; unless inputs are dropped, with the update in one node."""
+        if self.training and isinstance(self.lora_dropout, nn.Dropout):
             return super().forward(x)
         weight, bias = self._frozen_weight()
+        a, b = self.matrices()
         if weight is None:
-            base = self.base_layer(x)
-            return add_low_rank(base, x, self.lora_A, self.lora_B, self.scaling)
-        return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling)
+            adapted = add_low_rank(self.base_layer(x), x, a, b, self.scaling)
+        else:
+            adapted = lora_linear(x, weight, bias, a, b, self.scaling)
+        return self.refined(adapted).to(adapted.dtype)
 
     def _frozen_weight(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return weight ``[out, in]`` and bias, where ``x W^T`` is all that the base does."""
@@ -167,9 +214,10 @@ class LoraLinear(LoraLayer):
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``scaling * B (A dropout(x))``."""
         x = self.dropped(x)  # [..., in]
+        a, b = self.matrices()
         # The scaling goes on the narrow side: rank numbers a token instead of `out`.
-        hidden = F.linear(x, self.lora_A) * self.scaling  # [..., r]
-        return F.linear(hidden, self.lora_B)  # [..., out]
+        hidden = F.linear(x, a) * self.scaling  # [..., r]
+        return F.linear(hidden, b)  # [..., out]
 
 
 class LoraTransposedLinear(LoraLinear):
@@ -202,13 +250,14 @@ class LoraEmbedding(LoraLayer):
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``scaling * B A[:, x]``, times the scale that some embeddings apply."""
         layer = cast(nn.Embedding, self.base_layer)
+        a, b = self.matrices()
         rows = F.embedding(  # [..., r]
             x,
-            self.lora_A.T,
+            a.T,
             padding_idx=layer.padding_idx,
             scale_grad_by_freq=layer.scale_grad_by_freq,
         )
-        update = F.linear(rows * self.scaling, self.lora_B)  # [..., dim]
+        update = F.linear(rows * self.scaling, b)  # [..., dim]
         scale = getattr(layer, "embed_scale", None)
         return update if scale is None else update * scale
 
@@ -248,11 +297,12 @@ class LoraConv(LoraLayer):
         if layer.padding_mode != "zeros":
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
             padding = 0
+        a, b = self.matrices()
         hidden = convolve(  # [batch, r, *size]
-            x, self.lora_A, stride=layer.stride, padding=padding, dilation=layer.dilation
+            x, a, stride=layer.stride, padding=padding, dilation=layer.dilation
         )
         # Only B is grouped, as in PEFT.
-        return convolve(hidden * self.scaling, self.lora_B, groups=layer.groups)
+        return convolve(hidden * self.scaling, b, groups=layer.groups)
 
     def per_output(self, vector: torch.Tensor) -> torch.Tensor:
         """Shape ``[out]`` as ``[out, 1, ...]``."""

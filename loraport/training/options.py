@@ -27,7 +27,10 @@ class LoraOptions:
             paths end with, or one regular expression that whole paths match.
         exclude: Names or a regular expression of modules left alone.
         layers: Numbers of the layers adapted, as in ``"0-3,8"``; empty for all.
-        init: Distribution of ``A`` at the start (``B`` is zero).
+        use_dora: Train a magnitude for each output beside the low-rank direction: DoRA (Liu et
+            al. 2024, arXiv:2402.09353).
+        init: How ``A`` begins: drawn (``B`` is zero), or with ``B`` taken from the base's weight
+            (``pissa``, ``olora``); the adapter then has twice the rank and is plain LoRA.
         seed: Seed of that distribution.
     """
 
@@ -40,7 +43,8 @@ class LoraOptions:
     targets: tuple[str, ...] | str = ALL_LINEAR
     exclude: tuple[str, ...] | str = ()
     layers: str = ""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    use_dora: bool = False
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,8 +57,8 @@ class LoraOptions:
             if not math.isfinite(alpha) or alpha == 0:
                 problems.add(name, "a finite number other than 0", str(alpha))
         _share(problems, "dropout", self.dropout)
-        if self.init not in ("kaiming", "gaussian"):
-            problems.add("init", "kaiming or gaussian", repr(self.init))
+        if self.init not in ("kaiming", "gaussian", "pissa", "olora"):
+            problems.add("init", "kaiming, gaussian, pissa or olora", repr(self.init))
         problems.raise_if_any("LoRA options cannot be used")
 
     @property

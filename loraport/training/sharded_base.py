@@ -32,7 +32,7 @@ def shard_base(model: nn.Module, layers: Iterable[LoraLayer], device: torch.devi
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    kept = {p for layer in layers for p in (layer.lora_A, layer.lora_B)}
+    kept = {p for layer in layers for p in layer.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise LoraportError(

@@ -47,6 +47,7 @@ def test_every_option_can_be_given():
             "--lora-plus-ratio",
             "15",
             "--shard-base",
+            "--dora",
         ),
     )
     assert options == TrainOptions(
@@ -59,6 +60,7 @@ def test_every_option_can_be_given():
             targets=("q_proj", "v_proj"),
             exclude=r".*\.1\..*",
             init="gaussian",
+            use_dora=True,
             rank_pattern={"v_proj": 4, "a=b": 2},
             alpha_pattern={"q": 1.5},
             seed=8,
