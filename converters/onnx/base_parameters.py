@@ -4,7 +4,7 @@ DoRA's gain is ``m / ||W + s B A||``, and trained tokens are told from the base'
 these that has a weight gives it:
 
 1. the base that the user names;
-2. the bundle's graph, where the weight is not quantized;
+2. the bundle: its graph, where the weight is not quantized, or its base values;
 3. the checkpoint that the bundle was exported from, as ``sources.json`` remembers it.
 """
 
@@ -23,6 +23,7 @@ from converters.onnx.provenance import recorded_slot
 from converters.onnx.site import Site
 from converters.onnx.source_graph import read_graph
 from loraport.adapter import ModuleKind
+from loraport.bundle.base_values import BaseValues
 from loraport.bundle.manifest import MODEL_FILE, Manifest
 from loraport.bundle.slots import SlotMember
 from loraport.bundle.sources import base_source
@@ -150,6 +151,10 @@ class BaseParameters:
                 yield name, site
 
     def _in_graph(self, path: str, in_out: bool) -> torch.Tensor | None:
+        for slot in self._manifest.slots.replacements:
+            if slot.parameter == weight_name(path):
+                value = BaseValues(self._bundle)[slot.input]
+                return value.T if slot.transposed else value
         if path not in self._sites:
             return None
         site, member = self._sites[path]

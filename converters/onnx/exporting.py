@@ -12,9 +12,16 @@ import torch
 from torch import nn
 
 from converters.onnx.genai_builder import PRECISIONS, build_with_genai
+from converters.onnx.holders import BaseHolders
 from converters.onnx.modules import slottable_modules, tied_modules
 from converters.onnx.provenance import MADE_BY, record_provenance
-from converters.onnx.slots import SlotOptions, SlottedModel, insert_slots, require_slot_inputs
+from converters.onnx.slots import (
+    SlotOptions,
+    SlottedModel,
+    insert_slots,
+    require_slot_inputs,
+    with_replacements,
+)
 from converters.onnx.torch_exporter import export_module
 from loraport.base_model import (
     is_causal_lm,
@@ -23,6 +30,7 @@ from loraport.base_model import (
     read_model_config,
     resolve_base,
 )
+from loraport.bundle.base_values import write_base_values
 from loraport.bundle.golden import write_base_golden
 from loraport.bundle.manifest import MODEL_FILE, REQUIRED_MODEL_FILE, Manifest, write_manifest
 from loraport.bundle.sources import record_base
@@ -177,8 +185,11 @@ def _slot_and_describe(
         return _LEFT_OUT_HEAD if path == head and not options.lm_head else None
 
     slotted = insert_slots(ir.load(bundle / MODEL_FILE), modules, options.slots, exclude=exclude)
+    holders = BaseHolders.of_module(slotted.model.graph, model)
+    slotted = with_replacements(slotted, options.slots, holders)
     record_provenance(slotted.model, base_name)
     save_graphs(slotted, bundle)
+    write_base_values(bundle, slotted.base_values)
     covered = [path for path in slotted.slots.modules() if path in modules]
     manifest = Manifest(
         base_name=base_name,

@@ -13,14 +13,22 @@ from converters.onnx.data_files import copy_companions, move_weights_out, share_
 from converters.onnx.example_inputs import example_inputs
 from converters.onnx.graph_modules import GraphModules, fingerprint_graph
 from converters.onnx.graph_names import NamedSite, name_sites, tied_sites
+from converters.onnx.holders import BaseHolders, GraphHolders, Holders
 from converters.onnx.matching import Match, Matcher, SiteMatcher, Unmatched
 from converters.onnx.operators import find_site
 from converters.onnx.provenance import MADE_BY, record_provenance
 from converters.onnx.site import Site
-from converters.onnx.slots import SlotOptions, SlottedModel, insert_slots, require_slot_inputs
+from converters.onnx.slots import (
+    SlotOptions,
+    SlottedModel,
+    insert_slots,
+    require_slot_inputs,
+    with_replacements,
+)
 from converters.onnx.source_graph import external_tensors, read_graph
 from converters.onnx.unslotted import reasons
 from loraport.adapter import ModuleKind
+from loraport.bundle.base_values import write_base_values
 from loraport.bundle.golden import record_no_golden, write_base_golden
 from loraport.bundle.manifest import (
     MODEL_FILE,
@@ -105,6 +113,7 @@ def import_model(
         record_provenance(model, file.name, file_sha256(file))
         weights = sum(tensor.nbytes for tensor in external_tensors(model))
         _save(imported.slotted, bundle)
+        write_base_values(bundle, imported.slotted.base_values)
         progress("hashing the weights")
         _describe(bundle, file, imported, options, base)
         progress("recording golden outputs")
@@ -153,6 +162,7 @@ def slot_graph(
     wanted = {path: m for path, m in modules.items() if options.slots.serves(m.kind)}
     finder: SiteMatcher = GraphModules(named) if base is None else Matcher(wanted)
     listening = _Listening(finder)
+    by_name = GraphHolders(model.graph, named)
     if not served:
         raise LoraportError(
             "slots: expected operators that can have one, got none"
@@ -167,8 +177,18 @@ def slot_graph(
     )
     unslotted = {**why, **listening.unmatched, **slotted.unslotted}
     tied = tied_sites(named) if base is None else tied_modules(modules)
-    slots = replace(slotted.slots, tied=tied)
-    return ImportedGraph(SlottedModel(slotted.model, slots, unslotted), named)
+    slotted = SlottedModel(slotted.model, replace(slotted.slots, tied=tied), unslotted)
+    if options.slots.replace:
+        holders = by_name if options.base is None else _base_holders(model, options.base)
+        slotted = with_replacements(slotted, options.slots, holders)
+    return ImportedGraph(slotted, named)
+
+
+def _base_holders(model: ir.Model, base: str) -> Holders:
+    """Find parameters by the values that the base has in PyTorch."""
+    from loraport.base_model import load_model
+
+    return BaseHolders.of_module(model.graph, load_model(base))
 
 
 class _Listening:

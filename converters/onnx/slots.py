@@ -14,15 +14,18 @@ Sites that compute the same modules (a module called twice) share one slot.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from converters.onnx.controls import Controls
+from converters.onnx.holders import Holders
 from converters.onnx.matching import Match, Matcher, SiteMatcher, Unmatched
 from converters.onnx.modules import SlottableModule
 from converters.onnx.operators import find_site
+from converters.onnx.replacing import make_replaceable
 from converters.onnx.site import Site
 from converters.onnx.slot_nodes import add_slot_nodes
 from loraport.adapter import ModuleKind
@@ -45,11 +48,13 @@ class SlotOptions:
             ``gain`` (DoRA) and ``bias`` (LoRA bias) on every slot.
         strength: An input ``lora_strength`` ``[1]`` that scales every update.
         per_row: An input ``adapter_ids`` ``[batch]``: every row of a batch has its own adapter.
+        replace: Modules, parameters or leaves of them that adapters may store as a whole.
     """
 
     variants: tuple[str, ...] = ("lora",)
     strength: bool = False
     per_row: bool = False
+    replace: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -60,6 +65,13 @@ class SlotOptions:
             problems.add("slots", "lora, embedding or conv", "none of them")
         if self.per_row and {"gain", "bias"} & set(self.variants):
             problems.add("per-row", "slots lora, embedding or conv", ",".join(self.variants))
+        if self.replace and (self.per_row or self.strength):
+            problems.add(
+                "replace",
+                "no strength input and no adapters per row: a whole parameter is one for all",
+                "both",
+                "export twice, or leave one out",
+            )
         problems.raise_if_any("slot options cannot be used")
 
     def serves(self, kind: ModuleKind) -> bool:
@@ -74,12 +86,14 @@ class SlottedModel:
     Attributes:
         model: The graph, changed in place.
         slots: What was put in.
-        unslotted: Module path → why it has no slot.
+        unslotted: Module or parameter path → why it has no slot.
+        base_values: Graph input → the base's value of a parameter that can be replaced.
     """
 
     model: ir.Model
     slots: SlotTable
     unslotted: Mapping[str, str]
+    base_values: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def insert_slots(
@@ -150,6 +164,30 @@ def insert_slots(
     model.ir_version = max(model.ir_version or 0, _MINIMUM_IR_VERSION)
     slots = SlotTable(tuple(table.values()), controls=tuple(controls.made))
     return SlottedModel(model, slots, unslotted)
+
+
+def with_replacements(
+    slotted: SlottedModel, options: SlotOptions, holders: Holders
+) -> SlottedModel:
+    """Make parameters replaceable as a whole, where the options say so.
+
+    Args:
+        slotted: The graph, changed in place.
+        options: What the slots can take.
+        holders: Finds parameters in the graph.
+
+    Raises:
+        LoraportError: If a name of the options means nothing that can be replaced.
+    """
+    if not options.replace:
+        return slotted
+    made = make_replaceable(slotted.model.graph, options.replace, holders)
+    return SlottedModel(
+        slotted.model,
+        replace(slotted.slots, replacements=made.slots),
+        {**slotted.unslotted, **made.refused},
+        made.base_values,
+    )
 
 
 def require_slot_inputs(model: ir.Model, slots: SlotTable) -> None:

@@ -36,7 +36,16 @@ if TYPE_CHECKING:
     default="lora",
     show_default=True,
     metavar="LIST",
-    help="What adapters may have, of lora (linear layers), bias (LoRA bias), embedding, conv.",
+    help="What adapters may have: of lora (linear layers), embedding, conv, the modules; gain "
+    "(DoRA) and bias (LoRA bias) on all of them.",
+)
+@click.option(
+    "--replace",
+    "replaced",
+    multiple=True,
+    metavar="NAME",
+    help="A module or parameter that adapters may store as a whole (modules_to_save, a trained "
+    "bias): classifier, norm, bias...",
 )
 @click.option("--strength-input", is_flag=True, help="An input that scales the adapter per run.")
 @click.option("--per-row", is_flag=True, help="Every row of a batch can have its own adapter.")
@@ -57,6 +66,7 @@ def export(
     precision: str,
     provider: str,
     slots: str,
+    replaced: tuple[str, ...],
     strength_input: bool,
     per_row: bool,
     lm_head: bool,
@@ -90,7 +100,7 @@ def export(
         precision=precision,
         provider=provider,
         lm_head=lm_head,
-        slots=SlotOptions(variants, strength=strength_input, per_row=per_row),
+        slots=SlotOptions(variants, strength_input, per_row, replaced),
     )
     if base.endswith(".onnx"):
         from converters.onnx.importing import ImportOptions, import_model

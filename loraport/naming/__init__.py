@@ -13,6 +13,7 @@ from loraport.naming.paths import (
     bias_name,
     is_module_path,
     lanes_input,
+    names_parameter,
     packed_slot,
     parse_peft_key,
     parse_slot_input,
@@ -22,6 +23,7 @@ from loraport.naming.paths import (
     slot_b,
     slot_bias,
     slot_gain,
+    slot_saved,
     weight_name,
 )
 
@@ -33,6 +35,7 @@ __all__ = [
     "bias_name",
     "is_module_path",
     "lanes_input",
+    "names_parameter",
     "packed_slot",
     "parse_peft_key",
     "parse_slot_input",
@@ -42,5 +45,6 @@ __all__ = [
     "slot_b",
     "slot_bias",
     "slot_gain",
+    "slot_saved",
     "weight_name",
 ]

@@ -128,19 +128,40 @@ def slot_bias(slot: str) -> str:
     return f"{slot}.lora_bias"
 
 
+def slot_saved(parameter: str) -> str:
+    """Return the graph input that takes a whole parameter in the base's place."""
+    return f"{parameter}.lora_saved"
+
+
 def lanes_input(members: int) -> str:
     """Return the graph input that says whose each column of ``A`` is, by a slot's modules."""
     return f"lora_lanes.{members}"
 
 
+_SLOT_PARTS = ("lora_A", "lora_B", "lora_gain", "lora_bias", "lora_saved")
+
+
 def parse_slot_input(name: str) -> tuple[str, str] | None:
-    """Split a slot's graph input into the slot and ``lora_A`` or ``lora_B``.
+    """Split a graph input that adapters fill into the slot, or the parameter, and what it takes.
 
     >>> parse_slot_input("h.0.q_proj.lora_A")
     ('h.0.q_proj', 'lora_A')
+    >>> parse_slot_input("score.weight.lora_saved")
+    ('score.weight', 'lora_saved')
     """
     slot, _, part = name.rpartition(".")
-    return (slot, part) if slot and part in ("lora_A", "lora_B") else None
+    return (slot, part) if slot and part in _SLOT_PARTS else None
+
+
+def names_parameter(name: str, parameter: str) -> bool:
+    """Tell whether a name given by a user means a parameter: its module, a part of it, or a leaf.
+
+    >>> names_parameter("score", "model.score.weight"), names_parameter("bias", "h.0.fc.bias")
+    (True, True)
+    >>> names_parameter("norm", "h.0.layernorm.weight")
+    False
+    """
+    return f".{name}." in f".{parameter}."
 
 
 def packed_slot(module_paths: tuple[str, ...]) -> str:

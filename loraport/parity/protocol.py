@@ -124,17 +124,20 @@ class Protocol:
             for entry in self._runtime.session.get_overridable_initializers()
         }
         wrong = []
-        for _, _, slot_input in self._runtime.manifest.slots.low_rank_inputs():
-            shape = entries.pop(slot_input.name, None)
+        table = self._runtime.manifest.slots
+        wanted = {found.name: found.shape for _, _, found in table.low_rank_inputs()}
+        wanted |= {found.input: found.shape for found in table.replacements}
+        for name, expected in wanted.items():
+            shape = entries.pop(name, None)
             if shape is None:
-                wrong.append(f"{slot_input.name} is missing from the graph")
-            elif shape != list(slot_input.shape):
-                wrong.append(f"{slot_input.name} has shape {shape}, not {list(slot_input.shape)}")
+                wrong.append(f"{name} is missing from the graph")
+            elif shape != list(expected):
+                wrong.append(f"{name} has shape {shape}, not {list(expected)}")
         wrong += [f"{name} is not in the slot table" for name in entries if ".lora_" in name]
         return Check(
             "slots",
             not wrong,
-            "; ".join(wrong) or f"{len(self._runtime.manifest.slots.slots)} slots",
+            "; ".join(wrong) or f"{len(table.slots) + len(table.replacements)} slots",
         )
 
     def _base(self) -> Check:

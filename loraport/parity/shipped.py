@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from loraport.bundle.base_values import BaseValues
 from loraport.bundle.manifest import REQUIRED_MODEL_FILE
 from loraport.bundle.replay import replay
 from loraport.errors import LoraportError
@@ -70,7 +71,9 @@ def required_graph(
     if strange:
         detail = f"its inputs are not the model's and the slots': {_listed(sorted(strange))}"
         return Check(title, False, detail)
-    neutral = {
+    base_values = BaseValues(runtime.directory)
+    neutral = {slot.input: base_values[slot.input].numpy() for slot in slots.replacements}
+    neutral |= {
         entry.name: np.full(
             entry.neutral_shape, entry.neutral, _NUMPY_TYPES[entries[entry.name].type]
         )

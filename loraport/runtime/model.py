@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from loraport.bundle.base_values import BaseValues
 from loraport.bundle.manifest import MODEL_FILE, Manifest, check_files, read_manifest
 from loraport.bundle.slots import Control
 from loraport.errors import LoraportError, Problems
@@ -214,9 +215,8 @@ class Runtime:
         with self._lock:
             found = self._resident.get(key)
             if found is None:
-                table = self.manifest.slots
                 parts = [(self._read(name), strength) for name, strength in key]
-                found = make_resident(blend_packed(parts, table), self.provider)
+                found = make_resident(self._blended(parts), self.provider)
                 self._resident[key] = found
         return found
 
@@ -293,6 +293,9 @@ class Runtime:
         if key not in lanes:
             lanes[key] = self.lane(selection)
         return lanes[key]
+
+    def _blended(self, parts: list[tuple[Mapping[str, Any], float]]) -> dict[str, Any]:
+        return blend_packed(parts, self.manifest.slots, BaseValues(self.directory))
 
     def _read(self, name: str) -> Mapping[str, Any]:
         if name not in self._packed:

@@ -12,6 +12,7 @@ import numpy as np
 from loraport.bundle.slots import Slot, SlotTable
 from loraport.checkpoint import Checkpoint
 from loraport.errors import LoraportError, Problems
+from loraport.naming import weight_name
 
 if TYPE_CHECKING:
     import torch
@@ -82,17 +83,25 @@ def _check_slot(slot: Slot, shapes: Mapping[str, tuple[int, ...]], problems: Pro
 
 
 def blend_packed(
-    parts: list[tuple[Mapping[str, torch.Tensor], float]], table: SlotTable
+    parts: list[tuple[Mapping[str, torch.Tensor], float]],
+    table: SlotTable,
+    base_values: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return packed tensors that equal the weighted sum of several adapters.
 
     Ranks are concatenated and each strength is multiplied into its ``B`` in float32, so the
     result is exactly ``Σ strength_i * update_i``, with one rounding of ``B`` to its dtype.
-    Gains move from one by ``Σ strength_i * (gain_i - 1)``, biases add up.
+    Gains move from one by ``Σ strength_i * (gain_i - 1)``, biases add up; a replaced parameter
+    moves from the base's by ``Σ strength_i * (W_i - W)``.
 
     Args:
         parts: Packed tensors and strength of each adapter.
         table: The slot table.
+        base_values: Graph input → the base's value, of the parameters that can be replaced.
+
+    Raises:
+        LoraportError: If one adapter has a gain (DoRA) where another, or it itself at another
+            strength than 1, replaces the weight: that is no sum of two changes.
     """
     import torch
 
@@ -118,7 +127,40 @@ def blend_packed(
                 else:
                     whole = torch.cat(moved, dim=axis)
             blended[entry.name] = whole.to(dtype)
+    _refuse_products(blended, table)
+    for replacement in table.replacements:
+        name = replacement.input
+        found = [(tensors[name], strength) for tensors, strength in parts if name in tensors]
+        if len(found) == 1 and found[0][1] == 1.0:
+            blended[name] = found[0][0]
+        elif found:
+            blended[name] = _moved(found, (base_values or {})[name])
     return blended
+
+
+def _moved(parts: list[tuple[torch.Tensor, float]], base: torch.Tensor) -> torch.Tensor:
+    """Return ``W + Σ strength_i * (W_i - W)``, rounded once."""
+    moved = base.double()
+    for tensor, strength in parts:
+        moved = moved + strength * (tensor.double() - base.double())
+    return moved.to(base.dtype)
+
+
+def _refuse_products(blended: Mapping[str, torch.Tensor], table: SlotTable) -> None:
+    replaceable = {replacement.parameter: replacement.input for replacement in table.replacements}
+    problems = Problems()
+    for slot in table.slots:
+        if not slot.gain or slot.input_gain not in blended:
+            continue
+        for member in slot.members:
+            if replaceable.get(weight_name(member.module_path)) in blended:
+                problems.add(
+                    member.module_path,
+                    "DoRA or a replaced weight",
+                    "both",
+                    "use one adapter alone at strength 1",
+                )
+    problems.raise_if_any("these adapters cannot be blended")
 
 
 def make_resident(tensors: Mapping[str, torch.Tensor], device: str) -> ResidentAdapter:

@@ -1,0 +1,249 @@
+"""Which initializer of a graph holds a parameter of the base.
+
+With the base at hand, the values decide (transposed or not), and the names only between equals.
+Without it, an initializer that kept its name is that parameter, and the weight of an operator
+with a name is that module's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from converters.onnx.graph_names import NamedSite
+from converters.onnx.slot_tensors import TORCH_DTYPES
+from loraport.adapter import ModuleKind
+from loraport.naming import bias_name, is_module_path, weight_name
+
+_NOT_AS_IT_IS = (
+    "the graph does not hold it as it is: it is quantized, packed with others or part of an "
+    "operator"
+)
+
+
+class Use(Protocol):
+    """A place where an operator reads a value; onnx-ir gives no name to its own."""
+
+    @property
+    def node(self) -> ir.Node:
+        """The operator."""
+        ...
+
+    @property
+    def idx(self) -> int:
+        """Which of its inputs."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Holder:
+    """An initializer, and where it stands for one parameter.
+
+    Attributes:
+        value: The initializer.
+        uses: Operators and the numbers of their inputs.
+        transposed: It holds the parameter's transpose.
+    """
+
+    value: ir.Value
+    uses: tuple[Use, ...]
+    transposed: bool
+
+
+class Holders(Protocol):
+    """Finds parameters in a graph."""
+
+    def parameters(self) -> Iterable[str]:
+        """Return the paths of all parameters that are known."""
+        ...
+
+    def find(self, parameter: str) -> Holder | str:
+        """Return a parameter's place, or why it has none."""
+        ...
+
+
+class BaseHolders:
+    """Finds the parameters of a base by their values.
+
+    Args:
+        graph: The graph.
+        parameters: Parameter path → its value; those that are shared, under every path.
+        embeddings: Paths of the modules that look rows up: they tell apart the two users of a
+            weight that an embedding and an output head share.
+    """
+
+    def __init__(
+        self, graph: ir.Graph, parameters: Mapping[str, torch.Tensor], embeddings: Iterable[str]
+    ) -> None:
+        self._graph = graph
+        self._parameters = parameters
+        self._embeddings = frozenset(map(weight_name, embeddings))
+        pointers = [tensor.data_ptr() for tensor in parameters.values()]
+        self._shared = {pointer for pointer in pointers if pointers.count(pointer) > 1}
+
+    @classmethod
+    def of_module(cls, graph: ir.Graph, module: nn.Module) -> BaseHolders:
+        """Return what finds the parameters of a loaded base."""
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        embeddings = [p for p, found in module.named_modules() if isinstance(found, nn.Embedding)]
+        return cls(graph, parameters, embeddings)
+
+    def parameters(self) -> Iterable[str]:
+        """Return the base's parameters."""
+        return self._parameters
+
+    def find(self, parameter: str) -> Holder | str:
+        """Return the one initializer with the parameter's values."""
+        tensor = self._parameters[parameter].detach()
+        found = []
+        for value in _stored(self._graph):
+            transposed = _holds(value, tensor)
+            if transposed is None:
+                continue
+            uses = tuple(value.uses())
+            if tensor.data_ptr() in self._shared:
+                lookup = parameter in self._embeddings
+                uses = tuple(use for use in uses if _looks_up(use) == lookup)
+            if uses:
+                found.append(Holder(value, uses, transposed))
+        named = [holder for holder in found if holder.value.name == parameter]
+        # Fresh norms are all ones: those that are called like other parameters are these.
+        free = [holder for holder in found if holder.value.name not in self._parameters]
+        for chosen in (named, free):
+            if len(chosen) == 1:
+                return chosen[0]
+        if found:
+            names = ", ".join(str(holder.value.name) for holder in found[:5])
+            return f"the graph holds its values several times: {names}"
+        return _NOT_AS_IT_IS
+
+
+class GraphHolders:
+    """Finds parameters by the names that a graph has for them.
+
+    Args:
+        graph: The graph, before slots are put in.
+        named: All its sites with their modules' names.
+    """
+
+    def __init__(self, graph: ir.Graph, named: Iterable[NamedSite]) -> None:
+        self._by_name = {
+            value.name: value
+            for value in _stored(graph)
+            if value.name and "." in value.name and is_module_path(value.name)
+        }
+        self._by_site: dict[str, tuple[ir.Value, NamedSite | None]] = {}
+        for entry in named:
+            if entry.site.expose is not None:
+                continue
+            root = _root(entry.site.node)
+            if root is not None and not entry.site.quantized:
+                self._by_site.setdefault(weight_name(entry.path), (root, entry))
+            if entry.site.bias_input is not None:
+                bias = entry.site.node.inputs[entry.site.bias_input]
+                if bias is not None and bias.const_value is not None:
+                    self._by_site.setdefault(bias_name(entry.path), (bias, None))
+
+    def parameters(self) -> Iterable[str]:
+        """Return the names of initializers, and of the parameters of modules with a name."""
+        return dict.fromkeys((*self._by_site, *self._by_name))
+
+    def find(self, parameter: str) -> Holder | str:
+        """Return the initializer of this name, or of the module's operator."""
+        if parameter in self._by_site:
+            value, entry = self._by_site[parameter]
+            if entry is None:
+                return Holder(value, tuple(value.uses()), transposed=False)
+            node = entry.site.node
+            uses = tuple(use for use in value.uses() if _leads_to(use.node, node))
+            transposed = _stored_transposed(value, entry)
+            if not uses or transposed is None:
+                return _NOT_AS_IT_IS
+            return Holder(value, uses, transposed)
+        value = self._by_name[parameter]
+        return Holder(value, tuple(value.uses()), transposed=False)
+
+
+def _stored(graph: ir.Graph) -> list[ir.Value]:
+    """Return the initializers of floats that are no inputs."""
+    inputs = {value.name for value in graph.inputs}
+    return [
+        value
+        for value in graph.initializers.values()
+        if value.name not in inputs
+        and value.const_value is not None
+        and value.const_value.dtype.name in TORCH_DTYPES
+    ]
+
+
+def _holds(value: ir.Value, tensor: torch.Tensor) -> bool | None:
+    """Tell whether an initializer is a tensor (``False``) or its transpose (``True``)."""
+    stored = value.const_value
+    assert stored is not None
+    shape, wanted = tuple(stored.shape.numpy()), tuple(tensor.shape)
+    dtype = TORCH_DTYPES[stored.dtype.name]
+    for turned in (False, True):
+        if turned and len(wanted) != 2:
+            return None
+        ours = tensor.T if turned else tensor
+        if shape != tuple(ours.shape):
+            continue
+        array = stored.numpy()
+        # A first row tells most apart; whole weights are large.
+        if all(
+            torch.equal(torch.from_numpy(np.array(part, np.float32)), mine.cpu().to(dtype).float())
+            for part, mine in ((array[:1], ours[:1]), (array, ours))
+        ):
+            return turned
+    return None
+
+
+def _looks_up(use: Use) -> bool:
+    node = use.node
+    if node.op_type in ("Transpose", "Identity"):
+        return any(_looks_up(reader) for reader in node.outputs[0].uses())
+    return node.op_type == "Gather" and use.idx == 0
+
+
+def _root(node: ir.Node) -> ir.Value | None:
+    """Return the initializer that an operator's matrix is, maybe through a ``Transpose``."""
+    for value in node.inputs:
+        seen = value
+        while seen is not None:
+            if seen.const_value is not None:
+                if len(seen.const_value.shape) >= 2:
+                    return seen
+                break
+            producer = seen.producer()
+            if producer is None or producer.op_type not in ("Transpose", "Identity"):
+                break
+            seen = producer.inputs[0]
+    return None
+
+
+def _leads_to(node: ir.Node, target: ir.Node) -> bool:
+    if node is target:
+        return True
+    if node.op_type not in ("Transpose", "Identity"):
+        return False
+    return any(_leads_to(use.node, target) for use in node.outputs[0].uses())
+
+
+def _stored_transposed(value: ir.Value, entry: NamedSite) -> bool | None:
+    """Tell how a weight lies beside the module's own ``[out, in]``; ``None`` if neither way."""
+    stored = value.const_value
+    assert stored is not None
+    if entry.site.kind is not ModuleKind.LINEAR:
+        return False
+    array, weight = stored.numpy(), entry.site.weight()  # [in, out]
+    if array.shape == weight.shape and np.array_equal(array, weight):
+        return True
+    if array.shape == weight.T.shape and np.array_equal(array, weight.T):
+        return False
+    return None
