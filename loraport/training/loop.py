@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from loraport.training.observer import Observer, Silent
 from loraport.training.optimizer import make_optimizer, set_learning_rate
 from loraport.training.options import LoopOptions
 from loraport.training.processes import Processes, processes_now
-from loraport.training.schedule import learning_rate
+from loraport.training.schedule import learning_rate, total_steps
 from loraport.training.sharded_base import shard_base
 from loraport.training.sharing import own_part, share, unpacked
 from loraport.training.stream import Batches, BatchStream, EndOfEpoch
@@ -129,7 +129,7 @@ def train(
         layers=layers,
         parameters=parameters,
         optimizer=make_optimizer(parameters, options, placement.device),
-        steps=_total_steps(batches, options),
+        steps=total_steps(batches, options),
         work=work if processes.first else None,
         identity={
             **dict(identity or {}),
@@ -353,13 +353,3 @@ def _lora_parameters(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[
             + (f"trainable {', '.join(others[:5])}" if others else "only fixed layers")
         )
     return parameters
-
-
-def _total_steps(batches: Batches, options: LoopOptions) -> int:
-    if options.steps is not None:
-        return options.steps
-    if not isinstance(batches, Sized):
-        raise LoraportError(
-            "batches: expected a length, to know how many steps an epoch has, got none; give steps"
-        )
-    return options.epochs * -(-len(batches) // options.accumulate)

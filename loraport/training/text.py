@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import random
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loraport.adapter import Adapter
-from loraport.base_model import load_causal_lm, load_tokenizer, read_model_config, resolve_base
+from loraport.base_model import load_tokenizer, resolve_base
 from loraport.errors import LoraportError
 from loraport.output import new_directory, refuse_existing
 from loraport.peft_layout.write import peft_contents, save_contents
-from loraport.training.batches import Row, RowBatches
+from loraport.training.batches import RowBatches
 from loraport.training.curve import draw_losses
-from loraport.training.devices import Placement, choose_placement
+from loraport.training.devices import choose_placement
 from loraport.training.faults import MemoryRanOutError, faults_explained
+from loraport.training.frozen_base import checkpoint_activations, load_base
 from loraport.training.inject import adapter_of, attach
 from loraport.training.language_model import language_model_loss
 from loraport.training.lock import only_process
@@ -30,11 +28,7 @@ from loraport.training.metrics import METRICS_FILE
 from loraport.training.observer import Observer, Silent
 from loraport.training.options import TrainOptions
 from loraport.training.processes import Processes, processes_now
-from loraport.training.tokens import Rows, read_rows
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from loraport.training.text_data import TextData, digest, padding_token, read_data
 
 SUMMARY_FILE = "training.json"
 CURVE_FILE = "loss.png"
@@ -83,14 +77,6 @@ class TrainingSummary:
     device: str
     dtype: str
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Data:
-    train: tuple[Row, ...]
-    validation: tuple[Row, ...]
-    truncated: int
-    dropped: int
 
 
 def train_language_model(
@@ -163,7 +149,7 @@ def _train(
     processes.wait()
     _refuse_idle_processes(options, processes)
     tokenizer = load_tokenizer(base)
-    rows = _read_data(base, data, validation, tokenizer, options, observer)
+    rows = read_data(base, data, validation, tokenizer, options, observer)
     identity = _identity(rows, options)
     if resume and not force and processes.from_first(out.exists):
         return processes.from_first(lambda: _finished_before(out, work, identity))
@@ -172,12 +158,12 @@ def _train(
     placement = choose_placement(options.loop.device, options.loop.dtype)
     with faults_explained(lambda: f"loading {base}", work):
         sharded = options.loop.shard_base and processes.size > 1
-        model = _load_base(base, placement, "cpu" if sharded else str(placement.device))
+        model = load_base(base, placement, "cpu" if sharded else str(placement.device))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     attach(model, options.lora)
     if options.gradient_checkpointing:
-        _checkpoint_activations(model)
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        checkpoint_activations(model)
+    pad = padding_token(tokenizer)
     size, seed = options.batch_size, options.loop.seed
     started = time.monotonic()
     result = train(
@@ -258,81 +244,16 @@ def _refuse_outputs(out: Path, work: Path, *, force: bool) -> None:
         )
 
 
-def _read_data(
-    base: str,
-    data: Path,
-    validation: Path | None,
-    tokenizer: PreTrainedTokenizerBase,
-    options: TrainOptions,
-    observer: Observer,
-) -> _Data:
-    longest = read_model_config(resolve_base(base)).get("max_position_embeddings")
-    length = min(options.max_length, longest or options.max_length)
-    files = {data: read_rows(data, tokenizer, length)}
-    train_rows = files[data].rows
-    held_out: tuple[Row, ...] = ()
-    if validation is not None:
-        files[validation] = read_rows(validation, tokenizer, length)
-        held_out = files[validation].rows
-    elif options.validation_share > 0:
-        train_rows, held_out = split_rows(train_rows, options.validation_share, options.loop.seed)
-    for path, rows in files.items():
-        _note_cuts(path, rows, length, observer)
-    shared = len(set(train_rows) & set(held_out))
-    if shared:
-        observer.note(f"{shared} validation rows also occur in the training rows")
-    return _Data(
-        tuple(train_rows),
-        tuple(held_out),
-        sum(rows.truncated for rows in files.values()),
-        sum(len(rows.dropped) for rows in files.values()),
-    )
-
-
-def split_rows(
-    rows: Sequence[Row], share: float, seed: int
-) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    """Split rows into training and validation, the latter at least one row.
-
-    Raises:
-        LoraportError: If there is nothing left to train on.
-    """
-    count = max(1, round(len(rows) * share))
-    if count >= len(rows):
-        raise LoraportError(
-            f"the data: expected more than {count} rows, of which {share:g} are held out for "
-            f"validation, got {len(rows)}; give more rows or --validation-share 0"
-        )
-    held_out = set(random.Random(f"split {seed}").sample(range(len(rows)), count))
-    train_rows = tuple(row for index, row in enumerate(rows) if index not in held_out)
-    return train_rows, tuple(rows[index] for index in sorted(held_out))
-
-
-def _note_cuts(path: Path, rows: Rows, length: int, observer: Observer) -> None:
-    if rows.truncated:
-        observer.note(f"{path}: {rows.truncated} rows were cut to {length} tokens")
-    if rows.dropped:
-        shown = ", ".join(map(str, rows.dropped[:10])) + (" ..." if len(rows.dropped) > 10 else "")
-        observer.note(
-            f"{path}: {len(rows.dropped)} rows were left out, since nothing of their answer is "
-            f"within {length} tokens (lines {shown})"
-        )
-
-
-def _identity(rows: _Data, options: TrainOptions) -> dict[str, Any]:
+def _identity(rows: TextData, options: TrainOptions) -> dict[str, Any]:
     """Return what a resumed run must share; the loop adds its own options."""
     lora = {f"lora.{key}": value for key, value in asdict(options.lora).items()}
     plain = {key: value for key, value in asdict(options).items() if key not in ("lora", "loop")}
     digests = {
-        "training rows (data, tokenizer, chat template)": _digest(rows.train),
-        "validation rows": _digest(rows.validation),
+        "training rows (data, tokenizer, chat template)": digest(rows.train),
+        "validation rows": digest(rows.validation),
     }
     identity: dict[str, Any] = json.loads(json.dumps({**lora, **plain, **digests}))
     return identity
-
-
-def _digest(rows: Sequence[Row]) -> str:
-    return hashlib.sha256(repr([(row.tokens, row.labels) for row in rows]).encode()).hexdigest()
 
 
 def _finished_before(out: Path, work: Path, identity: dict[str, Any]) -> TrainingSummary:
@@ -350,30 +271,6 @@ def _finished_before(out: Path, work: Path, identity: dict[str, Any]) -> Trainin
         )
     shutil.rmtree(work, ignore_errors=True)
     return summary
-
-
-def _load_base(base: str, placement: Placement, device: str) -> PreTrainedModel:
-    import torch
-
-    dtype: torch.dtype = torch.float32
-    if placement.dtype is torch.bfloat16:
-        # Weights stored in bfloat16 stay so; others stay exact and autocast rounds them.
-        config = read_model_config(resolve_base(base))
-        stored = config.get("dtype") or config.get("torch_dtype")
-        dtype = torch.bfloat16 if stored == "bfloat16" else torch.float32
-    return load_causal_lm(base, dtype=dtype, device=device)
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    if not model.supports_gradient_checkpointing:
-        raise LoraportError(
-            f"--gradient-checkpointing: expected a model that supports it, got "
-            f"{type(model).__name__}"
-        )
-    # transformers renamed it; the older name warns where the newer one exists.
-    newer = getattr(model, "activation_checkpointing_enable", None)
-    enable = newer or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def _last_losses(result: TrainingResult) -> float:

@@ -4,7 +4,7 @@ import pytest
 
 from loraport.errors import LoraportError
 from loraport.training.batches import IGNORED, Row, RowBatches, collate
-from loraport.training.text import split_rows
+from loraport.training.text_data import split_rows
 from loraport.training.tokens import read_rows
 
 

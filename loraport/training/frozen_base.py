@@ -1,0 +1,51 @@
+"""The base model as training needs it: in its precision, on its device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from loraport.base_model import load_causal_lm, read_model_config, resolve_base
+from loraport.errors import LoraportError
+from loraport.training.devices import Placement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_base(base: str, placement: Placement, device: str) -> PreTrainedModel:
+    """Load a base in the precision that training keeps it in.
+
+    Args:
+        base: See `loraport.base_model.resolve_base`.
+        placement: Where and how to compute.
+        device: Where to load it.
+
+    Raises:
+        LoraportError: If it cannot be loaded.
+    """
+    dtype: torch.dtype = torch.float32
+    if placement.dtype is torch.bfloat16:
+        # Weights stored in bfloat16 stay so; others stay exact and autocast rounds them.
+        config = read_model_config(resolve_base(base))
+        stored = config.get("dtype") or config.get("torch_dtype")
+        dtype = torch.bfloat16 if stored == "bfloat16" else torch.float32
+    return load_causal_lm(base, dtype=dtype, device=device)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        LoraportError: If the model does not support it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise LoraportError(
+            f"--gradient-checkpointing: expected a model that supports it, got "
+            f"{type(model).__name__}"
+        )
+    # transformers renamed it; the older name warns where the newer one exists.
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    enable = newer or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
