@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint, fingerprint
 from loraport.output import new_directory
+from loraport.safetensors_file import safetensors_header
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from loraport.gguf_model import GgufModel
 
 SMOLLM2 = "smollm2"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,6 +47,9 @@ def resolve_base(base: str) -> Path:
     Raises:
         LoraportError: If there is no such base or it cannot be fetched.
     """
+    gguf = gguf_file(base)
+    if gguf is not None:
+        return _from_gguf(gguf)
     path = Path(base).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -52,19 +58,32 @@ def resolve_base(base: str) -> Path:
             )
         return path
     if path.is_file():
-        if path.suffix == ".gguf":
-            return _from_gguf(path)
         raise LoraportError(f"base {base}: expected a directory or a .gguf file, got another file")
-    if base == SMOLLM2:
-        from loraport.smollm2 import smollm2_gguf
-
-        return _from_gguf(smollm2_gguf(cache_directory()))
     if _HUB_NAME.fullmatch(base):
         return _from_hub(base)
     raise LoraportError(
         f"base {base!r}: expected a model directory, a .gguf file, a hub name (owner/name) "
         f"or {SMOLLM2!r}, got nothing of the kind; check the path"
     )
+
+
+def gguf_file(base: str) -> Path | None:
+    """Return the GGUF file that a base is, ``None`` where it is something else.
+
+    Args:
+        base: See `resolve_base`.
+
+    Raises:
+        LoraportError: If it is one that cannot be fetched.
+    """
+    path = Path(base).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if base != SMOLLM2 or path.exists():
+        return None
+    from loraport.smollm2 import smollm2_gguf
+
+    return smollm2_gguf(cache_directory())
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:
@@ -203,29 +222,41 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _from_gguf(file: Path) -> Path:
-    """Dequantize a GGUF file into a float32 Hugging Face directory in the cache."""
+def gguf_model_files(model: GgufModel) -> Path:
+    """Return a directory with the configuration and tokenizer of a GGUF file, in the cache.
+
+    Args:
+        model: The file; where its tokenizer cannot be read, there is none in the directory.
+    """
+    target = _cached(model.file, "-files")
+    if not target.is_dir():
+        with new_directory(target) as partial:
+            model.save_files(partial, tokenizer=False)
+    return target
+
+
+def _cached(file: Path, suffix: str = "") -> Path:
     stat = file.stat()
-    target = cache_directory() / f"{file.stem}-{stat.st_size}-{stat.st_mtime_ns}"
+    return cache_directory() / f"{file.stem}-{stat.st_size}-{stat.st_mtime_ns}{suffix}"
+
+
+def _from_gguf(file: Path) -> Path:
+    """Dequantize a GGUF file into a float32 Hugging Face directory in the cache.
+
+    A stretch of a weight at a time: the model never lies in memory.
+    """
+    target = _cached(file)
     if target.is_dir():
         return target
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from loraport.gguf_model import GgufModel
 
-    try:
-        read = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise LoraportError(f"base {file}: cannot be loaded: {error}") from error
-    # A model loaded from GGUF refuses to be saved: a plain one takes its weights.
-    settings = read.config.to_dict()
-    settings.pop("quantization_config", None)
-    model = type(read)(type(read.config).from_dict(settings))
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
+    model = GgufModel(file)
     with new_directory(target) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        model.save_files(partial, tokenizer=True)
+        shapes = {name: weight.shape for name, weight in model.weights.items()}
+        with (partial / "model.safetensors").open("wb") as stream:
+            stream.write(safetensors_header(shapes, "F32", 4, {"format": "pt"}))
+            for weight in model.weights.values():
+                for values in model.stretches(weight):
+                    stream.write(values.data)
     return target

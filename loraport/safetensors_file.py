@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,3 +41,25 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def safetensors_header(
+    shapes: Mapping[str, tuple[int, ...]], dtype: str, size: int, metadata: Mapping[str, str]
+) -> bytes:
+    """Return the header of a file of tensors of one dtype, one after the other in this order.
+
+    Args:
+        shapes: Tensor name → shape.
+        dtype: The format's name of the dtype.
+        size: Its bytes per element.
+        metadata: Free text by key.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, shape in shapes.items():
+        end = start + math.prod(shape) * size
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text

@@ -27,7 +27,8 @@ _NAMES = {
 _CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # stored [in, out]
 
 
-def write_gguf_base(model: PreTrainedModel, path: Path) -> Path:
+def write_gguf_base(model: PreTrainedModel, path: Path, quantized: str | None = None) -> Path:
+    """Write a model; its matrices quantized where a type of gguf's is named."""
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
@@ -44,7 +45,7 @@ def write_gguf_base(model: PreTrainedModel, path: Path) -> Path:
         writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    _add_vocabulary(writer, config.vocab_size)
+    add_vocabulary(writer, config.vocab_size)
     heads = {"q_proj": config.num_attention_heads}
     heads["k_proj"] = getattr(config, "num_key_value_heads", config.num_attention_heads)
     for name, tensor in model.state_dict().items():
@@ -59,7 +60,12 @@ def write_gguf_base(model: PreTrainedModel, path: Path) -> Path:
                 rows, columns = weight.shape
                 halves = weight.reshape(count, 2, rows // count // 2, columns)
                 weight = halves.swapaxes(1, 2).reshape(rows, columns)
-        writer.add_tensor(_tensor_name(name), np.ascontiguousarray(weight))
+        weight = np.ascontiguousarray(weight)
+        if quantized is None or weight.ndim < 2:
+            writer.add_tensor(_tensor_name(name), weight)
+            continue
+        kind = gguf.GGMLQuantizationType[quantized]
+        writer.add_tensor(_tensor_name(name), gguf.quants.quantize(weight, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -73,7 +79,8 @@ def tiny_decoder(model_type: str) -> PreTrainedModel:
 
     torch.manual_seed(0)
     if model_type == "gpt2":
-        sizes = {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 320, "n_positions": 128}
+        # 1024 positions: transformers' own reader of such files assumes as many.
+        sizes = {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 320, "n_positions": 1024}
         ends = {"bos_token_id": 1, "eos_token_id": 2}
         config = AutoConfig.for_model(model_type, **sizes, **ends, initializer_range=0.1)
         return AutoModelForCausalLM.from_config(config).eval()
@@ -108,7 +115,7 @@ def _tensor_name(name: str) -> str:
     return f"blk.{layer}.{_NAMES[module]}.{leaf}"
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
     """Bytes and filler: the tests feed token numbers, but llama.cpp wants a tokenizer."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     types = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]

@@ -18,22 +18,14 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     Raises:
         LoraportError: If the file is damaged or holds quantized tensors.
     """
-    import gguf
     import numpy as np
     import torch
 
-    class BoundedReader(gguf.GGUFReader):  # type: ignore[misc]  # gguf is untyped
-        """Refuses to read past the end, where gguf 0.19 goes on for as long as a count says."""
-
-        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
-            end = int(offset) + int(count) * np.dtype(dtype).itemsize
-            if end > len(self.data):
-                raise ValueError(f"it ends at byte {len(self.data)}, its header asks for {end}")
-            return super()._get(offset, dtype, count, *rest, **named)
+    from loraport.gguf_reader import bounded_reader
 
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     try:
-        reader = BoundedReader(path)
+        reader = bounded_reader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {}
         for stored in reader.tensors:

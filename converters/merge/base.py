@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.merge.sources import FLOATING, Source, StoredSource
-from loraport.base_model import read_model_config, resolve_base
+from loraport.base_model import gguf_file, read_model_config, resolve_base
 from loraport.checkpoint import Checkpoint
 from loraport.errors import LoraportError
 
@@ -63,6 +63,11 @@ def open_base(base: str) -> BaseCheckpoint:
     from converters.merge.nf4 import dequantized_sources
 
     path = Path(base).expanduser()
+    gguf = gguf_file(base)
+    if gguf is not None:
+        from converters.merge.gguf_base import open_gguf
+
+        return open_gguf(gguf)
     if path.is_file() and path.suffix == ".safetensors":
         checkpoint, directory = Checkpoint(path), path.parent
         config: dict[str, Any] = {}
@@ -75,10 +80,10 @@ def open_base(base: str) -> BaseCheckpoint:
     for name in sorted(checkpoint, key=lambda name: checkpoint.info(name).start):
         info = checkpoint.info(name)
         shards[info.file][name] = StoredSource(info)
-    quantized = "GGUF" if path.suffix == ".gguf" else _method(config)
+    quantized = _method(config)
     if quantized == "bitsandbytes":
         found = dequantized_sources(checkpoint, shards)
-    elif quantized in (None, "GGUF"):
+    elif quantized is None:
         found = shards
     else:
         raise LoraportError(

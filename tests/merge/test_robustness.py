@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from merge_bases import KEY, run_merge, write_adapter
 from safetensors.torch import load_file, save, save_file
 
 from converters.merge import MergeOptions, make_plan
@@ -21,27 +21,12 @@ from loraport.cli import cli
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft, write_peft
 
-CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["fc"]}
-KEY = "base_model.model.fc.lora_{}.weight"
-
 
 def write_base(path, rows=4, columns=6, layers=1, dtype=torch.float32):
     path.mkdir()
     names = ["fc"] if layers == 1 else [f"layers.{n}.fc" for n in range(layers)]
     tensors = {f"{name}.weight": torch.ones(rows, columns, dtype=dtype) for name in names}
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-
-
-def write_adapter(path, tensors=None, config=None):
-    path.mkdir()
-    content = {**CONFIG, **(config or {})}
-    (path / "adapter_config.json").write_text(json.dumps(content))
-    if tensors is None:
-        tensors = {KEY.format("A"): torch.ones(2, 6), KEY.format("B"): torch.ones(4, 2)}
-    if isinstance(tensors, bytes):
-        (path / "adapter_model.safetensors").write_bytes(tensors)
-    else:
-        save_file(tensors, path / "adapter_model.safetensors")
 
 
 A, B = torch.ones(2, 6), torch.ones(4, 2)
@@ -265,34 +250,6 @@ def test_kill_in_the_middle_leaves_nothing_and_a_repeat_succeeds(tmp_path):
     )
     assert done.exit_code == 0
     assert sorted(each.name for each in tmp_path.iterdir()) == ["adapter", "base", "out"]
-
-
-def run_merge(tmp_path, *limits):
-    """Run a merge in a process of its own; returns its exit code, messages and peak memory."""
-    script = textwrap.dedent(
-        f"""
-        import resource, signal, sys
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        {"; ".join(limits) or "pass"}
-        from loraport.cli import main
-        try:
-            main(["merge", "base", "adapter", "-o", "out"])
-        finally:
-            # Not getrusage: its peak is that of the process this one was forked from.
-            with open("/proc/self/status") as status:
-                print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
-        """
-    )
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    return done.returncode, done.stderr, int(done.stdout.split()[-1]) * 1024
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits file sizes as Linux does")

@@ -1,0 +1,35 @@
+"""gguf's reader, kept from running past the end of a damaged file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def bounded_reader(file: Path) -> Any:
+    """Return gguf's reader of a file, which stops at the file's end.
+
+    Raises:
+        ValueError: If a length in it goes beyond its end.
+    """
+    import gguf
+    import numpy as np
+
+    class BoundedReader(gguf.GGUFReader):  # type: ignore[misc]  # gguf is untyped
+        """Refuses to read past the end, where gguf 0.19 goes on for as long as a count says."""
+
+        @property
+        def data(self) -> Any:
+            return self._bytes
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._bytes = mapped.view(np.ndarray)  # slicing a memmap takes many times as long
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
+            end = int(offset) + int(count) * np.dtype(dtype).itemsize
+            if end > len(self.data):
+                raise ValueError(f"it ends at byte {len(self.data)}, its header asks for {end}")
+            return super()._get(offset, dtype, count, *rest, **named)
+
+    return BoundedReader(file)

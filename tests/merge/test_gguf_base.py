@@ -1,0 +1,232 @@
+"""Bases in GGUF files: dequantized as transformers does, a stretch at a time."""
+
+import sys
+import warnings
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from llama_gguf import add_vocabulary, tiny_decoder, write_gguf_base
+from merge_bases import load_merged, run_merge, write_adapter
+from peft_cases import Case, load_with_peft, logits, make_case
+from safetensors.torch import load_file
+
+from converters.merge import MergeOptions, make_plan
+from loraport import gguf_model
+from loraport.base_model import resolve_base
+from loraport.checkpoint import Checkpoint
+from loraport.errors import LoraportError
+
+_TARGETS = {
+    "llama": ["q_proj", "k_proj", "down_proj", "embed_tokens"],
+    "qwen2": ["q_proj", "v_proj", "up_proj", "lm_head"],
+    "gpt2": ["c_attn", "c_proj"],
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAPORT_CACHE", str(tmp_path / "cache"))
+
+
+def with_transformers(file):
+    import transformers
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        ).eval()
+
+
+@pytest.mark.parametrize("small", [0, 1 << 16], ids=["rows", "whole"])
+@pytest.mark.parametrize("quantized", [None, "Q8_0", "F16"])
+@pytest.mark.parametrize("model_type", sorted(_TARGETS))
+def test_merged_is_what_peft_computes(
+    model_type, quantized, small, tmp_path, merge_into, monkeypatch
+):
+    """Both ways of reading: row by row, and whole where rows are not what moves."""
+    monkeypatch.setattr(gguf_model, "_SMALL", small)
+    file = write_gguf_base(tiny_decoder(model_type), tmp_path / "base.gguf", quantized)
+    base = with_transformers(file)
+    options = {"target_modules": _TARGETS[model_type], "r": 4, "lora_alpha": 6}
+    made = make_case(Case(lambda: base, options), tmp_path / "adapter", base=base)
+    plan = merge_into(file, tmp_path / "merged", made.path)
+    assert plan.notes[0].startswith("the base was quantized (GGUF)")
+    before = base.state_dict()
+    for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
+        changed = any(tensor.name == name and tensor.changes for tensor in plan.tensors)
+        assert changed or torch.equal(tensor, before[name]), name
+    expected = logits(load_with_peft(made.fresh_base(), made.path))
+    got = logits(load_merged(made, tmp_path / "merged"))
+    assert torch.allclose(got, expected, rtol=0, atol=1e-5 * expected.abs().max())
+    assert (got - logits(base)).abs().max() > 0.01
+
+
+def write_moe(path):
+    """A tiny Qwen3-MoE: experts stacked, gate and up apart, which transformers holds as one."""
+    hidden, inner, experts, heads = 32, 768, 4, 4  # 768: the one that transformers assumes
+    generator = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(48)
+    writer.add_expert_feed_forward_length(inner)
+    writer.add_expert_count(experts)
+    writer.add_expert_used_count(2)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(8)
+    writer.add_value_length(8)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(300)
+    add_vocabulary(writer, 300)
+    shapes = {"token_embd": (300, hidden), "output": (300, hidden), "output_norm": (hidden,)}
+    for layer in range(2):
+        block = {
+            "attn_q": (32, hidden),
+            "attn_k": (16, hidden),
+            "attn_v": (16, hidden),
+            "attn_output": (hidden, 32),
+            "attn_q_norm": (8,),
+            "attn_k_norm": (8,),
+            "attn_norm": (hidden,),
+            "ffn_norm": (hidden,),
+            "ffn_gate_inp": (experts, hidden),
+            "ffn_gate_exps": (experts, inner, hidden),
+            "ffn_up_exps": (experts, inner, hidden),
+            "ffn_down_exps": (experts, hidden, inner),
+        }
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
+    for name, shape in shapes.items():
+        values = generator.standard_normal(shape, dtype=np.float32) * 0.3
+        writer.add_tensor(f"{name}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("small", [0, 1 << 16], ids=["rows", "whole"])
+def test_mixture_of_experts(small, tmp_path, merge_into, monkeypatch):
+    monkeypatch.setattr(gguf_model, "_SMALL", small)
+    file = write_moe(tmp_path / "base.gguf")
+    base = with_transformers(file)
+    options = {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "r": 3,
+    }
+    made = make_case(Case(lambda: base, options), tmp_path / "adapter", base=base)
+    merge_into(file, tmp_path / "merged", made.path)
+    expected = logits(load_with_peft(made.fresh_base(), made.path))
+    got = logits(load_merged(made, tmp_path / "merged"))
+    assert torch.allclose(got, expected, rtol=0, atol=1e-5 * expected.abs().max())
+    assert (got - logits(base)).abs().max() > 0.01
+
+
+def test_any_stretch_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_model, "_SMALL", 0)
+    model = gguf_model.GgufModel(write_moe(tmp_path / "base.gguf"))
+    for weight in model.weights.values():
+        total = int(np.prod(weight.shape))
+        whole = model.read(weight, 0, total)
+        for start, count in ((0, 1), (5, 40), (total - 7, 7), (total // 2, total // 3)):
+            assert np.array_equal(model.read(weight, start, count), whole[start : start + count])
+
+
+def test_as_a_directory_for_other_commands(tmp_path):
+    file = write_gguf_base(tiny_decoder("llama"), tmp_path / "base.gguf", "Q8_0")
+    directory = resolve_base(str(file))
+    expected = with_transformers(file).state_dict()
+    found = load_file(directory / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert (directory / "tokenizer.json").is_file()
+    assert resolve_base(str(file)) == directory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """0.9 GB of float32 out of a sparse file; the largest weight is 134 MB of it."""
+    hidden, inner, layers = 2048, 16384, 2
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(16)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(hidden // 16)
+    writer.add_vocab_size(300)
+    add_vocabulary(writer, 300)
+    shapes = {"token_embd": (300, hidden), "output_norm": (hidden,)}
+    for layer in range(layers):
+        block = {
+            **dict.fromkeys(("attn_q", "attn_output"), (hidden, hidden)),
+            **dict.fromkeys(("attn_k", "attn_v"), (hidden // 4, hidden)),
+            **dict.fromkeys(("ffn_gate", "ffn_up"), (inner, hidden)),
+            "ffn_down": (hidden, inner),
+            **dict.fromkeys(("attn_norm", "ffn_norm"), (hidden,)),
+        }
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
+    kinds = gguf.GGMLQuantizationType
+    stored = 0
+    for name, shape in shapes.items():
+        kind = kinds.Q8_0 if len(shape) > 1 else kinds.F32
+        packed = (*shape[:-1], shape[-1] // 32 * 34) if kind is kinds.Q8_0 else shape
+        nbytes = int(np.prod(packed)) * (1 if kind is kinds.Q8_0 else 4)
+        dtype = np.uint8 if kind is kinds.Q8_0 else np.float32
+        writer.add_tensor_info(f"{name}.weight", packed, np.dtype(dtype), nbytes, raw_dtype=kind)
+        stored += -(-nbytes // 32) * 32
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with (tmp_path / "base.gguf").open("r+b") as stream:
+        begin = stream.seek(0, 2)
+        stream.truncate(-(-begin // 32) * 32 + stored)
+    key = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
+    a, b = torch.ones(2, inner), torch.ones(hidden, 2)
+    write_adapter(tmp_path / "adapter", {key.format("A"): a, key.format("B"): b})
+    code, messages, peak = run_merge(tmp_path, base="base.gguf")
+    assert code == 0, messages
+    largest = hidden * inner * 4
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) * 4 > 6 * largest
+    assert peak < 2 * largest + 600 * 10**6
+    merged = Checkpoint(tmp_path / "out")
+    assert torch.equal(
+        merged.load("model.layers.1.mlp.down_proj.weight"), torch.full((hidden, inner), 4.0)
+    )
+    assert not merged.load("model.layers.0.mlp.down_proj.weight").any()
+
+
+def plan(file, adapter):
+    return make_plan(MergeOptions(base=str(file), adapters=((adapter, 1.0),)))
+
+
+def test_damaged_files_are_one_error(tmp_path):
+    file = write_gguf_base(tiny_decoder("llama"), tmp_path / "base.gguf")
+    key = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.weight"
+    a, b = torch.ones(2, 96), torch.ones(64, 2)
+    write_adapter(tmp_path / "adapter", {key.format("A"): a, key.format("B"): b})
+    assert plan(file, tmp_path / "adapter").tensors
+    sound = file.read_bytes()
+    for damaged in (
+        sound[:-100],
+        sound[:5000],
+        sound[:16] + (1 << 63).to_bytes(8, "little") + sound[24:],
+        sound.replace(b"blk.1.ffn_up.weight", b"blk.9.ffn_up.weight"),
+        sound.replace(b"general.architecture", b"general.architectura"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(LoraportError, match=r"base .*base\.gguf"):
+            plan(file, tmp_path / "adapter")
+    file.write_bytes(sound.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_ap.weight"))
+    with pytest.raises(LoraportError, match=r"ffn_ap.weight .* none of the model's weights"):
+        plan(file, tmp_path / "adapter")
