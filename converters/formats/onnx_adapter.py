@@ -3,8 +3,10 @@
 The tensors go under the names of an exported model's slots, ``<module>.lora_A`` ``[in, r]`` and
 ``<module>.lora_B`` ``[r, out]`` with the scaling folded into B, so the file fits a model with one
 slot per module as it is. (A bundle whose operators are packed needs `loraport add` instead.)
-What the format cannot say stands in a sidecar, ``<file>.json``: alphas, what is an embedding, and
-a checksum, as the format has none.
+DoRA adds ``<module>.lora_gain``, which is folded into B too and takes the base to compute; a LoRA
+bias adds ``<module>.lora_bias``, a trained bias ``<module>.bias.lora_saved``.
+What the format cannot say stands in a sidecar, ``<file>.json``: alphas, what is an embedding,
+DoRA's magnitudes, and a checksum, as the format has none.
 """
 
 from __future__ import annotations
@@ -14,21 +16,26 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.formats.assembly import FoundTensor, assemble, check_values
+from converters.formats.assembly import FoundTensor, check_values
 from converters.formats.carried import Carried, carried_json, read_carried, restore
-from converters.formats.features import PLAIN_KINDS, Feature, cannot_hold
+from converters.formats.features import Feature, cannot_hold
 from converters.formats.folding import fold_to
 from converters.formats.format import AdapterFormat, FormatContext
-from loraport.adapter import Adapter, ModuleKind
+from converters.formats.onnx_adapter_file import ONNX_TYPES, read_parameters, write_parameters
+from converters.formats.slot_parts import module_of_slot, slot_of_module
+from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
+from loraport.base_weights import StoredWeights
 from loraport.errors import LoraportError, Problems
-from loraport.naming import is_module_path, parse_slot_input, slot_a, slot_b
+from loraport.naming import is_module_path, parse_slot_input, slot_saved
 from loraport.output import new_file, refuse_existing
 
 if TYPE_CHECKING:
     import torch
 
 _IDENTIFIER = b"TORT"  # flatbuffers puts it behind the root offset
-_HOLDS: frozenset[Feature] = frozenset({Feature.EMBEDDING})
+_HOLDS: frozenset[Feature] = frozenset(
+    {Feature.EMBEDDING, Feature.CONV, Feature.DORA, Feature.LORA_BIAS, Feature.BIAS}
+)
 
 
 def sidecar(path: Path) -> Path:
@@ -53,39 +60,46 @@ def read(path: Path, context: FormatContext) -> Adapter:  # noqa: ARG001  one si
     """
     carried = _read_sidecar(path)
     embeddings = carried.format_facts.get("embeddings", [])
+    magnitudes = carried.format_facts.get("magnitudes", {})
     problems = Problems()
     found: dict[str, dict[str, FoundTensor]] = defaultdict(dict)
-    for name, tensor in _read_parameters(path).items():
+    replacements: dict[str, Replacement] = {}
+    for name, tensor in read_parameters(path).items():
         check_values(name, tensor, problems)
         slot = parse_slot_input(name)
-        if slot is None or tensor.dim() != 2:
+        if slot is None or tensor.dim() < 1:
             problems.add(
                 name,
-                "a slot's input, MODULE.lora_A or MODULE.lora_B, as a matrix",
+                "a slot's input, such as MODULE.lora_A",
                 f"a tensor {list(tensor.shape)}",
                 "convert the adapter that this file was made from",
             )
-            continue
-        if not is_module_path(slot[0]):
+        elif not is_module_path(slot[0]):
             problems.add(
                 name,
                 "a slot of one module",
                 "one of a packed operator",
                 "convert the adapter that this bundle's file was made from",
             )
-            continue
-        found[slot[0]][slot[1]] = FoundTensor(name, tensor.T)
+        elif slot[1] == "lora_saved":
+            replacements[slot[0]] = Replacement(tensor)
+        else:
+            found[slot[0]][slot[1]] = FoundTensor(name, tensor)
     modules = {}
     for module_path, tensors in found.items():
-        module = assemble(
-            module_path, tensors, problems, scaling=1.0, embedding=module_path in embeddings
+        module = module_of_slot(
+            module_path,
+            tensors,
+            magnitudes.get(module_path),
+            problems,
+            embedding=module_path in embeddings,
         )
         if module is not None:
             modules[module_path] = module
-    if not found:
+    if not found and not replacements:
         problems.add(str(path), "adapter tensors", "none")
     problems.raise_if_any(f"adapter {path} cannot be read")
-    return restore(Adapter(modules), carried)
+    return restore(Adapter(modules, replacements), carried)
 
 
 def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
@@ -96,14 +110,23 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
     """
     problems = cannot_hold(adapter, _HOLDS, ".onnx_adapter")
     tensors: dict[str, torch.Tensor] = {}
+    magnitudes: dict[str, list[float]] = {}
+    weights = _base_weights(adapter, context)
     for module_path, module in adapter.modules.items():
+        if module.kind is ModuleKind.EXPERTS:
+            continue
         folded = fold_to(module_path, module, 1.0, problems)
-        if folded.kind in PLAIN_KINDS:
-            tensors[slot_a(module_path)] = folded.lora_A.T.contiguous()
-            tensors[slot_b(module_path)] = folded.lora_B.T.contiguous()
+        gain = None
+        if module.magnitude is not None:
+            magnitudes[module_path] = module.magnitude.float().flatten().tolist()
+            gain = _gain(module_path, module, weights, problems)
+        tensors |= slot_of_module(module_path, folded, gain, problems)
+    for parameter, replacement in adapter.replacements.items():
+        if replacement.rows is None and replacement.tensor.dim() == 1:
+            tensors[slot_saved(parameter)] = replacement.tensor.contiguous()
     for name, tensor in tensors.items():
-        if str(tensor.dtype).removeprefix("torch.") not in _ONNX_TYPES:
-            problems.add(name, f"one of {', '.join(_ONNX_TYPES)}", str(tensor.dtype))
+        if str(tensor.dtype).removeprefix("torch.") not in ONNX_TYPES:
+            problems.add(name, f"one of {', '.join(ONNX_TYPES)}", str(tensor.dtype))
     if not adapter.modules:
         problems.add("the adapter", "LoRA modules", "none")
     problems.raise_if_any(".onnx_adapter cannot hold this adapter")
@@ -114,62 +137,37 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
             if module.kind is ModuleKind.EMBEDDING
         ]
     }
+    if magnitudes:
+        facts["magnitudes"] = magnitudes
     refuse_existing(path, force=context.force)
     with (
         new_file(path, force=context.force) as partial,
         new_file(sidecar(path), force=context.force) as partial_sidecar,
     ):
-        _export(tensors, partial)
+        write_parameters(tensors, partial)
         facts["sha256"] = hashlib.sha256(partial.read_bytes()).hexdigest()
         partial_sidecar.write_text(carried_json(adapter, facts) + "\n")
 
 
-# torch name → number of the type in ONNX; the types that ONNX Runtime computes LoRA in.
-_ONNX_TYPES = {"float32": 1, "float16": 10, "float64": 11, "bfloat16": 16}
+def _base_weights(adapter: Adapter, context: FormatContext) -> StoredWeights | None:
+    if all(module.magnitude is None for module in adapter.modules.values()):
+        return None
+    directory = context.base_directory(adapter.base_model)
+    return None if directory is None else StoredWeights(str(directory))
 
 
-def _export(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    import onnxruntime
-    import torch
-
-    # The values only borrow the arrays' memory: both must live until the file is written.
-    arrays = []
-    values = {}
-    for name, tensor in tensors.items():
-        cpu = tensor.detach().cpu()
-        bits = cpu.view(torch.uint16) if cpu.dtype is torch.bfloat16 else cpu
-        arrays.append(bits.numpy())
-        values[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            arrays[-1], _ONNX_TYPES[str(cpu.dtype).removeprefix("torch.")]
-        )
-    adapter_format = onnxruntime.AdapterFormat()
-    adapter_format.set_adapter_version(1)
-    adapter_format.set_model_version(1)
-    adapter_format.set_parameters(values)
-    adapter_format.export_adapter(str(path))
-
-
-def _read_parameters(path: Path) -> dict[str, torch.Tensor]:
-    import onnxruntime
-    from torch.utils.dlpack import from_dlpack
-
+def _gain(
+    path: str, module: LoraModule, weights: StoredWeights | None, problems: Problems
+) -> torch.Tensor | None:
+    """Return ``m / ||W + s B A||``, ``[out]``; note why there is none."""
+    if weights is None:
+        problems.add(path, "the base, which a DoRA magnitude takes here", "none", "give --base")
+        return None
     try:
-        parameters = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
-        tensors: dict[str, torch.Tensor] = {}
-        for name, value in parameters.items():
-            if value.element_type() not in _ONNX_TYPES.values():
-                raise LoraportError(
-                    f"adapter {path}: {name}: expected one of {', '.join(_ONNX_TYPES)}, "
-                    f"got {value.data_type()}"
-                )
-            # A copy: the file is memory-mapped, and may be replaced after this.
-            tensors[name] = from_dlpack(value).clone()
-    except (RuntimeError, ValueError, UnicodeDecodeError, BufferError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise LoraportError(
-            f"adapter {path}: expected an .onnx_adapter file, got: {reason}; fetch it again"
-        ) from error
-    return tensors
+        return module.lower(weights(path)).gain
+    except LoraportError as error:
+        problems.add(path, "the base's weight, which a DoRA magnitude takes here", str(error))
+        return None
 
 
 def _read_sidecar(path: Path) -> Carried:

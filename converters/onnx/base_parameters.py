@@ -10,10 +10,9 @@ these that has a weight gives it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,20 +22,14 @@ from converters.onnx.provenance import recorded_slot
 from converters.onnx.site import Site
 from converters.onnx.source_graph import read_graph
 from loraport.adapter import ModuleKind
+from loraport.base_weights import StoredWeights
 from loraport.bundle.base_values import BaseValues
 from loraport.bundle.manifest import MODEL_FILE, Manifest
 from loraport.bundle.slots import SlotMember
 from loraport.bundle.sources import base_source
-from loraport.checkpoint import Checkpoint
 from loraport.errors import LoraportError
 from loraport.fingerprint import hash_weight
-from loraport.naming import NameIndex, weight_name
-
-if TYPE_CHECKING:
-    from torch import nn
-
-# Given a module's path, and whether it is stored [in, out]: its weight as it is stored.
-BaseWeight = Callable[[str, bool], torch.Tensor]
+from loraport.naming import weight_name
 
 _REMEDY = "give --base with the model that the bundle was exported from"
 
@@ -54,6 +47,7 @@ class BaseParameters:
         self._bundle = bundle
         self._manifest = manifest
         self._base = base
+        self._stored: StoredWeights | None = None
 
     def weight(self, path: str, in_out: bool = False) -> torch.Tensor:
         """Return a module's weight as it is stored.
@@ -74,7 +68,9 @@ class BaseParameters:
                 f"{path}: expected the base's weight, which this adapter depends on, got none: "
                 f"the graph holds no exact one; {_REMEDY}"
             )
-        return self._checked(path, self._stored(path, source), source)
+        if self._stored is None:
+            self._stored = StoredWeights(source)
+        return self._checked(path, self._stored(path), source)
 
     def is_copy(self, parameter: str, tensor: torch.Tensor) -> bool:
         """Tell whether a parameter that an adapter stores is the base's own.
@@ -101,37 +97,6 @@ class BaseParameters:
                 f"got another ({got[:12]}) in {source}; {_REMEDY}"
             )
         return weight
-
-    def _stored(self, path: str, source: str) -> torch.Tensor:
-        """Return a weight of a checkpoint; a whole model is loaded only where names differ."""
-        from loraport.base_model import resolve_base
-
-        directory = resolve_base(source)
-        try:
-            checkpoint: Checkpoint | None = Checkpoint(directory)
-        except LoraportError:
-            checkpoint = None  # other files than safetensors, which transformers may read
-        if checkpoint is not None:
-            names = NameIndex(checkpoint).candidates(weight_name(path))
-            if len(names) == 1 and (found := checkpoint.load(names[0])).is_floating_point():
-                return found
-        try:
-            weight = self._model(source).get_submodule(path).weight
-        except AttributeError as error:
-            raise LoraportError(
-                f"{path}: expected this module in the base {source}, got none; {_REMEDY}"
-            ) from error
-        assert isinstance(weight, torch.Tensor)
-        return weight.detach()
-
-    def _model(self, source: str) -> nn.Module:
-        if self._loaded is None:
-            from loraport.base_model import load_model
-
-            self._loaded = load_model(source)
-        return self._loaded
-
-    _loaded: nn.Module | None = None
 
     @cached_property
     def _sites(self) -> dict[str, tuple[Site, SlotMember]]:

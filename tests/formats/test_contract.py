@@ -51,7 +51,7 @@ def test_held_exactly_or_refused_with_all_reasons(case, target, tmp_path) -> Non
     assert back.modules.keys() == adapter.modules.keys()
     assert back.replacements.keys() == adapter.replacements.keys() - set(copies)
     for path, module in adapter.modules.items():
-        _assert_same_module(module, back.modules[path])
+        _assert_same_module(module, back.modules[path], target.name == "onnx")
     write_adapter(back, tmp_path / "peft", "peft")
     returned = load_with_peft(case.made.fresh_base(), tmp_path / "peft")
     # Not made.peft_model: PEFT sorts the patterns it saves, so the file may mean another adapter.
@@ -60,8 +60,9 @@ def test_held_exactly_or_refused_with_all_reasons(case, target, tmp_path) -> Non
     assert not torch.allclose(logits(case.made.fresh_base()), expected, atol=1e-2)
 
 
-def _assert_same_module(module, back) -> None:
+def _assert_same_module(module, back, folds_gains) -> None:
     """A comes back as it was, B too unless the scale was folded in, then rounded once."""
+    gain_folded = folds_gains and module.magnitude is not None
     assert back.kind is module.kind
     assert back.fan_in_fan_out is module.fan_in_fan_out
     assert torch.equal(back.lora_A, module.lora_A)
@@ -69,11 +70,13 @@ def _assert_same_module(module, back) -> None:
     if module.magnitude is not None:
         assert torch.equal(back.magnitude.flatten(), module.magnitude.flatten())
     factor = module.scaling / back.scaling
-    if abs(factor - 1) < 1e-6:
+    if abs(factor - 1) < 1e-6 and not gain_folded:
         assert torch.equal(back.lora_B, module.lora_B)
         return
     expected = (module.lora_B.double() * factor).to(module.lora_B.dtype)
-    torch.testing.assert_close(back.lora_B, expected, rtol=1.2e-7, atol=0)
+    # A gain is folded into B and taken out again: two roundings more.
+    rtol = 3.6e-7 if gain_folded else 1.2e-7
+    torch.testing.assert_close(back.lora_B, expected, rtol=rtol, atol=0)
 
 
 # What each format must hold, whatever the reasons that a test above would accept.
@@ -83,7 +86,10 @@ _HELD = {
     "gguf": {"plain", "rslora", "patterns", "rslora_patterns", "embedding_and_head"},
     "kohya": {"plain", "rslora_patterns", "dora", "conv", "conv_dora", "conv1d_storage"},
     "diffusers": {"plain", "rslora_patterns", "dora", "conv", "conv_bias"},
-    "onnx": {"plain", "rslora_patterns", "conv1d_storage", "embedding"},
+    "onnx": {
+        *("plain", "rslora_patterns", "conv1d_storage", "embedding", "conv", "conv_bias"),
+        *("dora", "bert_dora", "conv1d_storage_dora", "lora_bias", "bias_lora_only", "bias_all"),
+    },
 }
 
 

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+from peft_cases import load_with_peft, logits
 
 from converters.formats.registry import read_adapter, write_adapter
 from loraport.errors import LoraportError
@@ -122,3 +123,56 @@ def test_a_packed_slot_is_refused(tmp_path) -> None:
     adapter.export_adapter(str(tmp_path / "x"))
     with pytest.raises(LoraportError, match="expected a slot of one module, got one of a packed"):
         read_adapter(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["dora", "bias_lora_only", "lora_bias"])
+def test_peft_and_back_computes_the_same(name, case_of, tmp_path) -> None:
+    case = case_of(name)
+    adapter = read_adapter(case.made.path)
+    write_adapter(adapter, tmp_path / "x", "onnx", base=case.base)
+    write_adapter(read_adapter(tmp_path / "x"), tmp_path / "peft", "peft")
+    returned = load_with_peft(case.made.fresh_base(), tmp_path / "peft")
+    expected = logits(load_with_peft(case.made.fresh_base(), case.made.path))
+    torch.testing.assert_close(logits(returned), expected, rtol=1e-5, atol=2e-5)
+    assert (logits(case.made.fresh_base()) - expected).abs().max() > 0.01
+
+
+def test_a_gain_is_the_bases_and_onnx_runtime_computes_dora(case_of, tmp_path) -> None:
+    """The slot's own formula in float64: y = gain (W x) + (x A) B."""
+    case = case_of("dora")
+    adapter = read_adapter(case.made.path)
+    write_adapter(adapter, tmp_path / "x", "onnx", base=case.base)
+    values = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "x")).get_parameters()
+    for path in list(adapter.modules)[:3]:
+        layer = case.made.base.get_submodule(path)
+        x = torch.randn(5, layer.in_features, dtype=torch.float64)
+        a, b, gain = (
+            torch.from_numpy(values[f"{path}.lora_{part}"].numpy()).double()
+            for part in ("A", "B", "gain")
+        )
+        got = gain * (x @ layer.weight.detach().double().T) + x @ a @ b
+        wrapped = case.made.peft_model.base_model.model.get_submodule(path)
+        with torch.no_grad():
+            expected = wrapped(x.float()).double()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        assert (gain - 1).abs().max() > 1e-2
+
+
+def test_dora_without_the_base_or_the_sidecar_is_refused(case_of, tmp_path) -> None:
+    case = case_of("dora")
+    adapter = read_adapter(case.made.path)
+    with pytest.raises(LoraportError, match="the base, which a DoRA magnitude takes here"):
+        write_adapter(adapter, tmp_path / "x", "onnx")
+    write_adapter(adapter, tmp_path / "x", "onnx", base=case.base)
+    (tmp_path / "x.json").unlink()
+    with pytest.raises(LoraportError, match=r"DoRA's 32 magnitudes in the file's \.json, got none"):
+        read_adapter(tmp_path / "x")
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_a_grouped_convolution_and_a_whole_matrix_are_refused(case_of, tmp_path) -> None:
+    with pytest.raises(LoraportError, match="a convolution without groups, got 2 groups"):
+        write_adapter(read_adapter(case_of("conv_grouped").made.path), tmp_path / "x", "onnx")
+    with pytest.raises(LoraportError, match="a parameter saved in full"):
+        write_adapter(read_adapter(case_of("modules_to_save").made.path), tmp_path / "x", "onnx")
+    assert not list(tmp_path.iterdir())
