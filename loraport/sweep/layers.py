@@ -72,7 +72,8 @@ class CandidatesLayer(nn.Module):
     def clear_gradients(self) -> None:
         """Forget the gradients."""
         for member in self._members.values():
-            member.lora_A.grad = member.lora_B.grad = None
+            for parameter in member.parameters(recurse=False):
+                parameter.grad = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the adapted output, in the base's dtype.
@@ -86,7 +87,7 @@ class CandidatesLayer(nn.Module):
             return base
         _require_groups(x, len(names))
         updated = [
-            part if name not in self._members else part + self._members[name].low_rank(rows)
+            part if name not in self._members else _adapted(self._members[name], part, rows)
             for name, part, rows in zip(
                 names, base.chunk(len(names)), x.chunk(len(names)), strict=True
             )
@@ -217,11 +218,20 @@ def attach_candidates(model: nn.Module, candidates: Mapping[str, LoraOptions]) -
     for path in dict.fromkeys(path for each in members.values() for path in each):
         here = {name: each[path] for name, each in members.items() if path in each}
         first = next(iter(here.values()))
-        made = CandidatesLinear if type(first) is LoraLinear else CandidatesLayer
+        made = CandidatesLinear if all(map(_plain, here.values())) else CandidatesLayer
         layers.append(made(first.base_layer, here, present))
     before = freeze(model)
     insert(model, layers)
     return Attached(model, present, members, tuple(layers), before)
+
+
+def _plain(layer: LoraLayer) -> bool:
+    """Tell whether two matrices beside a linear module are all that a layer is."""
+    return type(layer) is LoraLinear and layer.magnitude is None and layer.initial_A is None
+
+
+def _adapted(layer: LoraLayer, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return layer.refined(base + layer.low_rank(x))
 
 
 def _stack(members: Sequence[tuple[int, LoraLayer]]) -> Stack:

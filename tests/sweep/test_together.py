@@ -27,6 +27,12 @@ WITH_HEAD = (
     Trial("f", LoraOptions(rank=2, targets=("lm_head", "v_proj")), 1e-2),
     Trial("g", LoraOptions(rank=2), 1e-2),
 )
+# Beyond two matrices: these go one candidate at a time, beside one that is plain.
+VARIANTS = (
+    Trial("h", LoraOptions(rank=2, use_dora=True), 1e-2),
+    Trial("i", LoraOptions(rank=2, init="pissa", targets=SOME), 1e-2),
+    Trial("j", LoraOptions(rank=3), 1e-2),
+)
 OPTIONS = LoopOptions(epochs=3, weight_decay=0.01, clip=0.5, lora_plus_ratio=2.0, device="cpu")
 
 
@@ -65,8 +71,9 @@ def close(got, expected, rel):
         (TRIALS, OPTIONS),
         (TRIALS, replace(OPTIONS, accumulate=2, clip=0.0, validate_every=2, steps=7)),
         (WITH_HEAD, replace(OPTIONS, epochs=2)),
+        (VARIANTS, replace(OPTIONS, epochs=2)),
     ],
-    ids=["clipped", "accumulated", "head"],
+    ids=["clipped", "accumulated", "head", "variants"],
 )
 def test_each_candidate_equals_its_training_alone(make_llama, rows, trials, options):
     """In float64 only the order of summation differs: what remains is rounding."""
@@ -84,17 +91,23 @@ def test_each_candidate_equals_its_training_alone(make_llama, rows, trials, opti
         assert outcome.modules.keys() == layers.keys()
         for path, module in outcome.modules.items():
             layer = layers[path]
-            torch.testing.assert_close(module.lora_A, layer.lora_A.detach(), rtol=1e-7, atol=1e-9)
-            torch.testing.assert_close(module.lora_B, layer.lora_B.detach(), rtol=1e-7, atol=1e-9)
+            lora_a, lora_b = (matrix.detach() for matrix in layer.matrices())
+            torch.testing.assert_close(module.lora_A, lora_a, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(module.lora_B, lora_b, rtol=1e-7, atol=1e-9)
             assert module.lora_B.abs().max() > 1e-4
             assert module.scaling == layer.scaling
+            if layer.magnitude is not None:
+                torch.testing.assert_close(
+                    module.magnitude, layer.magnitude.detach(), rtol=1e-7, atol=1e-9
+                )
     # Control: the candidates differ, also where only scaling, seed or rate do.
     for index, one in enumerate(outcomes.values()):
         for other in list(outcomes.values())[:index]:
             assert abs(one.losses[-1][1] - other.losses[-1][1]) > 1e-4
             for path in one.modules.keys() & other.modules.keys():
-                left, right = one.modules[path].lower(), other.modules[path].lower()
-                assert (left.delta() - right.delta()).abs().max() > 1e-3
+                left, right = one.modules[path], other.modules[path]
+                delta = (each.lora_B @ each.lora_A * each.scaling for each in (left, right))
+                assert left.kind != "linear" or torch.sub(*delta).abs().max() > 1e-3
 
 
 def spoiled(row, at_call):
