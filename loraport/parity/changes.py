@@ -84,7 +84,7 @@ def changes_of(
             weight = own[name].tensor if _is_whole(own.get(name)) else original(name)
             try:
                 is_transposed(module, tuple(weight.shape))
-                update = module.lower(weight.detach())
+                update = module.lower(weight.detach().cpu())
             except LoraportError as error:
                 problems.add(path, "an update that fits the base", str(error))
                 continue

@@ -7,7 +7,7 @@
    beside = merged; ONNX Runtime with the adapter = PyTorch with it; the negative control: the
    adapter changes the outputs by more than the tolerance; greedy tokens agree;
 5. two adapters blended: ONNX Runtime = PyTorch's weighted sum;
-6. swaps: A → B → A → none repeats bit for bit;
+6. swaps: A → B → A → none repeats bit for bit; on a GPU, nothing fell back to the CPU;
 7. as shipped: both files of an adapter hold the same bits, ``model.required.onnx`` computes what
    ``model.onnx`` does, and the golden cases are reproduced;
 8. as deployed: where a quantized kernel rounds its activations, how far that takes the outputs.
@@ -28,6 +28,7 @@ from loraport.parity.changes import Changes, Original, changes_of
 from loraport.parity.check import Check
 from loraport.parity.metrics import compare, worst
 from loraport.parity.packed import differences
+from loraport.parity.placement import placement
 from loraport.parity.reference import adapted, greedy_tokens, merged, torch_outputs
 from loraport.parity.shipped import golden_cases, required_graph, same_in_both_files
 from loraport.parity.tolerances import AS_DEPLOYED, Tolerance
@@ -105,6 +106,10 @@ class Protocol:
             checks.append(self._blend(names[0], names[1]))
         if names:
             checks.append(self._swaps(names[0], names[-1]))
+        if self._runtime.provider != "cpu":
+            self._progress("providers")
+            inputs = self._samples[0].session
+            checks.append(placement(self._runtime, inputs, names[0] if names else None))
         checks += self._shipped(names)
         if self._deployed is not None:
             checks.append(self._as_deployed(self._deployed))

@@ -22,6 +22,7 @@ def open_session(
     provider: str = "cpu",
     threads: int | None = None,
     float32_activations: bool = False,
+    profile: Path | None = None,
 ) -> Any:
     """Open an ``onnxruntime.InferenceSession``.
 
@@ -29,7 +30,9 @@ def open_session(
         model: The ``.onnx`` file.
         provider: ``"cpu"`` or ``"cuda"``.
         threads: Threads inside operators; ONNX Runtime's choice unless told.
-        float32_activations: Let quantized kernels compute in full precision.
+        float32_activations: Let quantized kernels compute in full precision, and CUDA's float32
+            products too: no TF32.
+        profile: Write a profile to a file that begins so, when ``end_profiling`` is called.
 
     Raises:
         LoraportError: If the model cannot be opened or the provider is not to be had; a
@@ -49,13 +52,17 @@ def open_session(
     options.log_severity_level = _NOTHING_BUT_FATAL
     if threads is not None:
         options.intra_op_num_threads = threads
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    settings = {"use_tf32": "0"} if provider == "cuda" and float32_activations else {}
     source: str | bytes = str(model)
     try:
         exact = with_float32_activations(model) if float32_activations else None
         if exact is not None:
             source = exact
             options.add_session_config_entry(_DATA_DIRECTORY, str(model.parent))
-        session = onnxruntime.InferenceSession(source, options, providers=[wanted])
+        session = onnxruntime.InferenceSession(source, options, [wanted], [settings])
     except Exception as error:  # onnxruntime raises classes of its own without a common base
         first = str(error).strip().splitlines()[0]
         raise LoraportError(f"{model}: ONNX Runtime cannot open it: {first}") from error

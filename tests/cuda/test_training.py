@@ -1,0 +1,95 @@
+"""Training on a GPU: the same numbers as float64 on the CPU, exact resume, quantized bases."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_llm import SIZES
+from torch import nn
+
+from loraport.training import LoopOptions, LoraOptions, adapter_of, attach, train
+
+
+@pytest.fixture
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def batches(count=6):
+    numbers = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 256, (4, 24), generator=numbers) for _ in range(count)]
+
+
+def lm_loss(model, tokens):
+    logits = model(input_ids=tokens).logits.float()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def loop(**more):
+    return LoopOptions(**{"steps": 6, "learning_rate": 0.01, "device": "cuda", **more})
+
+
+@pytest.mark.parametrize(
+    ("base", "dtype", "bound"),
+    [
+        (torch.float32, "float32", 1e-3),
+        (torch.float32, "bfloat16", 5e-2),
+        (torch.bfloat16, "bfloat16", 5e-2),
+    ],
+)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_losses_are_those_of_float64_on_the_cpu(llama, base, dtype, bound, use_dora):
+    lora = LoraOptions(rank=4, use_dora=use_dora)
+    reference = copy.deepcopy(llama.to(base)).double()
+    attach(reference, lora)
+    expected = train(reference, batches(), lm_loss, loop(device="cpu", dtype="float32")).losses
+    attach(llama, lora)
+    got = train(llama, batches(), lm_loss, loop(dtype=dtype)).losses
+    for (_, mine), (_, other) in zip(got, expected, strict=True):
+        assert mine == pytest.approx(other, abs=bound)
+    assert expected[0][1] - expected[-1][1] > 2 * bound  # it learns more than is tolerated
+    assert next(llama.parameters()).is_cuda
+
+
+def test_a_run_resumed_equals_one_never_stopped(llama, tmp_path):
+    lora = LoraOptions(rank=4, dropout=0.1)
+    attach(whole := copy.deepcopy(llama), lora)
+    train(whole, batches(), lm_loss, loop(save_every=3, keep=9), work=tmp_path / "whole")
+    (tmp_path / "work").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-00000003", tmp_path / "work/checkpoint-00000003")
+    shutil.copy(tmp_path / "whole/metrics.jsonl", tmp_path / "work")
+    attach(llama, lora)
+    options = loop(save_every=3, keep=9)
+    train(llama, batches(), lm_loss, options, work=tmp_path / "work", resume=True)
+    mine, others = adapter_of(llama), adapter_of(whole)
+    for path, module in mine.modules.items():
+        assert torch.equal(module.lora_A, others.modules[path].lora_A)
+        assert torch.equal(module.lora_B, others.modules[path].lora_B)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_gets_the_gradients_of_its_own_weights(bits):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    if bits == 4:
+        layer = bnb.nn.Linear4bit(64, 48, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    else:
+        layer = bnb.nn.Linear8bitLt(64, 48, bias=False, has_fp16_weights=False)
+    model = nn.Sequential(layer).cuda()
+    x = torch.randn(32, 64, device="cuda")
+    with torch.no_grad():
+        weight = model(torch.eye(64, device="cuda")).T.double()
+    lora = attach(model, LoraOptions(rank=4, targets=("0",)))["0"]
+    nn.init.normal_(lora.lora_B)
+    a, b = (p.detach().double().requires_grad_() for p in (lora.lora_A, lora.lora_B))
+    expected = x.double() @ (weight + lora.scaling * b @ a).T
+    expected.square().mean().backward()
+    model(x).square().mean().backward()
+    for mine, other in ((lora.lora_A, a), (lora.lora_B, b)):
+        difference = (mine.grad.double() - other.grad).norm() / other.grad.norm()
+        assert difference < (1e-3 if bits == 4 else 5e-2)  # 8 bits round the input too
