@@ -12,6 +12,7 @@ from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.genai_builder import PRECISIONS
 from converters.onnx.graph_weights import load_graph_weights
+from converters.onnx.slots import SlotOptions
 from loraport.base_model import load_model
 from loraport.bundle.manifest import MODEL_FILE, read_manifest, write_manifest
 from loraport.parity import verify_bundle
@@ -58,7 +59,7 @@ def test_the_protocol_fails_with_another_adapter_in_the_file(gpu_bundle, sources
     own = shutil.copytree(bundle, tmp_path / "bundle")
     manifest = read_manifest(own)
     file = own / manifest.adapters["a"].tensors
-    save_file({name: -tensor for name, tensor in load_file(file).items()}, file)
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
     write_manifest(manifest.with_files(own, list(manifest.files)), own)
     wrong = failed(own, model, original, sources)
     assert "adapter a: packed = source" in wrong
@@ -107,7 +108,7 @@ def test_adapters_stay_on_the_device_and_swaps_take_effect(gpu_bundle):
 
 
 def test_rows_with_adapters_of_their_own_equal_one_by_one(tiny_base, adapters, tmp_path):
-    options = ExportOptions(provider="cuda", precision="fp16", per_row=True)
+    options = ExportOptions(provider="cuda", precision="fp16", slots=SlotOptions(per_row=True))
     export_base(str(tiny_base), tmp_path / "bundle", options)
     add_adapters(tmp_path / "bundle", {n: read_adapter(path) for n, path in adapters.items()})
     runtime = Runtime(tmp_path / "bundle", provider="cuda")
