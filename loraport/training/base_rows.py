@@ -10,7 +10,7 @@ import torch
 from loraport.adapter import ModuleKind
 
 if TYPE_CHECKING:
-    from loraport.training.layers import LoraLayer
+    from loraport.training.lora_layer import LoraLayer
 
 _NUMBERS = 1 << 22  # 16 MB in float32
 

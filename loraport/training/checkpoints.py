@@ -25,7 +25,7 @@ from loraport.output import new_directory
 from loraport.peft_layout.read import read_peft
 from loraport.peft_layout.write import peft_contents, save_contents
 from loraport.safetensors_file import write_safetensors
-from loraport.training.layers import LoraLayer
+from loraport.training.lora_layer import LoraLayer
 from loraport.training.rng import RandomState
 
 _NAME = re.compile(r"checkpoint-(\d+)")

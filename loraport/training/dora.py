@@ -14,7 +14,7 @@ import torch
 from loraport.training.base_rows import base_rows
 
 if TYPE_CHECKING:
-    from loraport.training.layers import LoraLayer
+    from loraport.training.lora_layer import LoraLayer
 
 
 @torch.no_grad()

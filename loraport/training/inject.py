@@ -15,7 +15,7 @@ from loraport.base_model import fingerprint_model
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint
 from loraport.scaling import RankAndAlpha
-from loraport.training.layers import LoraLayer
+from loraport.training.lora_layer import LoraLayer
 from loraport.training.options import LoraOptions
 from loraport.training.targets import select_targets
 

@@ -11,7 +11,8 @@ from loraport.adapter import Adapter, LoraModule, Replacement
 from loraport.base_model import fingerprint_model
 from loraport.errors import Problems
 from loraport.training.inject import BeforeAttach, freeze, insert, refuse_attached
-from loraport.training.layers import LoraLayer, lora_layer_for
+from loraport.training.layers import lora_layer_for
+from loraport.training.lora_layer import LoraLayer
 
 
 def load_into(model: nn.Module, adapter: Adapter) -> dict[str, LoraLayer]:

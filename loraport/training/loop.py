@@ -31,7 +31,7 @@ from loraport.training.early_stopping import EarlyStopping
 from loraport.training.faults import faults_explained, require_finite
 from loraport.training.inject import adapter_of, lora_layers
 from loraport.training.interruption import Stopped, StopRequest, stop_requests
-from loraport.training.layers import LoraLayer
+from loraport.training.lora_layer import LoraLayer
 from loraport.training.loss import LossFunction, LossSum, as_sum
 from loraport.training.metrics import MetricsLog
 from loraport.training.modes import training_mode

@@ -16,7 +16,7 @@ from loraport.errors import LoraportError
 from loraport.training.base_rows import float_weight
 
 if TYPE_CHECKING:
-    from loraport.training.layers import LoraLayer
+    from loraport.training.lora_layer import LoraLayer
 
 _WHOLE_UP_TO = 1024  # smaller side of a weight that is decomposed wholly; larger ones iteratively
 _ITERATIONS, _MORE = 8, 8

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from loraport.errors import LoraportError
-from loraport.training.layers import LoraLayer
+from loraport.training.lora_layer import LoraLayer
 
 
 def shard_base(model: nn.Module, layers: Iterable[LoraLayer], device: torch.device) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from loraport.errors import LoraportError, Problems
-from loraport.training.layers import LoraConv, LoraEmbedding, LoraLayer, lora_layer_for
+from loraport.training.layers import LoraConv, LoraEmbedding, lora_layer_for
+from loraport.training.lora_layer import LoraLayer
 from loraport.training.options import ALL_LINEAR, LoraOptions
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")

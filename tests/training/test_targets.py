@@ -115,7 +115,7 @@ def test_grouped_convolutions_and_renormalised_embeddings_are_refused():
         ({"alpha": float("nan")}, "alpha: expected a finite number"),
         ({"dropout": 1.0}, "dropout: expected a share"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern q"),
-        ({"init": "zeros"}, "init: expected kaiming or gaussian"),
+        ({"init": "zeros"}, "init: expected kaiming, gaussian, pissa or olora"),
     ],
 )
 def test_options_out_of_range(options, reason):
