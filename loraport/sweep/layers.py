@@ -214,11 +214,6 @@ def attach_candidates(model: nn.Module, candidates: Mapping[str, LoraOptions]) -
     for name, options in candidates.items():
         if options.dropout:
             raise LoraportError(f"{name}: expected no dropout in a sweep, got {options.dropout}")
-        if options.use_dora or options.init in ("pissa", "olora"):
-            raise LoraportError(
-                f"{name}: expected plain LoRA from drawn matrices, got DoRA, PiSSA or OLoRA; "
-                "candidates with those train one by one: --together 1"
-            )
         members[name] = new_layers(model, options)
     layers: list[CandidatesLayer] = []
     for path in dict.fromkeys(path for each in members.values() for path in each):
