@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 INDEX_SUFFIX = ".safetensors.index.json"
+_STEMS = ("model", "diffusion_pytorch_model")  # transformers' and diffusers' names
 _MAX_HEADER = 100 << 20  # the limit the safetensors library sets itself
 # Bits per element, by the format's name for a dtype.
 _BITS = {
@@ -222,9 +223,10 @@ def _shards(path: Path) -> list[Path]:
         return [path]
     index = _index_file(path)
     if index is None:
-        single = path / "model.safetensors"
-        if single.is_file():
-            return [single]
+        for stem in _STEMS:
+            single = path / f"{stem}.safetensors"
+            if single.is_file():
+                return [single]
         raise LoraportError(
             f"{path}: expected a safetensors checkpoint (model.safetensors or "
             f"model{INDEX_SUFFIX}), got none; convert pickled checkpoints first"
@@ -243,8 +245,8 @@ def _shards(path: Path) -> list[Path]:
 def _index_file(path: Path) -> Path | None:
     if path.name.endswith(INDEX_SUFFIX):
         return path
-    found = path / f"model{INDEX_SUFFIX}"
-    return found if found.is_file() else None
+    found = [path / f"{stem}{INDEX_SUFFIX}" for stem in _STEMS]
+    return next((file for file in found if file.is_file()), None)
 
 
 def _indexed(path: Path) -> Mapping[str, str]:

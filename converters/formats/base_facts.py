@@ -53,9 +53,26 @@ def module_paths(directory: Path) -> list[str]:
     Raises:
         LoraportError: If there are no weights or they are damaged.
     """
-    diffusers = directory / "diffusion_pytorch_model.safetensors"
-    checkpoint = Checkpoint(diffusers if diffusers.is_file() else directory)
-    return [name.removesuffix(".weight") for name in checkpoint if name.endswith(".weight")]
+    return list(module_rows(directory))
+
+
+def module_rows(directory: Path) -> dict[str, int]:
+    """Return the path of every module of a base that owns a weight, and the weight's rows.
+
+    Raises:
+        LoraportError: If there are no weights or they are damaged.
+    """
+    checkpoint = Checkpoint(directory)
+    return {
+        name.removesuffix(".weight"): (*checkpoint.info(name).shape, 0)[0]
+        for name in checkpoint
+        if name.endswith(".weight")
+    }
+
+
+def layers_per_block(directory: Path) -> int | None:
+    """Return how many layers the blocks of a diffusion model have, where all have as many."""
+    return _whole({"layers_per_block": 2, **read_model_config(directory)}, "layers_per_block")
 
 
 def component_class(directory: Path) -> str:

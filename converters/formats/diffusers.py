@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +20,11 @@ from converters.formats.carried import CARRIED_KEY, carried_json, read_carried, 
 from converters.formats.features import Feature, cannot_hold
 from converters.formats.format import AdapterFormat, FormatContext
 from converters.formats.json_object import parse_json_object
-from loraport.adapter import Adapter
+from loraport.adapter import Adapter, LoraModule
 from loraport.checkpoint import Checkpoint, read_header
 from loraport.errors import LoraportError
 from loraport.naming import PEFT_PREFIX, Part, parse_peft_key
+from loraport.naming.original_diffusion import is_transformer_path
 from loraport.output import new_directory
 from loraport.peft_layout.config import parse_config
 from loraport.peft_layout.read import adapter_of_contents
@@ -50,7 +53,9 @@ def detect(path: Path) -> bool:
 
 
 def read(path: Path, context: FormatContext) -> Adapter:  # noqa: ARG001  one signature for all
-    """Read the adapter of the one component that a directory or file of diffusers holds.
+    """Read a directory or file of diffusers.
+
+    Where it is for several components of a pipeline, module paths begin with theirs.
 
     Raises:
         LoraportError: All problems of the file at once.
@@ -58,17 +63,25 @@ def read(path: Path, context: FormatContext) -> Adapter:  # noqa: ARG001  one si
     file = _file(path)
     checkpoint = Checkpoint(file)
     components = {_component(name) for name in checkpoint}
-    if len(components) != 1 or None in components:
+    if not components or None in components:
+        foreign = [name for name in checkpoint if _component(name) is None]
         raise LoraportError(
-            f"adapter {file}: expected keys of one component ({', '.join(_COMPONENTS)}), got "
-            f"{', '.join(sorted(str(name) for name in components)) or 'none'}; save each alone"
+            f"adapter {file}: expected keys of {', '.join(_COMPONENTS)}, got "
+            f"{', '.join(foreign[:3]) or 'none'}"
         )
-    component = str(components.pop())
-    tensors = {_peft(name, component): checkpoint.load(name) for name in checkpoint}
     text = checkpoint.metadata.get(_CONFIG_KEY)
-    config = _ranks_as_alphas(tensors) if text is None else _config(text, component, str(file))
-    adapter = adapter_of_contents(parse_config(config, str(file)), tensors, None, file)
-    return restore(adapter, read_carried(checkpoint.metadata.get(CARRIED_KEY), str(file)))
+    found = {}
+    for component in sorted(map(str, components)):
+        tensors = {
+            _peft(name, component): checkpoint.load(name)
+            for name in checkpoint
+            if _component(name) == component
+        }
+        config = _ranks_as_alphas(tensors) if text is None else _config(text, component, str(file))
+        settings = parse_config(config, str(file))
+        found[component] = adapter_of_contents(settings, tensors, None, file)
+    carried = read_carried(checkpoint.metadata.get(CARRIED_KEY), str(file))
+    return restore(next(iter(found.values())) if len(found) == 1 else _joined(found), carried)
 
 
 def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
@@ -82,19 +95,48 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
     if not adapter.modules:
         problems.add("the adapter", "LoRA modules", "none")
     problems.raise_if_any(f"{FORMAT.name} cannot hold this adapter")
-    config, tensors = peft_contents(adapter)
-    component = _component_of_base(adapter, context)
+    settings: dict[str, Any] = {}
+    renamed: dict[str, torch.Tensor] = {}
+    for component, part in _by_component(adapter, context).items():
+        config, tensors = peft_contents(part)
+        settings |= {f"{component}.{key}": value for key, value in config.items()}
+        renamed |= {
+            f"{component}.{key.removeprefix(PEFT_PREFIX)}": tensor.detach().cpu().contiguous()
+            for key, tensor in tensors.items()
+        }
     metadata = {
         "format": "pt",
-        _CONFIG_KEY: json.dumps({f"{component}.{key}": value for key, value in config.items()}),
+        _CONFIG_KEY: json.dumps(settings),
         CARRIED_KEY: carried_json(adapter),
-    }
-    renamed = {
-        f"{component}.{key.removeprefix(PEFT_PREFIX)}": tensor.detach().cpu().contiguous()
-        for key, tensor in tensors.items()
     }
     with new_directory(path, force=context.force) as partial:
         write_safetensors(renamed, partial / WEIGHTS_FILE, metadata)
+
+
+def _joined(found: Mapping[str, Adapter]) -> Adapter:
+    modules = {
+        f"{component}.{path}": module
+        for component, adapter in found.items()
+        for path, module in adapter.modules.items()
+    }
+    replacements = {
+        f"{component}.{name}": replacement
+        for component, adapter in found.items()
+        for name, replacement in adapter.replacements.items()
+    }
+    return Adapter(modules, replacements)
+
+
+def _by_component(adapter: Adapter, context: FormatContext) -> dict[str, Adapter]:
+    """Return the part of each component, its paths without the component's name."""
+    components = {_component(path) if "." in path else None for path in adapter.modules}
+    if None in components or len(components) < 2:
+        return {_component_of_base(adapter, context): adapter}
+    parts: dict[str, dict[str, LoraModule]] = defaultdict(dict)
+    for path, module in adapter.modules.items():
+        component, _, rest = path.partition(".")
+        parts[component][rest] = module
+    return {component: replace(adapter, modules=modules) for component, modules in parts.items()}
 
 
 def _file(path: Path) -> Path:
@@ -148,7 +190,8 @@ def _component_of_base(adapter: Adapter, context: FormatContext) -> str:
     kind = component_class(directory) if directory is not None else ""
     if kind.startswith("CLIPText") or all(p.startswith("text_model.") for p in adapter.modules):
         return "text_encoder"
-    return "transformer" if "Transformer" in kind else "unet"
+    transformer = "Transformer" in kind or any(map(is_transformer_path, adapter.modules))
+    return "transformer" if transformer else "unet"
 
 
 FORMAT = AdapterFormat(

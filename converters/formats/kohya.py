@@ -7,28 +7,28 @@ Per module ``lora_down`` (A), ``lora_up`` (B), a scalar ``alpha`` (missing: the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.formats.assembly import FoundTensor, assemble, check_values
-from converters.formats.base_facts import component_class, module_paths
+from converters.formats.assembly import FoundTensor, assemble, check_values, shape_text
+from converters.formats.base_facts import component_class
 from converters.formats.carried import CARRIED_KEY, Carried, carried_json, read_carried, restore
 from converters.formats.features import Feature, cannot_hold
 from converters.formats.format import AdapterFormat, FormatContext
+from converters.formats.kohya_names import Target, find_targets, known_modules
 from loraport.adapter import Adapter, LoraModule
 from loraport.checkpoint import Checkpoint, read_header
 from loraport.errors import LoraportError, Problems
 from loraport.naming.kohya import (
     COMPONENTS,
-    component_of,
     flattened,
     in_pipeline,
     kohya_key,
     kohya_names,
     parse_kohya_key,
-    without_prefix,
 )
+from loraport.naming.original_diffusion import is_transformer_path
 from loraport.output import new_file
 from loraport.safetensors_file import write_safetensors
 from loraport.scaling import alpha_for
@@ -74,12 +74,15 @@ def read(path: Path, context: FormatContext) -> Adapter:
             )
             continue
         found[parsed[0]][parsed[1]] = FoundTensor(name, tensor)
-    paths = _paths(found, carried, context, problems)
-    modules = {}
-    for kohya_name, module_path in paths.items():
-        module = _module(module_path, dict(found[kohya_name]), problems)
+    modules: dict[str, LoraModule] = {}
+    for kohya_name, target in _targets(list(found), carried, context, problems):
+        if target.path in modules:
+            problems.add(kohya_name, f"one module for {target.path}", "a second one")
+            continue
+        parts = _rows_of(found[kohya_name], target, problems)
+        module = None if parts is None else _module(target.path, parts, problems)
         if module is not None:
-            modules[module_path] = module
+            modules[target.path] = module
     if not found:
         problems.add(str(path), "adapter tensors", "none")
     problems.raise_if_any(f"adapter {path} cannot be read")
@@ -98,6 +101,14 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
     problems = cannot_hold(adapter, _HOLDS, FORMAT.name)
     paths = list(adapter.modules)
     component = None if in_pipeline(paths) else _component(paths, adapter, context)
+    for module_path in paths:
+        if is_transformer_path(module_path):
+            problems.add(
+                module_path,
+                "a module that sd-scripts has by itself",
+                "one of a diffusion transformer, which it trains with other modules fused",
+                "choose --to diffusers",
+            )
     several = component is None and any(path.startswith("text_encoder_2.") for path in paths)
     names = kohya_names(paths, component, several=several)
     for group in flattened(names.values()).values():
@@ -155,12 +166,11 @@ def _as_peft_shapes_it(found: Mapping[str, FoundTensor], magnitude: FoundTensor)
     return flat.reshape(1, -1, *[1] * (lora_a.tensor.dim() - 2))
 
 
-def _paths(
-    names: Mapping[str, object], carried: Carried, context: FormatContext, problems: Problems
-) -> dict[str, str]:
-    """Return sd-scripts' name → module path; with the component where the file has several."""
-    components = {component_of(name) for name in names}
-    known = _known_paths(components, carried, context)
+def _targets(
+    names: list[str], carried: Carried, context: FormatContext, problems: Problems
+) -> Iterator[tuple[str, Target]]:
+    """Yield sd-scripts' names and the modules they stand for."""
+    known = known_modules(names, list(carried.modules), context)
     if not known and names:
         problems.add(
             f"the names of {len(names)} modules",
@@ -168,42 +178,36 @@ def _paths(
             "none",
             _GIVE_BASE,
         )
-        return {}
-    paths = {}
+        return
     for name in names:
-        component = component_of(name)
-        candidates = known.get(component, {}).get(without_prefix(name), [])
-        if len(candidates) != 1:
-            got = f"several: {', '.join(candidates)}" if candidates else "none"
-            problems.add(name, "one module of the base by this name", got, _GIVE_BASE)
+        try:
+            targets = find_targets(name, known)
+        except LoraportError as error:
+            problems.add(name, "one module of the base by this name", str(error), _GIVE_BASE)
             continue
-        paths[name] = f"{component}.{candidates[0]}" if len(components) > 1 else candidates[0]
-    return paths
+        for target in targets:
+            yield name, target
 
 
-def _known_paths(
-    components: set[str | None], carried: Carried, context: FormatContext
-) -> dict[str | None, dict[str, list[str]]]:
-    """Return, for each component, flattened path → paths, from the base or from the file."""
-    if context.base is not None:
-        root = Path(context.base)
-        known: dict[str | None, dict[str, list[str]]] = {}
-        for component in components:
-            inside = root / str(component)
-            directory = inside if (root / "model_index.json").is_file() else None
-            directory = directory or context.base_directory()
-            if directory is not None and directory.is_dir():
-                known[component] = flattened(module_paths(directory))
-        return known
-    paths = list(carried.modules)
-    if len(components) < 2 or not in_pipeline(paths):
-        return {component: flattened(paths) for component in components} if paths else {}
-    return {
-        component: flattened(
-            path.removeprefix(f"{component}.") for path in paths if path.startswith(f"{component}.")
-        )
-        for component in components
-    }
+def _rows_of(
+    found: Mapping[str, FoundTensor], target: Target, problems: Problems
+) -> dict[str, FoundTensor] | None:
+    """Return the tensors of one target: the rows of B that are its own, and all of A."""
+    parts = dict(found)
+    if target.rows is None:
+        return parts
+    for field in ("lora_B", "magnitude"):
+        if field not in parts:
+            continue
+        name, tensor = parts[field].name, parts[field].tensor
+        if tensor.dim() < 1 or tensor.shape[0] != target.total:
+            problems.add(name, f"{target.total} rows", shape_text(tensor), _GIVE_BASE)
+            return None
+        own = tensor[target.first_row : target.first_row + target.rows]
+        if target.halves_swapped:
+            own = own.roll(target.rows // 2, 0)
+        parts[field] = FoundTensor(name, own)
+    return parts
 
 
 def _component(paths: list[str], adapter: Adapter, context: FormatContext) -> str:

@@ -43,7 +43,10 @@ def _model_files(directory: Path) -> Iterator[Path]:
 
 
 def _write_index(plan: MergePlan, directory: Path) -> None:
-    if len(plan.shards) < 2 and next(iter(plan.shards)) == "model.safetensors":
+    first = next(iter(plan.shards))
+    # diffusers' files have another name than transformers'.
+    stem = "diffusion_pytorch_model" if first.startswith("diffusion_pytorch_model") else "model"
+    if len(plan.shards) < 2 and first == f"{stem}.safetensors":
         return
     weight_map = {tensor.name: name for name, tensors in plan.shards.items() for tensor in tensors}
     index = {
@@ -51,4 +54,4 @@ def _write_index(plan: MergePlan, directory: Path) -> None:
         "weight_map": dict(sorted(weight_map.items())),
     }
     text = json.dumps(index, indent=2) + "\n"
-    (directory / f"model{INDEX_SUFFIX}").write_text(text)
+    (directory / f"{stem}{INDEX_SUFFIX}").write_text(text)

@@ -8,6 +8,7 @@ from peft_cases import Case, make_case
 from safetensors.torch import load_file, save_file
 
 from converters.formats.registry import read_adapter, write_adapter
+from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.errors import LoraportError
 
 _TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "conv1", "proj_in"]
@@ -78,8 +79,19 @@ def test_files_without_a_configuration_have_alpha_equal_to_rank(case_of, tmp_pat
     assert {module.scaling for module in back.modules.values()} == {1.0}
 
 
-def test_a_pipeline_is_refused_and_named(tmp_path) -> None:
-    names = ("unet.a.lora_A.weight", "text_encoder.a.lora_A.weight")
-    save_file({name: torch.ones(2, 4) for name in names}, tmp_path / "x.safetensors")
-    with pytest.raises(LoraportError, match=r"of one component .* got text_encoder, unet; save"):
-        read_adapter(tmp_path / "x.safetensors")
+def test_a_pipeline_has_several_components(tmp_path) -> None:
+    modules = {
+        path: LoraModule(ModuleKind.LINEAR, torch.randn(2, 4), torch.randn(3, 2), alpha=alpha)
+        for alpha, path in enumerate(("unet.a.to_q", "text_encoder.a.to_q", "text_encoder_2.fc"), 1)
+    }
+    write_adapter(Adapter(modules), tmp_path / "x", "diffusers")
+    names = load_file(tmp_path / "x" / "pytorch_lora_weights.safetensors")
+    assert {name.partition(".")[0] for name in names} == {path.split(".")[0] for path in modules}
+    back = read_adapter(tmp_path / "x")
+    assert {path: m.scaling for path, m in back.modules.items()} == {
+        path: module.scaling for path, module in modules.items()
+    }
+    assert all(torch.equal(back.modules[path].lora_B, modules[path].lora_B) for path in modules)
+    save_file({**names, "vae.a.lora_A.weight": torch.ones(2, 4)}, tmp_path / "y.safetensors")
+    with pytest.raises(LoraportError, match=r"expected keys of .*unet.*, got vae\.a\.lora_A"):
+        read_adapter(tmp_path / "y.safetensors")
