@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from loraport.bundle.seal import sealed
+
 MISMATCH = 1
 REFUSED = 2
 MANIFEST = "manifest.json"
@@ -37,10 +39,10 @@ def flip_byte(path: Path) -> None:
 
 
 def edit_manifest(bundle: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    """Let ``edit`` change the manifest in place."""
+    """Let ``edit`` change the manifest in place, and seal it again: to get past that check."""
     document = json.loads((bundle / MANIFEST).read_text())
     edit(document)
-    (bundle / MANIFEST).write_text(json.dumps(document))
+    (bundle / MANIFEST).write_text(sealed(document, MANIFEST))
 
 
 def rehash(bundle: Path, *paths: str) -> None:
@@ -80,9 +82,17 @@ def _with_manifest(edit: Callable[[dict[str, Any]], None]) -> Any:
     return lambda bundle: edit_manifest(bundle, edit)
 
 
-def _with_text(change: Callable[[str], str]) -> Any:
+def resealed(text: str) -> str:
+    """Return a manifest's text, whatever it is now, with a right seal at its end."""
+    member = '"manifest_sha256": "'
+    head = text.partition(member)[0] + member
+    return head + hashlib.sha256(head.encode()).hexdigest() + '"\n}\n'
+
+
+def _with_text(change: Callable[[str], str], *, seal: bool = False) -> Any:
     def spoil(bundle: Path) -> None:
-        (bundle / MANIFEST).write_text(change((bundle / MANIFEST).read_text()))
+        text = change((bundle / MANIFEST).read_text())
+        (bundle / MANIFEST).write_text(resealed(text) if seal else text)
 
     return spoil
 
@@ -139,14 +149,29 @@ FAULTS = {
         lambda bundle: (bundle / ADAPTER).write_bytes((bundle / ADAPTER).read_bytes()[:-7]), ADAPTER
     ),
     "missing manifest": Fault(lambda bundle: (bundle / MANIFEST).unlink(), MANIFEST),
-    "cut manifest": Fault(_with_text(lambda text: text[: len(text) // 2]), MANIFEST),
+    "cut manifest": Fault(_with_text(lambda text: text[: len(text) // 2]), "own sha256"),
+    "empty manifest": Fault(_with_text(lambda _: ""), "own sha256"),
+    "flipped letter in the manifest": Fault(
+        _with_text(lambda text: text.replace('"made_by": "l', '"made_by": "m', 1)),
+        f"{MANIFEST}: expected sha256",
+    ),
+    "flipped digit of the manifest's sha256": Fault(
+        _with_text(lambda text: text[:-5] + ("0" if text[-5] != "0" else "1") + text[-4:]),
+        f"{MANIFEST}: expected sha256",
+    ),
+    "something after the manifest's end": Fault(_with_text(lambda text: text + " "), "own sha256"),
+    "manifest ends in the middle": Fault(
+        _with_text(lambda text: text[: len(text) // 2], seal=True), MANIFEST
+    ),
     "manifest version": Fault(
         _with_manifest(lambda document: document.update(schema_version=2)), "schema version 1"
     ),
-    "manifest is a list": Fault(_with_text(lambda _: "[]"), MANIFEST),
-    "manifest nests deeply": Fault(_with_text(lambda _: "[" * 100_000), "nesting"),
+    "manifest is a list": Fault(_with_text(lambda _: "[]", seal=True), MANIFEST),
+    "manifest nests deeply": Fault(_with_text(lambda _: "[" * 100_000, seal=True), "nesting"),
     "manifest says a thing twice": Fault(
-        _with_text(lambda text: text.replace('"tolerance"', '"tolerance": 9, "tolerance"', 1)),
+        _with_text(
+            lambda text: text.replace('"tolerance"', '"tolerance": 9, "tolerance"', 1), seal=True
+        ),
         MANIFEST,
     ),
     "tolerance is NaN": Fault(

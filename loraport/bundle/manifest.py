@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from loraport.bundle.seal import require_seal, sealed
 from loraport.bundle.slots import SlotTable
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint
@@ -132,15 +133,17 @@ class Manifest:
             "tolerances": dict(self.tolerances),
             "files": dict(self.files),
         }
-        return json.dumps(document, indent=1) + "\n"
+        return sealed(document, MANIFEST_FILE)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
         """Read the file's text.
 
         Raises:
-            LoraportError: If it is no manifest of this version, or a path leaves the bundle.
+            LoraportError: If it is damaged, no manifest of this version, or a path leaves the
+                bundle.
         """
+        require_seal(text.encode() if isinstance(text, str) else text, MANIFEST_FILE)
         try:
             document = json.loads(text)
             version = document["schema_version"]

@@ -302,27 +302,51 @@ static void compress(uint32_t state[8], const unsigned char *block) {
   for (int i = 0; i < 8; ++i) state[i] += v[i];
 }
 
-static void sha256_of_file(const char *path, const char *name, char hex[65]) {
-  uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                       0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+typedef struct {
+  uint32_t state[8];
   unsigned char block[128];
-  uint64_t size, total = 0;
+  uint64_t total;
+} Sha256;
+
+static Sha256 sha256_begin(void) {
+  return (Sha256){.state = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                            0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19}};
+}
+
+/* The last `got` bytes, up to 64, are in the block; all before them are compressed. */
+static void sha256_end(Sha256 *hash, size_t got, char hex[65]) {
+  const uint64_t bits = (hash->total + got) * 8;
+  const size_t padded = got < 56 ? 64 : 128;
+  memset(hash->block + got, 0, sizeof hash->block - got);
+  hash->block[got] = 0x80;
+  for (int i = 0; i < 8; ++i) hash->block[padded - 1 - i] = (unsigned char)(bits >> (8 * i));
+  for (size_t start = 0; start < padded; start += 64) compress(hash->state, hash->block + start);
+  for (int i = 0; i < 8; ++i) snprintf(hex + 8 * i, 9, "%08x", (unsigned)hash->state[i]);
+}
+
+static void sha256_of_file(const char *path, const char *name, char hex[65]) {
+  Sha256 hash = sha256_begin();
+  uint64_t size;
   FILE *stream = open_file(path, name, &size);
   size_t got;
-  while ((got = fread(block, 1, 64, stream)) == 64) {
-    compress(state, block);
-    total += got;
+  while ((got = fread(hash.block, 1, 64, stream)) == 64) {
+    compress(hash.state, hash.block);
+    hash.total += got;
   }
   const bool failed = ferror(stream) != 0;
   fclose(stream);
   if (failed) refuse("%s: expected a file that can be read, got a read error", name);
-  const uint64_t bits = (total + got) * 8;
-  const size_t padded = got < 56 ? 64 : 128;
-  memset(block + got, 0, sizeof block - got);
-  block[got] = 0x80;
-  for (int i = 0; i < 8; ++i) block[padded - 1 - i] = (unsigned char)(bits >> (8 * i));
-  for (size_t start = 0; start < padded; start += 64) compress(state, block + start);
-  for (int i = 0; i < 8; ++i) snprintf(hex + 8 * i, 9, "%08x", (unsigned)state[i]);
+  sha256_end(&hash, got, hex);
+}
+
+static void sha256_of_text(const char *text, size_t size, char hex[65]) {
+  Sha256 hash = sha256_begin();
+  for (; size - hash.total >= 64; hash.total += 64) {
+    compress(hash.state, (const unsigned char *)text + hash.total);
+  }
+  const size_t left = size - (size_t)hash.total;
+  memcpy(hash.block, text + hash.total, left);
+  sha256_end(&hash, left, hex);
 }
 
 /* ---- Tensors and .safetensors --------------------------------------------------------------- */
@@ -525,10 +549,28 @@ static const char *listed(const Bundle *bundle, const Json *entry, const char *k
   return file;
 }
 
+/* The manifest ends with the sha256 of every byte before the digits of that. */
+static void require_seal(const char *text, size_t size) {
+  static const char member[] = "\"manifest_sha256\": \"", end[] = "\"\n}\n";
+  const size_t member_size = sizeof member - 1, tail = 64 + sizeof end - 1;
+  char hex[65];
+  if (size < member_size + tail || memcmp(text + size - tail - member_size, member, member_size) ||
+      memcmp(text + size - tail + 64, end, sizeof end - 1)) {
+    refuse("manifest.json: expected its own sha256 at its end, got none; it is damaged or was "
+           "edited: copy the bundle again");
+  }
+  sha256_of_text(text, size - tail, hex);
+  if (memcmp(hex, text + size - tail, 64) != 0) {
+    refuse("manifest.json: expected sha256 %.12s, got %.12s; it is damaged or was edited: copy the "
+           "bundle again", text + size - tail, hex);
+  }
+}
+
 static Bundle open_bundle(const char *directory) {
   Bundle bundle = {directory, NULL};
   uint64_t size;
   const char *text = read_file(path_of(&bundle, "manifest.json"), "manifest.json", &size);
+  require_seal(text, (size_t)size);
   bundle.manifest = parse_json(text, size, "manifest.json");
   const double version = section(&bundle, "schema_version", NUMBER)->number;
   if (version != 1) {

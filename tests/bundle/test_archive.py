@@ -17,6 +17,7 @@ from loraport.bundle.manifest import (
     read_manifest,
     write_manifest,
 )
+from loraport.bundle.seal import sealed
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint
 
@@ -137,10 +138,17 @@ def test_hostile_archives_are_refused_and_nothing_is_written(tmp_path):
         if name == "manifest.json":
             document = json.loads(content)
             document["files"]["../outside"] = "0" * 64
-            content = json.dumps(document).encode()
+            content = sealed(document, "manifest.json").encode()
         yield name, content
 
+    def edited_manifest(name, content):
+        yield (
+            name,
+            content.replace(b'"tolerance"', b'"tolerancE"') if "manifest" in name else content,
+        )
+
     cases = {
+        r"manifest\.json: expected sha256": edited_manifest,
         r"\.\./evil: expected a path inside": plus("../evil"),
         r"/etc/evil: expected a path inside": plus("/etc/evil"),
         r"unlisted: expected a file the manifest lists": plus("unlisted"),

@@ -1,5 +1,6 @@
 """manifest.json: round trip, and one clear error for each way it can be wrong."""
 
+import hashlib
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters
 from loraport.bundle.manifest import MANIFEST_FILE, Manifest, check_files, read_manifest
+from loraport.bundle.seal import require_seal, sealed
 from loraport.errors import LoraportError
 
 
@@ -17,7 +19,7 @@ def document(bundle):
 
 def refused(document):
     with pytest.raises(LoraportError) as error:
-        Manifest.from_json(json.dumps(document))
+        Manifest.from_json(sealed(document, MANIFEST_FILE))
     return str(error.value)
 
 
@@ -58,13 +60,48 @@ def test_all_paths_that_leave_the_bundle_are_named_at_once(document):
     assert all(f"  - {path}: " in text for path in OUTSIDE)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", "null", "{}", '{"schema_version": 1}', "\ud800", "[" * 100_000]
-)
-def test_a_damaged_manifest(own_bundle, text):
+DAMAGED = ["{", "[]", "3", "null", "{}", '{"schema_version": 1}', "\ud800", "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", ["", *DAMAGED])
+def test_a_manifest_without_its_sha256(own_bundle, text):
     (own_bundle / MANIFEST_FILE).write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(LoraportError, match=r"manifest\.json: expected its own sha256 at its end"):
+        read_manifest(own_bundle)
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_manifest_that_was_written_wrong(own_bundle, text):
+    head = text.encode("utf-8", "surrogatepass") + b'"manifest_sha256": "'
+    digest = hashlib.sha256(head).hexdigest().encode()
+    (own_bundle / MANIFEST_FILE).write_bytes(head + digest + b'"\n}\n')
     with pytest.raises(LoraportError, match=r"manifest\.json: expected a manifest, got: "):
         read_manifest(own_bundle)
+
+
+def test_every_flipped_bit_of_a_manifest_is_found():
+    content = sealed({"schema_version": 1, "tolerance": 0.001}, MANIFEST_FILE).encode()
+    require_seal(content, MANIFEST_FILE)
+    assert json.loads(content)["tolerance"] == 0.001
+    for position in range(len(content)):
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << bit
+            with pytest.raises(LoraportError, match=MANIFEST_FILE):
+                require_seal(bytes(flipped), MANIFEST_FILE)
+    for length in range(len(content)):
+        with pytest.raises(LoraportError, match="own sha256"):
+            require_seal(content[:length], MANIFEST_FILE)
+
+
+def test_flipped_bytes_of_a_real_manifest_are_found(own_bundle):
+    content = (own_bundle / MANIFEST_FILE).read_bytes()
+    for position in range(0, len(content), 97):
+        flipped = bytearray(content)
+        flipped[position] ^= 1
+        (own_bundle / MANIFEST_FILE).write_bytes(flipped)
+        with pytest.raises(LoraportError, match=r"manifest\.json: expected"):
+            read_manifest(own_bundle)
 
 
 KEYS = ("base", "precision", "slots", "unslotted", "adapters", "golden", "files", "made_by")
@@ -113,7 +150,7 @@ def test_all_files_that_are_not_intact_are_named_at_once(own_bundle):
 
 def test_an_adapter_for_a_bundle_without_golden_inputs_is_refused(own_bundle, document, adapter_b):
     document["golden"] = {}
-    (own_bundle / MANIFEST_FILE).write_text(json.dumps(document))
+    (own_bundle / MANIFEST_FILE).write_text(sealed(document, MANIFEST_FILE))
     with pytest.raises(LoraportError, match="golden case 'base': expected"):
         add_adapters(own_bundle, {"c": read_adapter(adapter_b)})
     assert not list((own_bundle / "adapters").glob("c.*"))

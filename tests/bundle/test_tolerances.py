@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 from loraport.bundle.manifest import Manifest, read_manifest
+from loraport.bundle.seal import sealed
 from loraport.parity.tolerances import golden_tolerance, golden_tolerances
 
 
@@ -22,4 +23,4 @@ def test_tolerances_survive_writing_and_reading(bundle):
 def test_an_older_manifest_has_none(bundle):
     document = json.loads((bundle / "manifest.json").read_text())
     del document["tolerances"]
-    assert Manifest.from_json(json.dumps(document)).tolerances == {}
+    assert Manifest.from_json(sealed(document, "manifest.json")).tolerances == {}

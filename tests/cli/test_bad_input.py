@@ -88,11 +88,11 @@ CASES = [
     ("add BUNDLE a=A", "a: expected a new name, got one the bundle has"),
     ("add BUNDLE ../x=A", "expected letters, digits"),
     ("add HERE/empty x=A", "expected a directory with manifest.json"),
-    ("add TORN x=A", "manifest.json: expected a manifest"),
+    ("add TORN x=A", "manifest.json: expected its own sha256"),
     # run
     ("run BUNDLE", "Missing option '--prompt'"),
     ("run HERE/nowhere --prompt hi", "expected a directory with manifest.json"),
-    ("run TORN --prompt hi", "manifest.json: expected a manifest"),
+    ("run TORN --prompt hi", "manifest.json: expected its own sha256"),
     ("run BUNDLE --prompt hi --adapter c", "adapter 'c': expected one of the bundle's (a, b)"),
     ("run BUNDLE --prompt hi --adapter a=much", "expected NAME or NAME=STRENGTH, a number"),
     ("run BUNDLE --prompt hi --adapter a=nan", "expected NAME or NAME=STRENGTH, a number"),
@@ -104,7 +104,7 @@ CASES = [
     ("run BUNDLE --prompt hi --provider tpu", "'tpu' is not one of"),
     # verify
     ("verify HERE/nowhere", "expected a directory with manifest.json"),
-    ("verify TORN", "manifest.json: expected a manifest"),
+    ("verify TORN", "manifest.json: expected its own sha256"),
     ("verify BUNDLE --adapter c", "adapter 'c': expected one of the bundle's (a, b)"),
     ("verify BUNDLE --adapter a=HERE/nowhere", "expected the adapter it was packed from"),
     ("verify BUNDLE --adapter a=B", "expected the one it was packed from"),
@@ -120,7 +120,7 @@ CASES = [
     ("inspect HERE/notes.txt", "expected an adapter, a checkpoint, an .onnx file or a bundle"),
     ("inspect HERE/broken.onnx", "expected an ONNX model"),
     ("inspect CUT", "adapter_model.safetensors"),
-    ("inspect TORN", "manifest.json: expected a manifest"),
+    ("inspect TORN", "manifest.json: expected its own sha256"),
 ]
 
 

@@ -1,6 +1,7 @@
 /** What is wrong with a bundle is told, once and clearly. The faults are made on the way. */
 
 import assert from 'node:assert/strict';
+import { createHash } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import test, { after, before } from 'node:test';
@@ -28,8 +29,13 @@ const flip = (bytes) => {
 };
 const edited = (edit) => (bytes) => {
   const document = JSON.parse(bytes);
+  delete document.manifest_sha256;
   edit(document);
-  return Buffer.from(JSON.stringify(document));
+  return sealed(document);
+};
+const sealed = (document) => {
+  const head = `${JSON.stringify(document, null, 1).slice(0, -2)},\n "manifest_sha256": "`;
+  return Buffer.from(`${head}${createHash('sha256').update(head).digest('hex')}"\n}\n`);
 };
 const outside = 'adapters/../../x';
 
@@ -67,7 +73,8 @@ for (const [what, path, change, message] of [
   ['a missing manifest', 'manifest.json', null, /expected a bundle with manifest\.json, got: HTTP 404/],
   ['a missing file', 'model.onnx.data', null, /expected the file model\.onnx\.data, got: HTTP 404/],
   ['a truncated file', 'model.onnx.data', (bytes) => bytes.subarray(9), /^model\.onnx\.data: expected sha256/],
-  ['a truncated manifest', 'manifest.json', (bytes) => bytes.subarray(0, 900), /^manifest\.json: expected sound JSON/],
+  ['a truncated manifest', 'manifest.json', (bytes) => bytes.subarray(0, 900), /^manifest\.json: expected its own sha256 at its end/],
+  ['a flipped byte in the manifest', 'manifest.json', flip, /^manifest\.json: expected sha256 [0-9a-f]{12}, got/],
   ['another version', 'manifest.json', edited((d) => { d.schema_version = 2; }), /expected schema version 1, got 2/],
   ['a path that leaves the bundle', 'manifest.json', edited((d) => { d.adapters.a.tensors = outside; }), /outside the bundle\n  - "adapters\/\.\.\/\.\.\/x": expected a path inside/],
   ['an adapter of another base', 'manifest.json', edited((d) => { for (const slot of d.slots) slot.in_features += 1; }), /adapters\/a\.safetensors does not fit the bundle's slots\n/],

@@ -150,10 +150,30 @@ class ManifestReader {
   Problems problems_;
 };
 
+// The manifest ends with the sha256 of every byte before the digits of that.
+inline void require_seal(std::string_view text) {
+  constexpr std::string_view kMember = "\"manifest_sha256\": \"", kEnd = "\"\n}\n";
+  constexpr std::size_t kDigits = 64, kTail = kDigits + kEnd.size();
+  const char* const remedy = "it is damaged or was edited: copy the bundle again";
+  if (text.size() < kMember.size() + kTail ||
+      text.substr(text.size() - kTail - kMember.size(), kMember.size()) != kMember ||
+      text.substr(text.size() - kEnd.size()) != kEnd) {
+    throw Error(kManifestFile, "its own sha256 at its end", "none", remedy);
+  }
+  Sha256 hash;
+  hash.update(text.data(), text.size() - kTail);
+  const std::string got = hash.hex();
+  const std::string expected(text.substr(text.size() - kTail, kDigits));
+  if (got != expected) {
+    throw Error(kManifestFile, "sha256 " + expected.substr(0, 12), got.substr(0, 12), remedy);
+  }
+}
+
 inline Manifest read_manifest(const std::filesystem::path& bundle) {
   constexpr std::uint64_t kLargest = 64 << 20;
   const std::vector<std::byte> file = read_file(bundle / kManifestFile, kManifestFile, kLargest);
   const std::string_view text(reinterpret_cast<const char*>(file.data()), file.size());
+  require_seal(text);
   const Json document = Json::parse(text, kManifestFile);
   return ManifestReader(document).read();
 }

@@ -4,6 +4,7 @@ import { LoraportError, Problems } from './errors.js';
 import { MANIFEST_FILE, parseManifest, requireAdapter } from './manifest.js';
 import { requireFit } from './packed_adapter.js';
 import { parseSafetensors } from './safetensors.js';
+import { requireSeal } from './seal.js';
 
 /** @typedef {import('./tensor_types.js').PlainTensor} PlainTensor */
 
@@ -34,10 +35,12 @@ export class Bundle {
    * Read a bundle's manifest. Each other file is compared with its hash when it is read.
    * @param {Store} store
    * @returns {Promise<Bundle>}
-   * @throws {LoraportError} if it is no bundle of this version
+   * @throws {LoraportError} if its manifest is damaged, or of another version
    */
   static async open(store) {
-    return new Bundle(store, parseManifest(await store.read(MANIFEST_FILE, null)));
+    const bytes = await store.read(MANIFEST_FILE, null);
+    await requireSeal(bytes, MANIFEST_FILE);
+    return new Bundle(store, parseManifest(bytes));
   }
 
   /** Names of the adapters. */

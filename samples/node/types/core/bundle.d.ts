@@ -24,7 +24,7 @@ export class Bundle {
      * Read a bundle's manifest. Each other file is compared with its hash when it is read.
      * @param {Store} store
      * @returns {Promise<Bundle>}
-     * @throws {LoraportError} if it is no bundle of this version
+     * @throws {LoraportError} if its manifest is damaged, or of another version
      */
     static open(store: Store): Promise<Bundle>;
     /**
