@@ -65,6 +65,13 @@ def bert() -> torch.nn.Module:
     return BertForSequenceClassification(BertConfig(**TINY, num_attention_heads=4, num_labels=3))
 
 
+def t5() -> torch.nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(**sizes, vocab_size=61, decoder_start_token_id=0))
+
+
 def mixtral() -> torch.nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -189,6 +196,30 @@ CASES: dict[str, Case] = {
             "alpha_pattern": {"layers.1.mlp.experts.down_proj": 20},
         },
     ),
+    # What random combinations of options found to go wrong at first.
+    "tied_tokens_and_head": Case(
+        lambda: llama(tie=True),
+        {"target_modules": ["lm_head"], "r": 3, "trainable_token_indices": [1, 5]},
+    ),
+    "tied_tokens_of_the_head": Case(
+        lambda: llama(tie=True),
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [1, 5]}},
+    ),
+    "tokens_of_both_stacks": Case(
+        t5, {"target_modules": ["q"], "r": 3, "trainable_token_indices": {"embed_tokens": [1, 3]}}
+    ),
+    "rank_one": Case(llama, {"target_modules": ["embed_tokens", "q_proj", "lm_head"], "r": 1}),
+    "parameter_of_conv1d": Case(
+        gpt2, {"target_modules": [], "target_parameters": ["c_proj.weight"], "r": 3}
+    ),
+    "parameters_by_name_alone": Case(
+        qwen_moe,
+        {"target_modules": "all-linear", "r": 2, "target_parameters": ["down_proj"]},
+    ),
+    "saved_module_with_every_bias": Case(
+        bert,
+        {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier", "pooler"]},
+    ),
     "router": Case(mixtral, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}),
     "conv_grouped": Case(ConvNet, {"target_modules": ["grouped"], "r": 4}),
 }
@@ -203,8 +234,10 @@ def inputs() -> torch.Tensor:
 def logits(model: torch.nn.Module) -> torch.Tensor:
     """Outputs of a model in evaluation mode."""
     model.eval()
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    more = {"decoder_input_ids": inputs().flip(0)} if decodes else {}
     with torch.no_grad():
-        result = model(input_ids=inputs())
+        result = model(input_ids=inputs(), **more)
     return result if isinstance(result, torch.Tensor) else result.logits
 
 

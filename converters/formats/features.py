@@ -20,7 +20,7 @@ class Feature(StrEnum):
 
     EMBEDDING = "LoRA on an embedding"
     CONV = "LoRA on a convolution"
-    EXPERTS = "LoRA on fused experts"
+    EXPERTS = "LoRA on a bare parameter, such as fused experts (target_parameters)"
     DORA = "a DoRA magnitude"
     LORA_BIAS = "a bias on lora_B"
     ZERO_SCALING = "an alpha of 0 (most formats take it for no scaling at all)"

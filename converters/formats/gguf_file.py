@@ -74,7 +74,8 @@ def write_gguf(
         else:
             writer.add_float32(key, value)
     for name, tensor in tensors.items():
-        raw = tensor.view(torch.uint8).numpy()
+        # Flat first: a column's strides are odd, contiguous or not.
+        raw = tensor.flatten().view(torch.uint8).numpy().reshape(*tensor.shape[:-1], -1)
         writer.add_tensor(name, raw, raw_dtype=kinds[tensor.dtype])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from converters.merge.base import BaseCheckpoint, open_base
+from converters.merge.changes import touched_parameters
 from converters.merge.inputs import read_adapters
 from converters.merge.layout import BaseLayout, base_layout
 from converters.merge.model_files import write_model_files
@@ -73,7 +74,21 @@ def _layout(base: BaseCheckpoint, adapters: list[NamedAdapter]) -> BaseLayout:
     if len(tasks) > 1:
         raise LoraportError(f"the adapters are for different tasks: {', '.join(tasks)}")
     directory = base.directory if base.config else None
-    return base_layout(directory, shapes, tasks[0] if tasks else None)
+    layout = base_layout(directory, shapes)
+    if not tasks or _names_all(layout, adapters):
+        return layout
+    # The adapter brings parameters that the base's own class has none of: its task's head.
+    return base_layout(directory, shapes, tasks[0])
+
+
+def _names_all(layout: BaseLayout, adapters: list[NamedAdapter]) -> bool:
+    """Tell whether every parameter that the adapters name is one of the base's own model."""
+    index = layout.index()
+    return all(
+        index.candidates(asked) or layout.place(asked)
+        for each in adapters
+        for asked in touched_parameters(each.adapter.modules, each.adapter.replacements)
+    )
 
 
 def _refuse_base_itself(output: Path, base: BaseCheckpoint) -> None:

@@ -143,7 +143,10 @@ class PlanBuilder:
             )
         if one.module is not None:
             if replacement is not None and replacement.rows is not None:
-                raise LoraportError("trained token rows and LoRA on the same weight")
+                if one.module.magnitude is not None:
+                    raise LoraportError("trained token rows and DoRA on the same weight")
+                self.changes[name].append(replacement_change(replacement, strength))
+                replacement = None
             if not self.layout.known:
                 self._note_orientation(one, one.module, source.shape)
             tensor = None if replacement is None else replacement.tensor
@@ -198,6 +201,8 @@ class PlanBuilder:
             alone = sum(each.part in (None, one.part) for each in entries) == 1
             try:
                 require_float(pieces, self.sources)
+                if is_of_pieces(one) and one.part is None and one.replacement is not None:
+                    raise LoraportError("LoRA on a parameter that is saved in full as well")
                 own = next((piece for piece in pieces if is_part(piece, one.part)), None)
                 if own is not None:
                     self._change_split(own, one, alone=alone)

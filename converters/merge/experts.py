@@ -181,7 +181,9 @@ def _expert_changes(
                 Change(strength, left[first : first + shape[0]], right, module.scaling),
             )
             continue
-        turned = _turned(shape[-2:], (out, features), transposed, piece.tensor)
+        # PEFT takes a parameter of two dimensions for [out, in], whatever module it is of.
+        known = False if len(shape) == 2 else transposed
+        turned = _turned(shape[-2:], (out, features), known, piece.tensor)
         for expert in range(module.experts):
             left, right = _factors(module, expert)
             if turned:

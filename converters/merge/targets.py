@@ -119,7 +119,8 @@ def _said(each: NamedAdapter, asked: str, name: str, layout: BaseLayout) -> Said
     path, _, leaf = asked.rpartition(".")
     bare = each.adapter.modules.get(asked)
     if bare is not None and bare.kind is ModuleKind.EXPERTS:
-        return Said(adapter=each, asked=asked, module=bare)
+        replacement = each.adapter.replacements.get(asked)
+        return Said(adapter=each, asked=asked, module=bare, replacement=replacement)
     module = each.adapter.modules.get(path)
     if module is not None and layout.known:
         # The model's class knows; the adapter's one flag may be wrong for some modules.
@@ -136,8 +137,8 @@ def _said(each: NamedAdapter, asked: str, name: str, layout: BaseLayout) -> Said
 def settle_ties(said: dict[str, list[Said]], layout: BaseLayout) -> list[Tie]:
     """Decide which tied parameters stay one tensor, and share what is meant for all of them.
 
-    Trained token rows and a resized vocabulary are for the whole tie, as in PEFT, unless the
-    adapter says something about the other members itself.
+    Trained rows of the input embedding and a resized vocabulary are for the whole tie, as in
+    PEFT.
 
     Args:
         said: From `resolve`; entries are added for members that share another's.
@@ -153,13 +154,7 @@ def settle_ties(said: dict[str, list[Said]], layout: BaseLayout) -> list[Tie]:
                 by_adapter[id(one.adapter)][member] = one
         kept = True
         for spoken in by_adapter.values():
-            if len(spoken) == 1:
-                member, one = next(iter(spoken.items()))
-                if _for_all(one, layout.shapes.get(member)):
-                    for other in members:
-                        if other != member:
-                            said.setdefault(other, []).append(one)
-                            spoken[other] = one
+            _share(spoken, members, said, layout)
             first = next(iter(spoken.values()))
             same = all(one.same_change(first) for one in spoken.values())
             kept = kept and same and len(spoken) == len(members)
@@ -167,8 +162,34 @@ def settle_ties(said: dict[str, list[Said]], layout: BaseLayout) -> list[Tie]:
     return ties
 
 
-def _for_all(one: Said, shape: tuple[int, ...] | None) -> bool:
+def _share(
+    spoken: dict[str, Said],
+    members: tuple[str, ...],
+    said: dict[str, list[Said]],
+    layout: BaseLayout,
+) -> None:
+    """Give the other members of a tie what an adapter means for all of them."""
+    for member, one in list(spoken.items()):
+        if not _for_all(one, member, layout):
+            continue
+        for other in members:
+            if other not in spoken:
+                said.setdefault(other, []).append(one)
+                spoken[other] = one
+            elif spoken[other].replacement is None:
+                # LoRA on the head and trained rows of the embedding: the head has both.
+                both = replace(spoken[other], replacement=one.replacement)
+                said[other][said[other].index(spoken[other])] = both
+                spoken[other] = both
+
+
+def _for_all(one: Said, member: str, layout: BaseLayout) -> bool:
     if one.replacement is None or one.module is not None:
         return False
+    shape = layout.shapes.get(member)
     resized = shape is not None and tuple(one.replacement.tensor.shape) != shape
-    return one.replacement.rows is not None or resized
+    if one.replacement.rows is not None:
+        # PEFT follows ties from the model's own input embedding, not from a head or from the
+        # embedding of an encoder inside.
+        return member in layout.input_embeddings & layout.embeddings
+    return resized

@@ -148,7 +148,8 @@ class _Fitter:
 
     def add_rows(self, path: str, replacement: Replacement) -> None:
         """Give trained tokens to the slot of the embedding, and of a head tied to it."""
-        if self._place(path, ModuleKind.EMBEDDING) is None:
+        placed = self._place(path, ModuleKind.EMBEDDING)
+        if placed is None:
             return
         try:
             base = self._base.weight(path) if self._base is not None else None
@@ -162,7 +163,9 @@ class _Fitter:
             got = f"{list(replacement.tensor.shape)} for tokens {list(replacement.rows or ())[:8]}"
             self._problems.add(path, wanted, got)
             return
-        for module in (path, *self._table.tied_to(path)):
+        # Rows of a head are its own: a tie leads from the embedding to the head only.
+        tied = self._table.tied_to(path) if placed[0].kind == ModuleKind.EMBEDDING else ()
+        for module in (path, *tied):
             if module not in self._places:
                 reason = self._unslotted.get(module, "export again with --lm-head")
                 expected = "a slot, as it shares the weight whose tokens were trained"

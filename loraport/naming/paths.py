@@ -66,7 +66,8 @@ def parse_peft_key(key: str) -> PeftKey | None:
     if "lora_" in rest:
         return None
     path, _, leaf = rest.rpartition(".")
-    path = path.removesuffix(_WRAPPED)
+    while path.endswith(_WRAPPED):
+        path = path.removesuffix(_WRAPPED)
     return PeftKey(path, None, f"{path}.{leaf}" if path else leaf)
 
 

@@ -67,7 +67,7 @@ def changes_of(
         LoraportError: Naming everything that does not fit the base.
     """
     original = original or model.get_parameter
-    ties = tied_parameters(model)
+    ties = _ties_of_inputs(model)
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     problems = Problems()
     terms: dict[str, list[Term]] = {}
@@ -108,6 +108,22 @@ def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
         if len(names) > 1
         for name in names
     }
+
+
+def _ties_of_inputs(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the path of the model's input embedding → those that share its weight.
+
+    Trained rows of it act in all of them; those of a head, or of an encoder's own embedding,
+    are its own (PEFT follows ties from the input embedding only).
+    """
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = getter() if getter is not None else None
+    except NotImplementedError:
+        embedding = None
+    first = next((path for path, each in model.named_modules() if each is embedding), None)
+    name = None if embedding is None or first is None else weight_name(first)
+    return {own: others for own, others in tied_parameters(model).items() if own == name}
 
 
 def changed_value(base: torch.Tensor, values: Sequence[NewValue]) -> torch.Tensor:

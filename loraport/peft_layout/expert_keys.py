@@ -6,8 +6,10 @@ and the keys say only how deep (``experts.base_layer.lora_A`` lies under ``exper
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from loraport.errors import Problems
 
@@ -35,13 +37,20 @@ def wrapped(module_path: str, depth: int) -> str:
 
 
 def parameters_of_keys(
-    module_paths: Iterable[str], targets: Sequence[str], problems: Problems
+    module_paths: Iterable[str],
+    targets: Sequence[str],
+    target_modules: Any,
+    problems: Problems,
 ) -> dict[str, str]:
     """Find the parameter that each wrapper is for.
+
+    A target without a module's name is a parameter of any module that has one of that name;
+    that is taken to be so unless the module is targeted itself.
 
     Args:
         module_paths: Module paths as the adapter's keys have them.
         targets: ``target_parameters``.
+        target_modules: ``target_modules``.
         problems: Takes what cannot be told.
 
     Returns:
@@ -53,9 +62,12 @@ def parameters_of_keys(
         depths[module][depth] = path
     found: dict[str, str] = {}
     for module, by_depth in depths.items():
-        leaves = {_leaf(module, target) for target in targets} - {""}
-        if not leaves:
-            continue
+        leaves = {leaf for target in targets if (leaf := _leaf(module, target))}
+        if len(leaves) < len(by_depth) or not leaves:
+            if not _is_targeted(module, target_modules):
+                leaves |= {target for target in targets if "." not in target}
+            if not leaves:
+                continue
         ordered = in_definition_order(leaves)
         if ordered is None or set(by_depth) != set(range(len(leaves))):
             problems.add(
@@ -83,5 +95,16 @@ def in_definition_order(leaves: Iterable[str]) -> list[str] | None:
 def _leaf(module: str, target: str) -> str:
     """Return the parameter's own name where a target is one of a module's, else nothing."""
     owner, _, leaf = target.rpartition(".")
-    fits = not owner or module == owner or module.endswith("." + owner)
-    return leaf if fits else ""
+    return leaf if owner and (module == owner or module.endswith("." + owner)) else ""
+
+
+def _is_targeted(module: str, target_modules: Any) -> bool:
+    """Tell whether ``target_modules``, a list of names or a pattern, names a module."""
+    if isinstance(target_modules, str):
+        try:
+            return re.fullmatch(target_modules, module) is not None
+        except re.error:
+            return False
+    if not isinstance(target_modules, list):
+        return False
+    return any(module == name or module.endswith(f".{name}") for name in target_modules)

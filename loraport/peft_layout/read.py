@@ -11,7 +11,7 @@ from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.checkpoint import Checkpoint
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint
-from loraport.naming import Part, parse_peft_key, peft_key, weight_name
+from loraport.naming import Part, parse_peft_key, peft_key, peft_parameter_key, weight_name
 from loraport.peft_layout.config import LoraSettings, read_config
 from loraport.peft_layout.expert_keys import parameters_of_keys
 
@@ -75,7 +75,8 @@ def adapter_of_contents(
         if parsed is None:
             problems.add(key, "a key of PEFT's LoRA layout", f"a tensor {_shape(tensor)}")
         elif parsed.part is None:
-            _replace(replacements, parsed.parameter, Replacement(tensor), key, problems)
+            if not _is_own_copy(parsed.parameter, tensor, tensors):
+                _replace(replacements, parsed.parameter, Replacement(tensor), key, problems)
         elif parsed.part is Part.TOKEN_ROWS:
             rows = _token_rows(parsed.module_path, tensor, settings, problems)
             name = weight_name(parsed.module_path)
@@ -83,13 +84,14 @@ def adapter_of_contents(
         else:
             parts[parsed.module_path][parsed.part] = tensor
     modules = {}
-    parameters = parameters_of_keys(parts, settings.target_parameters, problems)
+    parameters = parameters_of_keys(
+        parts, settings.target_parameters, settings.training.get("target_modules"), problems
+    )
     for module_path, found in parts.items():
-        parameter = parameters.get(module_path)
-        module = _module(parameter or module_path, found, settings, problems, parameter is not None)
+        target = parameters.get(module_path, module_path)
+        module = _module(target, found, settings, problems, module_path in parameters)
         if module is not None:
-            bare = module.kind is ModuleKind.EXPERTS
-            modules[parameter if parameter and bare else module_path] = module
+            modules[target] = module
     if not parts and not replacements:
         problems.add(str(path), "adapter tensors", "none")
     problems.raise_if_any(f"adapter {path} cannot be read")
@@ -100,6 +102,21 @@ def adapter_of_contents(
         base_fingerprint=BaseFingerprint.from_json(fingerprint) if fingerprint else None,
         training=settings.training,
     )
+
+
+def _is_own_copy(parameter: str, tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Tell whether a stored bias of a module to save is one that counts for nothing.
+
+    With ``bias="all"`` PEFT saves the biases of such a module three times: as the module's, as
+    those of its wrapped copy, and as those of the original, which is switched off.
+    """
+    if ".original_module." in parameter:
+        return True
+    module, marker, inside = parameter.partition(".modules_to_save.")
+    # Deeper inside the module the adapter's name may have stayed in the key.
+    names = (inside, inside.partition(".")[2]) if marker else ()
+    saved = [tensors.get(peft_parameter_key(f"{module}.{name}")) for name in names]
+    return any(found is not None and found.equal(tensor) for found in saved)
 
 
 def _replace(
@@ -163,7 +180,7 @@ def _module(
     if bare_parameter and lora_a.shape[0] % settings.ranks.rank(path) == 0:
         experts = lora_a.shape[0] // settings.ranks.rank(path)
     _check_shapes(path, found, part_a, part_b, settings, problems, experts)
-    if bare_parameter and (experts > 1 or not path.endswith(".weight")):
+    if bare_parameter:
         return LoraModule(
             kind=ModuleKind.EXPERTS,
             lora_A=lora_a,

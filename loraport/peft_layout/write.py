@@ -66,6 +66,7 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Ten
     tensors: dict[str, torch.Tensor] = {}
     bare = {path for path, module in modules.items() if module.kind is ModuleKind.EXPERTS}
     wrappers = _wrappers(bare)
+    wrapped_modules = modules.keys() | {path.rpartition(".")[0] for path in bare}
     for path, module in modules.items():
         for part, tensor in _parts(module).items():
             tensors[peft_key(wrappers.get(path, path), part)] = tensor
@@ -82,7 +83,7 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Ten
             tensors[peft_key(path, Part.TOKEN_ROWS)] = replacement.tensor
             token_indices[path] = list(replacement.rows)
             continue
-        adapted = path in modules
+        adapted = path in wrapped_modules
         tensors[peft_parameter_key(parameter, adapted=adapted)] = replacement.tensor
         if leaf == "bias" and f"{path}.weight" not in adapter.replacements:
             biases = True
@@ -104,7 +105,7 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Ten
         "target_modules": _targets([path for path in modules if path not in bare]),
         "target_parameters": sorted(bare) or None,
         "modules_to_save": sorted(set(saved)) or None,
-        "trainable_token_indices": token_indices or None,
+        "trainable_token_indices": _by_name(token_indices) or None,
         "ensure_weight_tying": bool(adapter.training.get("ensure_weight_tying")),
         "bias": "all" if biases else "none",
         "lora_bias": lora_bias,
@@ -115,6 +116,23 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Ten
         "inference_mode": True,
     }
     return config, tensors
+
+
+def _by_name(token_indices: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Return trained rows by module, those of several modules of one name under that name.
+
+    Where several names are given, PEFT takes tied ones for a single embedding.
+    """
+    names: dict[str, list[str]] = defaultdict(list)
+    for path in token_indices:
+        names[path.rpartition(".")[2]].append(path)
+    alike = {
+        name: token_indices[paths[0]]
+        for name, paths in names.items()
+        if len(paths) > 1 and all(token_indices[p] == token_indices[paths[0]] for p in paths)
+    }
+    apart = {p: rows for p, rows in token_indices.items() if p.rpartition(".")[2] not in alike}
+    return {**alike, **apart}
 
 
 def _parts(module: LoraModule) -> dict[Part, torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from loraport.adapter import ModuleKind
 from loraport.errors import LoraportError
 from loraport.update import LowRankUpdate
 from loraport.variants import bias, dora
@@ -49,10 +50,11 @@ _VARIANTS: tuple[Refine, ...] = (bias.refine, dora.refine)
 
 def lower(module: LoraModule, base_weight: torch.Tensor | None = None) -> LowRankUpdate:
     """Lower one module to the canonical form; see `LoraModule.lower`."""
-    if module.experts > 1:
+    if module.kind is ModuleKind.EXPERTS:
         raise LoraportError(
-            "LoRA on fused experts: expected one matrix to update, got "
-            f"{module.experts} experts'; merge it into the base"
+            "LoRA on a parameter rather than a module (fused experts above all): expected a "
+            f"layer's matrix to update, got a parameter of {module.experts} as it is stored; merge "
+            "it into the base"
         )
     update = LowRankUpdate(
         a=module.lora_A.flatten(1), b=ungrouped_b(module), scaling=module.scaling

@@ -83,7 +83,7 @@ def _assert_same_module(module, back, folds_gains) -> None:
 _HELD = {
     "peft": {"plain", "rslora_patterns", "dora", "conv_dora", "modules_to_save", "tokens"},
     "mlx": {"plain", "rslora", "patterns", "dora", "bert_dora", "conv1d_storage", "embedding"},
-    "gguf": {"plain", "rslora", "patterns", "rslora_patterns", "embedding_and_head"},
+    "gguf": {"rank_one", "plain", "rslora", "patterns", "rslora_patterns", "embedding_and_head"},
     "kohya": {"plain", "rslora_patterns", "dora", "conv", "conv_dora", "conv1d_storage"},
     "diffusers": {"plain", "rslora_patterns", "dora", "conv", "conv_bias"},
     "onnx": {

@@ -13,6 +13,9 @@ PEFT_MERGES_WRONGLY = {
     "tied_embedding",
     "tied_head",
     "tied_together",
+    "tied_tokens_and_head",
+    "tokens_of_both_stacks",
+    "tied_tokens_of_the_head",
     "conv1d_storage_and_head",  # GPT-2 ties its head
 }
 

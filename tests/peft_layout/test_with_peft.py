@@ -16,12 +16,8 @@ def test_peft_loads_what_we_write(name, tmp_path):
     # the first that matches wins, so it may differ from the model that was saved.
     adapted = logits(load_with_peft(made.fresh_base(), made.path))
     again = logits(load_with_peft(made.fresh_base(), tmp_path / "ours"))
-    # The same tensors through the same code: no tolerance at all. But for a weight that was
-    # targeted as a bare parameter: it is written as its module, and added up in another order.
-    if name == "experts_rslora":
-        assert torch.allclose(again, adapted, rtol=0, atol=2e-5)
-    else:
-        assert torch.equal(again, adapted)
+    # The same tensors through the same code: no tolerance at all.
+    assert torch.equal(again, adapted)
     assert (adapted - logits(made.base)).abs().max() > 1e-3
 
 
@@ -31,6 +27,10 @@ def test_no_tensor_is_lost_or_changed(name, tmp_path):
     write_peft(read_peft(made.path), tmp_path / "ours")
     theirs = load_file(made.path / "adapter_model.safetensors")
     ours = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    # With every bias, PEFT saves those of a module to save twice more: of the wrapped copy, and
+    # of the original, which is switched off.
+    again = (".original_module.", ".modules_to_save.")
+    theirs = {key: tensor for key, tensor in theirs.items() if not any(x in key for x in again)}
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
         assert torch.equal(ours[key], tensor), key

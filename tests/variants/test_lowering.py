@@ -13,7 +13,10 @@ from loraport.storage import stored_as_out_in
 
 # PEFT merges both of a tied pair into one tensor, which changes the other one too or adds the
 # update twice; its merge is no reference there.
-NOT_PEFTS_MERGE = {"conv_grouped", "tied_embedding", "tied_head", "tied_together"}
+NOT_PEFTS_MERGE = {
+    *("conv_grouped", "tied_embedding", "tied_head", "tied_together"),
+    "tied_tokens_and_head",  # and its merge has the trained rows in it
+}
 NAMES = [name for name in CASES if name not in NOT_PEFTS_MERGE]
 
 
