@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from loraport.gguf_model import GgufModel
 
 SMOLLM2 = "smollm2"
+_COUNTS = re.compile(r"(num_|n_)(\w+_)?(layers?|experts?|blocks?|heads?|stages?)")
+_MOST = 100_000  # of layers, heads and the like; none has a hundredth as many
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
@@ -94,11 +97,30 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads((directory / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoraportError(f"{directory / 'config.json'}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise LoraportError(f"{directory / 'config.json'}: expected an object")
+    _refuse_endless(config, directory)
     return config
+
+
+def _refuse_endless(config: Mapping[str, Any], directory: Path) -> None:
+    """Refuse a configuration that would have a model built of more parts than there can be.
+
+    Even without weights, every layer takes its time.
+
+    Raises:
+        LoraportError: Naming the number.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_endless(value, directory)
+        elif _COUNTS.fullmatch(key) and isinstance(value, int | float) and not value <= _MOST:
+            raise LoraportError(
+                f"{directory / 'config.json'}: {key}: expected at most {_MOST}, got {value}; "
+                "fetch it again"
+            )
 
 
 def is_causal_lm(directory: Path) -> bool:
@@ -157,8 +179,8 @@ def model_without_weights(directory: Path) -> PreTrainedModel | None:
                 model: PreTrainedModel = transformers.AutoModel.from_config(config)
             else:
                 model = model_class(config)
-    # A configuration of code that is not here, or one that this version does not read.
-    except (ValueError, OSError, KeyError, AttributeError, TypeError, ImportError, RuntimeError):
+    # A configuration of code that is not here, one that this version does not read, or nonsense.
+    except Exception:
         return None
     return model
 

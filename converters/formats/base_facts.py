@@ -95,8 +95,9 @@ def _with_defaults(directory: Path) -> Mapping[str, Any]:
 
     try:
         known = AutoConfig.from_pretrained(directory).get_text_config()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return raw  # an architecture that transformers does not know
+    # An architecture that transformers does not know, or values that it does not take.
+    except Exception:
+        return raw
     # `to_dict` renames what GPT-2 and its kin call n_head and n_layer.
     return {**known.to_dict(), "tie_word_embeddings": known.tie_word_embeddings}
 

@@ -13,7 +13,8 @@ import torch
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from merge_bases import KEY, run_merge, write_adapter
+from merge_bases import KEY, run_merge, save_base, write_adapter
+from peft_cases import Case, llama, make_case
 from safetensors.torch import load_file, save, save_file
 
 from converters.merge import MergeOptions, make_plan
@@ -292,3 +293,33 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert torch.equal(merged["layers.1.fc.weight"], base["layers.1.fc.weight"])
     expected = (base["layers.0.fc.weight"].double() + 4).to(torch.bfloat16)
     assert (merged["layers.0.fc.weight"] != expected).float().mean() < 1e-4  # torch rounds twice
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"num_hidden_layers": 2**63},
+        {"num_attention_heads": 1e400},
+        {"initializer_range": "../../x"},
+        {"num_attention_heads": ""},
+        {"hidden_size": -(2**70)},
+        {"architectures": ["os", 3]},
+        {"layer_types": []},
+        {"vocab_size": None, "rope_parameters": [1]},
+    ],
+)
+def test_nonsense_in_a_base_s_config_is_no_traceback(damage, tmp_path):
+    """The model cannot be made then: the tensors' names decide, or one error says why."""
+    made = make_case(Case(llama, {"target_modules": ["q_proj"]}), tmp_path / "adapter")
+    save_base(made.base, tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **damage}))
+    command = ["merge", str(tmp_path / "base"), str(made.path), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 0 or isinstance(result.exception, LoraportError)
+    if result.exit_code == 0:
+        name = "model.layers.1.self_attn.q_proj.weight"
+        module = read_peft(made.path).modules[name.removesuffix(".weight")]
+        wanted = load_file(tmp_path / "base/model.safetensors")[name] + module.lower().delta()
+        got = load_file(tmp_path / "out/model.safetensors")[name]
+        assert torch.allclose(got, wanted, rtol=0, atol=1e-6)
