@@ -41,6 +41,11 @@ class Use(Protocol):
         ...
 
 
+_MAYBE_SHARED = (
+    "several operators use it, and equal parameters may share it; export again with --base"
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Holder:
     """An initializer, and where it stands for one parameter.
@@ -117,11 +122,23 @@ class BaseHolders:
         free = [holder for holder in found if holder.value.name not in self._parameters]
         for chosen in (named, free):
             if len(chosen) == 1:
-                return chosen[0]
+                return self._unless_shared(parameter, chosen[0])
         if found:
             names = ", ".join(str(holder.value.name) for holder in found[:5])
             return f"the graph holds its values several times: {names}"
         return _NOT_AS_IT_IS
+
+    def _unless_shared(self, parameter: str, holder: Holder) -> Holder | str:
+        """Refuse an initializer that exporters let several equal parameters share."""
+        if holder.value.name == parameter and len(holder.uses) == 1:
+            return holder
+        tensor = self._parameters[parameter].detach()
+        for name, other in self._parameters.items():
+            if other.data_ptr() == tensor.data_ptr() or other.shape != tensor.shape:
+                continue
+            if name not in self._graph.initializers and torch.equal(other.detach(), tensor):
+                return f"the graph may have one constant for it and {name}, which is equal"
+        return holder
 
 
 class GraphHolders:
@@ -159,7 +176,8 @@ class GraphHolders:
         if parameter in self._by_site:
             value, entry = self._by_site[parameter]
             if entry is None:
-                return Holder(value, tuple(value.uses()), transposed=False)
+                uses = tuple(value.uses())
+                return _MAYBE_SHARED if len(uses) > 1 else Holder(value, uses, transposed=False)
             node = entry.site.node
             uses = tuple(use for use in value.uses() if _leads_to(use.node, node))
             transposed = _stored_transposed(value, entry)
@@ -167,7 +185,10 @@ class GraphHolders:
                 return _NOT_AS_IT_IS
             return Holder(value, uses, transposed)
         value = self._by_name[parameter]
-        return Holder(value, tuple(value.uses()), transposed=False)
+        uses = tuple(value.uses())
+        if len(uses) > 1:
+            return _MAYBE_SHARED
+        return Holder(value, uses, transposed=False)
 
 
 def _stored(graph: ir.Graph) -> list[ir.Value]:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from converters.onnx.distinct_parameters import distinct_parameters, put_back
 from loraport.errors import LoraportError
 
 DATA_FILE = "model.onnx.data"
@@ -38,6 +39,22 @@ def export_module(
     Raises:
         LoraportError: If torch cannot export the module.
     """
+    left: set[str] = set()
+    while True:
+        with distinct_parameters(module, left) as true:
+            model = _exported(module, inputs, dynamic)
+        missing = put_back(model, true)
+        if not missing:
+            break
+        left |= missing
+    ir.save(model, out / "model.onnx", external_data=DATA_FILE)
+
+
+def _exported(
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    dynamic: Mapping[str, Mapping[int, str]],
+) -> ir.Model:
     dimensions: dict[str, Any] = {}
     shapes = {
         name: {
@@ -71,7 +88,7 @@ def export_module(
         exporter_log.setLevel(level)
     if program is None:
         raise LoraportError(f"torch.onnx.export of {type(module).__name__} gave no model")
-    ir.save(program.model, out / "model.onnx", external_data=DATA_FILE)
+    return program.model
 
 
 def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[str] | None:

@@ -1,6 +1,7 @@
 """Whole parameters as graph inputs: ``modules_to_save``, heads, norms, biases, trained tokens."""
 
 import shutil
+import warnings
 
 import numpy as np
 import onnx
@@ -287,6 +288,49 @@ def test_a_blend_moves_parameters_away_from_the_base(bert_base, bert_bundle, tmp
             expected = torch_outputs(model, bert_arrays())[0]
         got = Runtime(own).run(bert_arrays(), strengths)["logits"]
         np.testing.assert_allclose(got, expected, **CLOSE)
+
+
+@pytest.fixture(scope="module")
+def fresh_base():
+    """Biases are zeros and norms ones, as in a model with a new head: exporters share those."""
+    torch.manual_seed(1)
+    return bert().eval()
+
+
+def as_initialised(base, made):
+    """The base and PEFT's model on it; `make_case` has left it alone."""
+    bias = base.get_submodule("classifier").bias
+    assert not bias.any()
+    return bert_reference(made)
+
+
+@pytest.mark.parametrize("name", ["classifier", "biases", "norms"])
+def test_equal_parameters_are_replaced_apart(name, fresh_base, tmp_path):
+    made = make_case(Case(bert, BERT_SAVED[name]), tmp_path / "a", base=fresh_base)
+    inputs = {name: torch.from_numpy(array) for name, array in bert_arrays().items()}
+    slots = SlotOptions(replace=("classifier", "bias", "LayerNorm"))
+    export_torch_module(fresh_base, inputs, tmp_path / "out", slots=slots)
+    own = tmp_path / "out"
+    with torch.no_grad():
+        plain = fresh_base(**inputs).logits.numpy()
+    np.testing.assert_allclose(Runtime(own).run(bert_arrays())["logits"], plain, **CLOSE)
+    add_adapters(own, {"a": read_adapter(made.path)})
+    got = Runtime(own).run(bert_arrays(), "a")["logits"]
+    np.testing.assert_allclose(got, as_initialised(fresh_base, made), **CLOSE)
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_a_constant_that_equal_parameters_share_is_no_place(with_base, fresh_base, tmp_path):
+    inputs = {name: torch.from_numpy(array) for name, array in bert_arrays().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(fresh_base, kwargs=inputs, dynamo=True, verbose=False)
+    program.save(tmp_path / "m.onnx")
+    fresh_base.save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base") if with_base else None
+    options = ImportOptions(base, SlotOptions(replace=("LayerNorm",)))
+    with pytest.raises(LoraportError, match=r"LayerNorm\.(weight|bias): (the graph|several)"):
+        import_model(tmp_path / "m.onnx", tmp_path / "out", options)
 
 
 @pytest.mark.parametrize("with_base", [False, True])
