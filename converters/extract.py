@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converters.low_rank import Factors, factor_matrix
-from converters.merge.base import BaseCheckpoint, open_base
-from converters.merge.layout import BaseLayout, base_layout
-from converters.merge.sources import FLOATING, OpenFiles, Source, open_files
+from converters.merge.base import open_base
+from converters.merge.layout import BaseLayout
+from converters.merge.sources import OpenFiles, open_files
+from converters.stored_parameters import StoredParameter, checkpoint_layout, stored_parameters
 from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint, hash_weight
@@ -62,8 +63,9 @@ class Extracted:
 def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Extracted:
     """Factor what a fine-tune changed.
 
-    Differences of weights are factored by a truncated SVD in float64; biases, norms and every
-    other one-dimensional parameter that differs are stored whole.
+    Differences of weights are factored by a truncated SVD in float64, each expert's by itself;
+    biases, norms and every other one-dimensional parameter that differs are stored whole, and so
+    are convolutions with groups.
 
     Args:
         options: What to extract.
@@ -77,25 +79,41 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
     if options.energy is not None and not 0 < options.energy <= 1:
         raise LoraportError(f"--energy: expected a share above 0 and up to 1, got {options.energy}")
     base, tuned = open_base(options.base), open_base(options.tuned)
-    before, after = _parameters(base), _parameters(tuned)
+    layout = checkpoint_layout(base)
+    before = stored_parameters(base, layout)
+    after = stored_parameters(tuned, checkpoint_layout(tuned))
     _check_same_model(before, after)
-    layout = _layout(base)
     modules: dict[str, LoraModule] = {}
     replacements: dict[str, Replacement] = {}
     errors: dict[str, float] = {}
     hashes: dict[str, str] = {}
     unchanged = 0
-    total = sum(math.prod(source.shape) * FLOATING[source.dtype] for source in before.values())
+    total = sum(stored.nbytes for stored in before.values())
+    unhandled = {tensor for tensors in layout.unsupported.values() for tensor in tensors}
     with open_files() as files:
-        for parameter, source in before.items():
-            old, new = _read(source, files), _read(after[parameter], files)
-            progress(old.nbytes, total)
+        for parameter, stored in before.items():
+            if stored.experts:
+                found = _experts(parameter, stored, after[parameter], layout, options, files)
+                progress(stored.nbytes, total)
+                if found is None:
+                    unchanged += 1
+                else:
+                    modules[parameter], errors[parameter] = found
+                continue
+            old, new = stored.read(files), after[parameter].read(files)
+            progress(stored.nbytes, total)
             if old.double().equal(new.double()):
                 unchanged += 1
                 continue
+            if parameter in unhandled:
+                raise LoraportError(
+                    f"{parameter}: expected a tensor that is a parameter of the model as it is, "
+                    "got one that transformers takes apart or puts together when it loads it; "
+                    "save both models with transformers first"
+                )
             path, _, leaf = parameter.rpartition(".")
-            if leaf != "weight" or old.dim() < 2:
-                replacements[parameter] = Replacement(new.clone())
+            if leaf != "weight" or old.dim() < 2 or path in layout.grouped:
+                replacements[parameter] = Replacement(new)
                 continue
             modules[path], factors = _module(path, old, new, layout, options)
             errors[path] = factors.error
@@ -137,29 +155,46 @@ def _module(
     )
 
 
-def _parameters(checkpoint: BaseCheckpoint) -> dict[str, Source]:
-    """Return float tensors by the name of the parameter they hold."""
-    layout = _layout(checkpoint)
-    sources = checkpoint.sources()
-    found = {}
-    for parameter, pieces in layout.pieces.items():
-        if len(pieces) > 1 or pieces[0].expert is not None:
-            # Experts stored one by one are matrices of their own; PEFT names none of them.
-            raise LoraportError(
-                f"{parameter}: expected one tensor, got {len(pieces)} experts; mixtures of "
-                "experts cannot be extracted"
-            )
-        if sources[pieces[0].tensor].dtype in FLOATING:
-            found[parameter] = sources[pieces[0].tensor]
-    return found
+def _experts(
+    parameter: str,
+    before: StoredParameter,
+    after: StoredParameter,
+    layout: BaseLayout,
+    options: ExtractOptions,
+    files: OpenFiles,
+) -> tuple[LoraModule, float] | None:
+    """Factor what changed in each expert by itself; ``None`` where nothing did."""
+    import torch
+    from torch.nn.functional import pad
+
+    found: list[Factors] = []
+    missed = whole = 0.0
+    for expert in range(before.experts):
+        delta = after.read_expert(expert, files).double()
+        delta -= before.read_expert(expert, files).double()
+        matrix = delta.T if parameter in layout.transposed else delta
+        factors = factor_matrix(matrix, options.rank, options.energy)
+        norm = float(matrix.square().sum())
+        missed, whole = missed + factors.error**2 * norm, whole + norm
+        found.append(factors)
+    if not whole:
+        return None
+    rank = max(each.rank for each in found)
+    a = [pad(each.a, (0, 0, 0, rank - each.rank)) for each in found]
+    b = [pad(each.b, (0, rank - each.rank)) for each in found]
+    module = LoraModule(
+        kind=ModuleKind.EXPERTS,
+        lora_A=torch.cat(a),
+        lora_B=torch.stack(b, dim=-1).flatten(1),
+        alpha=float(rank),  # scaling 1
+        experts=before.experts,
+    )
+    return module, math.sqrt(missed / whole)
 
 
-def _layout(checkpoint: BaseCheckpoint) -> BaseLayout:
-    shapes = {name: source.shape for name, source in checkpoint.sources().items()}
-    return base_layout(checkpoint.directory if checkpoint.config else None, shapes)
-
-
-def _check_same_model(before: Mapping[str, Source], after: Mapping[str, Source]) -> None:
+def _check_same_model(
+    before: Mapping[str, StoredParameter], after: Mapping[str, StoredParameter]
+) -> None:
     problems = Problems()
     for name in sorted(before.keys() ^ after.keys()):
         where = "base" if name in before else "tuned model"
@@ -168,8 +203,3 @@ def _check_same_model(before: Mapping[str, Source], after: Mapping[str, Source])
         if before[name].shape != after[name].shape:
             problems.add(name, f"{list(before[name].shape)}", f"{list(after[name].shape)}")
     problems.raise_if_any("the two models are not the same but for their values")
-
-
-def _read(source: Source, files: OpenFiles) -> torch.Tensor:
-    # The next read overwrites what this one returns, and two weights are compared.
-    return source.read(files, 0, math.prod(source.shape)).clone().reshape(source.shape)

@@ -59,6 +59,7 @@ class BaseLayout:
         model_class: Its class, where it is known.
         input_embeddings: Weights that are looked up by token or position.
         embeddings: Parameters with one row per token of the vocabulary.
+        grouped: Modules that are convolutions with groups.
         transposed: Parameters of fused experts that are ``[in, out]`` each.
         unsupported: Parameters that are computed from stored tensors in a way that is not
             handled, and those tensors; each of them also stands among ``pieces`` by itself, for
@@ -74,6 +75,7 @@ class BaseLayout:
     model_class: str | None = None
     input_embeddings: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
+    grouped: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
     unsupported: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     names: StoredNames | None = None
@@ -161,6 +163,7 @@ def _layout_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> BaseLayout:
         embeddings=frozenset(
             weight_name(path) for path, module in modules if any(module is end for end in ends)
         ),
+        grouped=frozenset(path for path, module in modules if _is_grouped(module)),
         transposed=frozenset(
             f"{path}.{name}"
             for path, module in modules
@@ -205,6 +208,13 @@ def _pieces(
         whole.update({name: [Piece(name)] for name in tensors if name not in state})
     pieces = {name: tuple(found) for name, found in whole.items()}
     return pieces, {name: tuple(tensors) for name, tensors in unhandled.items()}
+
+
+def _is_grouped(module: Any) -> bool:
+    import torch
+
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    return isinstance(module, convolutions) and module.groups > 1
 
 
 def _is_embedding(module: Any) -> bool:

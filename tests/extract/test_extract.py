@@ -7,7 +7,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 from merge_bases import save_base
-from peft_cases import ConvNet, bert, gpt2, llama, load_with_peft, logits, qwen_moe
+from peft_cases import (
+    TINY,
+    ConvNet,
+    bert,
+    gpt2,
+    llama,
+    load_with_peft,
+    logits,
+    mixtral,
+    qwen_moe,
+)
 
 from converters.extract import ExtractOptions, extract
 from loraport.cli import cli
@@ -84,11 +94,72 @@ def test_errors_are_reported_and_energy_chooses_ranks(tmp_path):
     assert CliRunner().invoke(cli, [*command, str(tmp_path / "three")]).exit_code == 2
 
 
+def gpt_oss():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return GptOssForCausalLM(GptOssConfig(**TINY, **heads, **experts))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("make_model", [mixtral, qwen_moe, gpt_oss])
+def test_experts_are_factored_one_by_one(make_model, fused, tmp_path):
+    """Whatever way the two models store them; GPT-OSS has each of them ``[in, out]``."""
+    torch.manual_seed(0)
+    base = make_model().eval()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.dim() == 3:
+                experts, rows, columns = parameter.shape
+                change = torch.randn(experts, rows, 3) @ torch.randn(experts, 3, columns)
+                parameter.add_(change * 0.1)
+    save_base(base, tmp_path / "base")
+    save_base(tuned, tmp_path / "tuned", save_original_format=not fused)
+    command = ["extract", str(tmp_path / "base"), str(tmp_path / "tuned"), "--rank", "3", "--json"]
+    result = CliRunner().invoke(cli, [*command, "-o", str(tmp_path / "adapter")])
+    assert result.exit_code == 0, result.exception
+    modules = json.loads(result.stdout)["modules"]
+    assert {name.rpartition(".")[2] for name in modules} == {"gate_up_proj", "down_proj"}
+    assert max(each["relative_error"] for each in modules.values()) < 1e-4
+    expected = logits(tuned)
+    got = logits(load_with_peft(copy.deepcopy(base), tmp_path / "adapter"))
+    assert torch.allclose(got, expected, rtol=0, atol=1e-4 * expected.abs().max())
+    assert (logits(base) - expected).abs().max() > 0.05
+    out = tmp_path / "merged"
+    command = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(out)]
+    assert CliRunner().invoke(cli, command).exit_code == 0
+    merged = type(base).from_pretrained(out).eval()
+    assert torch.allclose(logits(merged), expected, rtol=0, atol=1e-4 * expected.abs().max())
+
+
+def test_experts_with_ranks_of_their_own(tmp_path):
+    torch.manual_seed(0)
+    base = mixtral().eval()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        weight = tuned.model.layers[0].mlp.experts.down_proj
+        weight[2].add_(torch.randn(len(weight[2]), 5) @ torch.randn(5, weight.shape[2]) * 0.1)
+    save_base(base, tmp_path / "base")
+    save_base(tuned, tmp_path / "tuned")
+    options = ExtractOptions(str(tmp_path / "base"), str(tmp_path / "tuned"), energy=0.9999999)
+    extracted = extract(options, lambda *_: None)
+    ((path, module),) = extracted.adapter.modules.items()
+    assert path == "model.layers.0.mlp.experts.down_proj"
+    assert module.rank == 5
+    a = module.lora_A.reshape(4, 5, -1)
+    assert not a[[0, 1, 3]].any()  # nothing changed there
+    write_peft(extracted.adapter, tmp_path / "adapter")
+    expected = logits(tuned)
+    got = logits(load_with_peft(copy.deepcopy(base), tmp_path / "adapter"))
+    assert torch.allclose(got, expected, rtol=0, atol=1e-3 * expected.abs().max())
+
+
 def test_what_cannot_be_extracted(tmp_path):
     torch.manual_seed(0)
     save_base(llama(), tmp_path / "base")
     save_base(bert(), tmp_path / "other")
-    save_base(qwen_moe(), tmp_path / "experts")
 
     def run(base, tuned, **options):
         chosen = ExtractOptions(str(tmp_path / base), str(tmp_path / tuned), **options)
@@ -98,7 +169,5 @@ def test_what_cannot_be_extracted(tmp_path):
         run("base", "base", rank=2)
     with pytest.raises(LoraportError, match="not the same but for their values"):
         run("base", "other", rank=2)
-    with pytest.raises(LoraportError, match="mixtures of experts"):
-        run("experts", "experts", rank=2)
     with pytest.raises(LoraportError, match="--energy"):
         run("base", "base", energy=1.5)
