@@ -6,6 +6,8 @@ import { requireFit } from './packed_adapter.js';
 import { parseSafetensors } from './safetensors.js';
 import { requireSeal } from './seal.js';
 
+export const BASE_VALUES_FILE = 'base_values.safetensors';
+
 /** @typedef {import('./tensor_types.js').PlainTensor} PlainTensor */
 
 /**
@@ -29,6 +31,11 @@ export class Bundle {
   constructor(store, manifest) {
     this.store = store;
     this.manifest = manifest;
+    /**
+     * The base's own values of the parameters that adapters may replace, by graph input.
+     * @type {Map<string, PlainTensor>}
+     */
+    this.baseValues = new Map();
   }
 
   /**
@@ -40,7 +47,11 @@ export class Bundle {
   static async open(store) {
     const bytes = await store.read(MANIFEST_FILE, null);
     await requireSeal(bytes, MANIFEST_FILE);
-    return new Bundle(store, parseManifest(bytes));
+    const bundle = new Bundle(store, parseManifest(bytes));
+    if (bundle.manifest.replacements.length > 0) {
+      bundle.baseValues = parseSafetensors(await bundle.read(BASE_VALUES_FILE), BASE_VALUES_FILE);
+    }
+    return bundle;
   }
 
   /** Names of the adapters. */
@@ -112,7 +123,7 @@ export class Bundle {
     if (tensors === undefined) {
       tensors = this.read(path).then((bytes) => {
         const parsed = parseSafetensors(bytes, path);
-        requireFit(parsed, this.manifest.slots, path);
+        requireFit(parsed, this.manifest, path);
         return parsed;
       });
       this.#adapters.set(name, tensors);

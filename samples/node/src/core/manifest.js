@@ -12,14 +12,46 @@ export const SCHEMA_VERSION = 1;
  */
 
 /**
- * A place in the graph where a low-rank update is added: `y += (x A) B`.
+ * A graph input that adapters fill.
+ * @typedef {object} SlotInput
+ * @property {'lora_A' | 'lora_B' | 'gain' | 'bias'} role
+ * @property {string} name
+ * @property {(number | null)[]} shape null where the rank is
+ * @property {number} neutral what fills it where there is no adapter
+ */
+
+/**
+ * A place in the graph where an update is added: `y' = gain y + (x A) B + bias`.
  * @typedef {object} Slot
  * @property {string} name
- * @property {string} inputA graph input that takes A `[in, r]`
- * @property {string} inputB graph input that takes B `[r, out]`, scaling folded in
- * @property {number} inFeatures
- * @property {number} outFeatures
- * @property {string} dtype ONNX's name for the element type of both
+ * @property {SlotInput[]} inputs
+ * @property {string[]} modules the paths of those that it serves
+ * @property {string} dtype ONNX's name for the element type of all
+ */
+
+/**
+ * A graph input that takes a whole parameter; the base's own is in `base_values.safetensors`.
+ * @typedef {object} ReplacementSlot
+ * @property {string} parameter
+ * @property {string} input
+ * @property {number[]} shape
+ * @property {string} dtype
+ */
+
+/**
+ * A graph input `[1]` that says how adapters are used.
+ * @typedef {object} Control
+ * @property {string} input
+ * @property {'FLOAT' | 'INT64'} dtype
+ * @property {number} neutral
+ */
+
+/**
+ * All inputs that are no inputs of the base.
+ * @typedef {object} SlotTable
+ * @property {Slot[]} slots
+ * @property {ReplacementSlot[]} replacements
+ * @property {Control[]} controls
  */
 
 /**
@@ -41,6 +73,8 @@ export const SCHEMA_VERSION = 1;
  * @property {string} precision
  * @property {string} model the graph whose slots are plain required inputs
  * @property {Slot[]} slots
+ * @property {ReplacementSlot[]} replacements
+ * @property {Control[]} controls
  * @property {Map<string, BundledAdapter>} adapters
  * @property {Map<string, GoldenCase>} golden
  * @property {number} tolerance largest difference from a golden value
@@ -113,6 +147,8 @@ function readDocument(document) {
     precision: text(document.precision, 'precision'),
     model: text(document.model_required, 'model_required'),
     slots: list(document.slots, 'slots').map(readSlot),
+    replacements: list(document.replacements ?? [], 'replacements').map(readReplacement),
+    controls: list(document.controls ?? [], 'controls').map(readControl),
     adapters: mapped(document.adapters, 'adapters', (entry, where) => ({
       tensors: text(entry?.tensors, `${where}.tensors`),
       ranks: mapped(entry?.ranks, `${where}.ranks`, size),
@@ -134,13 +170,64 @@ function readDocument(document) {
  */
 function readSlot(entry, index) {
   const where = `slots[${index}]`;
+  const name = text(entry?.name, `${where}.name`);
+  const [input, out] = [
+    size(entry.in_features, `${where}.in_features`),
+    size(entry.out_features, `${where}.out_features`),
+  ];
+  const kernel = list(entry.kernel ?? [], `${where}.kernel`).map((value) => size(value, where));
+  const conv = entry.kind === 'conv';
+  /** @type {Record<SlotInput['role'], [(number | null)[], number]>} */
+  const shapes = {
+    lora_A: [conv ? [null, input, ...kernel] : [input, null], 0],
+    lora_B: [conv ? [out, null, ...kernel.map(() => 1)] : [null, out], 0],
+    gain: [[out], 1],
+    bias: [[out], 0],
+  };
+  const inputs = mapped(entry.inputs, `${where}.inputs`, text);
+  for (const role of ['lora_A', 'lora_B']) text(inputs.get(role), `${where}.inputs.${role}`);
   return {
-    name: text(entry?.name, `${where}.name`),
-    inputA: text(entry.inputs?.lora_A, `${where}.inputs.lora_A`),
-    inputB: text(entry.inputs?.lora_B, `${where}.inputs.lora_B`),
-    inFeatures: size(entry.in_features, `${where}.in_features`),
-    outFeatures: size(entry.out_features, `${where}.out_features`),
+    name,
+    inputs: [...inputs].map(([key, input]) => {
+      const role = /** @type {SlotInput['role']} */ (key);
+      const [shape, neutral] = shapes[role] ?? refuse('a role of an input', where, key);
+      return { role, name: input, shape, neutral };
+    }),
+    modules: list(entry.modules ?? [], `${where}.modules`).map((module) =>
+      text(module?.path, `${where}.modules`),
+    ),
     dtype: text(entry.dtype, `${where}.dtype`),
+  };
+}
+
+/**
+ * @param {any} entry
+ * @param {number} index
+ * @returns {ReplacementSlot}
+ */
+function readReplacement(entry, index) {
+  const where = `replacements[${index}]`;
+  return {
+    parameter: text(entry?.parameter, `${where}.parameter`),
+    input: text(entry.input, `${where}.input`),
+    shape: list(entry.shape, `${where}.shape`).map((value) => size(value, `${where}.shape`)),
+    dtype: text(entry.dtype, `${where}.dtype`),
+  };
+}
+
+/**
+ * @param {any} entry
+ * @param {number} index
+ * @returns {Control}
+ */
+function readControl(entry, index) {
+  const where = `controls[${index}]`;
+  const dtype = text(entry?.dtype, `${where}.dtype`);
+  if (dtype !== 'FLOAT' && dtype !== 'INT64') refuse('FLOAT or INT64', `${where}.dtype`, dtype);
+  return {
+    input: text(entry.input, `${where}.input`),
+    dtype,
+    neutral: number(entry.neutral, `${where}.neutral`),
   };
 }
 

@@ -2,7 +2,8 @@
 
 import { LoraportError, Problems, firstLine } from './errors.js';
 import { requireAdapter } from './manifest.js';
-import { blend, zeroUpdate } from './packed_adapter.js';
+import { blend } from './blend.js';
+import { neutralTensor } from './packed_adapter.js';
 import { ELEMENT_TYPES, SLOT_DTYPES } from './tensor_types.js';
 
 /**
@@ -45,8 +46,7 @@ export class Model {
     this.ort = ort;
     this.session = session;
     this.bundle = bundle;
-    const { slots } = bundle.manifest;
-    this.#zeros = zeroFeeds(ort, slots);
+    this.#zeros = neutralFeeds(ort, bundle);
     this.#current = this.#zeros;
     const owned = new Set(Object.keys(this.#zeros));
     const unknown = [...owned].filter((name) => !session.inputNames.includes(name));
@@ -94,7 +94,7 @@ export class Model {
     }
     /** @type {Record<string, Tensor>} */
     const feeds = { ...this.#zeros };
-    for (const [name, tensor] of blend(parts, manifest.slots)) {
+    for (const [name, tensor] of blend(parts, manifest, this.bundle.baseValues)) {
       feeds[name] = toOrt(this.ort, name, tensor);
     }
     return feeds;
@@ -179,28 +179,40 @@ function strengths(selection) {
 }
 
 /**
+ * What makes the graph the base.
  * @param {Ort} ort
- * @param {import('./manifest.js').Slot[]} slots
+ * @param {import('./bundle.js').Bundle} bundle
  * @returns {SlotFeeds}
  */
-function zeroFeeds(ort, slots) {
+function neutralFeeds(ort, { manifest, baseValues }) {
   /** @type {Record<string, Tensor>} */
   const feeds = {};
-  // Slots of one size share their tensors.
-  /** @type {Map<string, [Tensor, Tensor]>} */
+  // Inputs of one size share their tensors.
+  /** @type {Map<string, Tensor>} */
   const made = new Map();
-  for (const slot of slots) {
-    const key = `${slot.dtype} ${slot.inFeatures} ${slot.outFeatures}`;
-    let pair = made.get(key);
-    if (pair === undefined) {
-      if (!SLOT_DTYPES.has(slot.dtype)) {
-        throw new LoraportError(`${slot.name}: expected float elements, got ${slot.dtype}`);
-      }
-      const [a, b] = zeroUpdate(slot);
-      pair = [toOrt(ort, slot.inputA, a), toOrt(ort, slot.inputB, b)];
-      made.set(key, pair);
+  for (const slot of manifest.slots) {
+    if (!SLOT_DTYPES.has(slot.dtype)) {
+      throw new LoraportError(`${slot.name}: expected float elements, got ${slot.dtype}`);
     }
-    [feeds[slot.inputA], feeds[slot.inputB]] = pair;
+    for (const input of slot.inputs) {
+      const key = `${slot.dtype} ${input.shape} ${input.neutral}`;
+      const tensor = made.get(key) ?? toOrt(ort, input.name, neutralTensor(input, slot.dtype));
+      made.set(key, tensor);
+      feeds[input.name] = tensor;
+    }
+  }
+  for (const { input } of manifest.replacements) {
+    const value = baseValues.get(input);
+    if (value === undefined) {
+      throw new LoraportError(`${input}: expected the base's value in the bundle, got none`);
+    }
+    feeds[input] = toOrt(ort, input, value);
+  }
+  for (const { input, dtype, neutral } of manifest.controls) {
+    feeds[input] =
+      dtype === 'FLOAT'
+        ? new ort.Tensor('float32', Float32Array.of(neutral), [1])
+        : new ort.Tensor('int64', BigInt64Array.of(BigInt(neutral)), [1]);
   }
   return feeds;
 }

@@ -1,107 +1,66 @@
-/** Packed adapters: tensors named like the slots' inputs, scaling folded into B. */
+/** Packed adapters: tensors named like the inputs they fill, scaling folded into B. */
 
 import { LoraportError, Problems } from './errors.js';
-import { ELEMENT_TYPES, SLOT_DTYPES, floatToHalf, halfToFloat, isFiniteTensor } from './tensor_types.js';
+import { ELEMENT_TYPES, SLOT_DTYPES, floatToHalf, isFiniteTensor } from './tensor_types.js';
 
 /**
  * @typedef {import('./manifest.js').Slot} Slot
+ * @typedef {import('./manifest.js').SlotTable} SlotTable
+ * @typedef {import('./manifest.js').SlotInput} SlotInput
  * @typedef {import('./tensor_types.js').PlainTensor} PlainTensor
- * @typedef {import('./tensor_types.js').TypedArray} TypedArray
  */
 
 /**
  * Check that tensors fit the slots.
  * @param {Map<string, PlainTensor>} tensors
- * @param {Slot[]} slots
+ * @param {SlotTable} table
  * @param {string} file for messages
  * @throws {LoraportError} naming every tensor that has no slot or does not fit it
  */
-export function requireFit(tensors, slots, file) {
+export function requireFit(tensors, { slots, replacements }, file) {
   const problems = new Problems();
-  const known = new Set(slots.flatMap((slot) => [slot.inputA, slot.inputB]));
+  const known = new Set(slots.flatMap((slot) => slot.inputs.map(({ name }) => name)));
+  for (const { input } of replacements) known.add(input);
   for (const [name, tensor] of tensors) {
     if (!known.has(name)) problems.add(name, 'a slot input of this bundle', 'none of this name');
     if (!isFiniteTensor(tensor)) problems.add(name, 'finite numbers', 'NaN or infinity');
   }
-  for (const slot of slots) {
-    const [a, b] = [tensors.get(slot.inputA), tensors.get(slot.inputB)];
-    if (a === undefined && b === undefined) continue;
-    if (a === undefined || b === undefined) {
-      const missing = a === undefined ? slot.inputA : slot.inputB;
-      problems.add(missing, 'the partner of the other matrix', 'no such tensor');
-      continue;
-    }
-    const wanted = `[${slot.inFeatures}, r] and [r, ${slot.outFeatures}]`;
-    const got = `[${a.shape.join(', ')}] and [${b.shape.join(', ')}]`;
-    const [rank] = b.shape;
-    const fits =
-      a.shape.length === 2 &&
-      b.shape.length === 2 &&
-      a.shape[1] === rank &&
-      Number(rank) > 0 &&
-      a.shape[0] === slot.inFeatures &&
-      b.shape[1] === slot.outFeatures;
-    if (!fits) problems.add(slot.name, wanted, got);
-    const dtype = SLOT_DTYPES.get(slot.dtype);
-    if (a.dtype !== dtype || b.dtype !== dtype) {
-      problems.add(slot.name, `${slot.dtype} elements`, `${a.dtype} and ${b.dtype}`);
+  for (const slot of slots) requireSlot(slot, tensors, problems);
+  for (const { input, shape, dtype } of replacements) {
+    const tensor = tensors.get(input);
+    if (tensor === undefined) continue;
+    if (!sameShape(shape, tensor.shape)) problems.add(input, shown(shape), shown(tensor.shape));
+    if (tensor.dtype !== SLOT_DTYPES.get(dtype)) {
+      problems.add(input, `${dtype} elements`, tensor.dtype);
     }
   }
   problems.throwIfAny(`${file} does not fit the bundle's slots`);
 }
 
 /**
- * Tensors that equal the weighted sum of several adapters.
- *
- * Ranks are concatenated and each strength is multiplied into its B, so the result is exactly
- * `Σ strength · update`, with one rounding of B.
- * @param {[Map<string, PlainTensor>, number][]} parts tensors and strength of each adapter
- * @param {Slot[]} slots
- * @returns {Map<string, PlainTensor>}
- */
-export function blend(parts, slots) {
-  const [first] = parts;
-  if (first !== undefined && parts.length === 1 && first[1] === 1) return first[0];
-  /** @type {Map<string, PlainTensor>} */
-  const blended = new Map();
-  for (const slot of slots) {
-    /** @type {PlainTensor[]} */
-    const a = [];
-    /** @type {PlainTensor[]} */
-    const b = [];
-    for (const [tensors, strength] of parts) {
-      const [partA, partB] = [tensors.get(slot.inputA), tensors.get(slot.inputB)];
-      if (partA === undefined || partB === undefined) continue;
-      a.push(partA);
-      b.push(multiply(partB, strength));
-    }
-    if (a.length === 0) continue;
-    blended.set(slot.inputA, a.length === 1 ? /** @type {PlainTensor} */ (a[0]) : besides(a));
-    blended.set(slot.inputB, b.length === 1 ? /** @type {PlainTensor} */ (b[0]) : below(b));
-  }
-  return blended;
-}
-
-/**
- * What a slot without an adapter is fed: zeros of rank 1, which add nothing.
- * @param {Slot} slot
- * @returns {[PlainTensor, PlainTensor]} A and B
- */
-export function zeroUpdate(slot) {
-  const dtype = SLOT_DTYPES.get(slot.dtype) ?? '';
-  return [
-    zeros(dtype, [slot.inFeatures, 1], slot.name),
-    zeros(dtype, [1, slot.outFeatures], slot.name),
-  ];
-}
-
-/**
- * @param {string} dtype
- * @param {number[]} shape
- * @param {string} subject
+ * What an input is fed where there is no adapter: its neutral number, in rank 1.
+ * @param {SlotInput} input
+ * @param {string} slotType ONNX's name for the element type
  * @returns {PlainTensor}
  */
-function zeros(dtype, shape, subject) {
+export function neutralTensor({ name, shape, neutral }, slotType) {
+  const dtype = SLOT_DTYPES.get(slotType) ?? '';
+  const tensor = emptyTensor(dtype, shape.map((size) => size ?? 1), name);
+  if (neutral !== 0) {
+    const half = dtype === 'F16';
+    /** @type {any} */ (tensor.data).fill(half ? floatToHalf(neutral) : neutral);
+  }
+  return tensor;
+}
+
+/**
+ * A tensor of zeros.
+ * @param {string} dtype
+ * @param {number[]} shape
+ * @param {string} subject for messages
+ * @returns {PlainTensor}
+ */
+export function emptyTensor(dtype, shape, subject) {
   const type = ELEMENT_TYPES.get(dtype);
   if (type === undefined) {
     throw new LoraportError(`${subject}: expected float elements, got ${dtype || 'others'}`);
@@ -111,75 +70,45 @@ function zeros(dtype, shape, subject) {
 }
 
 /**
- * A times a strength, in float32, rounded once to its own type.
- * @param {PlainTensor} tensor
- * @param {number} strength
- * @returns {PlainTensor}
+ * @param {Slot} slot
+ * @param {Map<string, PlainTensor>} tensors
+ * @param {Problems} problems
  */
-function multiply(tensor, strength) {
-  if (strength === 1) return tensor;
-  const { dtype, shape, data } = tensor;
-  const single = Math.fround(strength);
-  if (data instanceof Float32Array) {
-    return { dtype, shape, data: data.map((value) => value * single) };
-  }
-  if (dtype === 'F16' && data instanceof Uint16Array) {
-    const scaled = data.map((bits) => floatToHalf(Math.fround(halfToFloat(bits) * single)));
-    return { dtype, shape, data: scaled };
-  }
-  if (data instanceof Float64Array) {
-    return { dtype, shape, data: data.map((value) => value * strength) };
-  }
-  throw new LoraportError(
-    `adapter tensors of ${dtype}: expected F32, F16 or F64 in JavaScript; ` +
-      'export the bundle with --precision fp32, fp16 or int4',
-  );
-}
-
-/**
- * Matrices of equal height beside each other: `[in, r1 + r2 + …]`.
- * @param {PlainTensor[]} parts
- * @returns {PlainTensor}
- */
-function besides(parts) {
-  const rows = Number(parts[0]?.shape[0]);
-  const width = parts.reduce((sum, part) => sum + Number(part.shape[1]), 0);
-  const joined = zeros(String(parts[0]?.dtype), [rows, width], 'lora_A');
-  let column = 0;
-  for (const part of parts) {
-    const columns = Number(part.shape[1]);
-    copyColumns(joined.data, part.data, { rows, columns, width, column });
-    column += columns;
-  }
-  return joined;
-}
-
-/**
- * Matrices of equal width below each other: `[r1 + r2 + …, out]`.
- * @param {PlainTensor[]} parts
- * @returns {PlainTensor}
- */
-function below(parts) {
-  const rows = parts.reduce((sum, part) => sum + Number(part.shape[0]), 0);
-  const joined = zeros(String(parts[0]?.dtype), [rows, Number(parts[0]?.shape[1])], 'lora_B');
-  let at = 0;
-  for (const part of parts) {
-    /** @type {any} */ (joined.data).set(part.data, at);
-    at += part.data.length;
-  }
-  return joined;
-}
-
-/**
- * Ranks are small: a plain loop is some times faster than a view for every row.
- * @param {any} target
- * @param {any} source of the same type
- * @param {{rows: number, columns: number, width: number, column: number}} place
- */
-function copyColumns(target, source, { rows, columns, width, column }) {
-  for (let row = 0; row < rows; row++) {
-    for (let index = 0; index < columns; index++) {
-      target[row * width + column + index] = source[row * columns + index];
+function requireSlot(slot, tensors, problems) {
+  const filled = slot.inputs.filter(({ name }) => tensors.has(name));
+  if (filled.length === 0) return;
+  const ranks = new Set();
+  let fits = true;
+  for (const { role, name, shape } of slot.inputs) {
+    const tensor = tensors.get(name);
+    if (tensor === undefined) {
+      if (role === 'lora_A' || role === 'lora_B') {
+        problems.add(name, 'the partner of the other matrix', 'no such tensor');
+        return;
+      }
+      continue;
+    }
+    fits &&= sameShape(shape, tensor.shape);
+    const axis = shape.indexOf(null);
+    if (axis >= 0) ranks.add(tensor.shape[axis]);
+    if (tensor.dtype !== SLOT_DTYPES.get(slot.dtype)) {
+      problems.add(name, `${slot.dtype} elements`, tensor.dtype);
     }
   }
+  if (!fits || ranks.size > 1) {
+    const wanted = filled.map(({ shape }) => shown(shape)).join(' and ');
+    const got = filled.map(({ name }) => shown(tensors.get(name)?.shape ?? [])).join(' and ');
+    problems.add(slot.name, wanted, got);
+  }
 }
+
+/**
+ * @param {readonly (number | null)[]} wanted null for any rank above 0
+ * @param {readonly number[]} got
+ */
+const sameShape = (wanted, got) =>
+  wanted.length === got.length &&
+  wanted.every((size, index) => (size === null ? Number(got[index]) > 0 : size === got[index]));
+
+/** @param {readonly (number | null)[]} shape */
+const shown = (shape) => `[${shape.map((size) => size ?? 'r').join(', ')}]`;

@@ -10,6 +10,7 @@ export function damagedFile(path: string, expected: string, got: string): Lorapo
  * @param {string} reason
  */
 export function missingFile(path: string, bundle: string, reason: string): LoraportError;
+export const BASE_VALUES_FILE: "base_values.safetensors";
 /** @typedef {import('./tensor_types.js').PlainTensor} PlainTensor */
 /**
  * Where a bundle's files lie: a directory, or a web address with a cache.
@@ -35,6 +36,11 @@ export class Bundle {
     constructor(store: Store, manifest: import("./manifest.js").Manifest);
     store: Store;
     manifest: import("./manifest.js").Manifest;
+    /**
+     * The base's own values of the parameters that adapters may replace, by graph input.
+     * @type {Map<string, PlainTensor>}
+     */
+    baseValues: Map<string, PlainTensor>;
     /** Names of the adapters. */
     get adapters(): string[];
     /**

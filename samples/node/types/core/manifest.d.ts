@@ -3,14 +3,42 @@
  * @typedef {'native' | 'wasm' | 'webgpu'} RuntimeKind
  */
 /**
- * A place in the graph where a low-rank update is added: `y += (x A) B`.
+ * A graph input that adapters fill.
+ * @typedef {object} SlotInput
+ * @property {'lora_A' | 'lora_B' | 'gain' | 'bias'} role
+ * @property {string} name
+ * @property {(number | null)[]} shape null where the rank is
+ * @property {number} neutral what fills it where there is no adapter
+ */
+/**
+ * A place in the graph where an update is added: `y' = gain y + (x A) B + bias`.
  * @typedef {object} Slot
  * @property {string} name
- * @property {string} inputA graph input that takes A `[in, r]`
- * @property {string} inputB graph input that takes B `[r, out]`, scaling folded in
- * @property {number} inFeatures
- * @property {number} outFeatures
- * @property {string} dtype ONNX's name for the element type of both
+ * @property {SlotInput[]} inputs
+ * @property {string[]} modules the paths of those that it serves
+ * @property {string} dtype ONNX's name for the element type of all
+ */
+/**
+ * A graph input that takes a whole parameter; the base's own is in `base_values.safetensors`.
+ * @typedef {object} ReplacementSlot
+ * @property {string} parameter
+ * @property {string} input
+ * @property {number[]} shape
+ * @property {string} dtype
+ */
+/**
+ * A graph input `[1]` that says how adapters are used.
+ * @typedef {object} Control
+ * @property {string} input
+ * @property {'FLOAT' | 'INT64'} dtype
+ * @property {number} neutral
+ */
+/**
+ * All inputs that are no inputs of the base.
+ * @typedef {object} SlotTable
+ * @property {Slot[]} slots
+ * @property {ReplacementSlot[]} replacements
+ * @property {Control[]} controls
  */
 /**
  * @typedef {object} BundledAdapter
@@ -29,6 +57,8 @@
  * @property {string} precision
  * @property {string} model the graph whose slots are plain required inputs
  * @property {Slot[]} slots
+ * @property {ReplacementSlot[]} replacements
+ * @property {Control[]} controls
  * @property {Map<string, BundledAdapter>} adapters
  * @property {Map<string, GoldenCase>} golden
  * @property {number} tolerance largest difference from a golden value
@@ -64,24 +94,59 @@ export const SCHEMA_VERSION: 1;
  */
 export type RuntimeKind = "native" | "wasm" | "webgpu";
 /**
- * A place in the graph where a low-rank update is added: `y += (x A) B`.
+ * A graph input that adapters fill.
+ */
+export type SlotInput = {
+    role: "lora_A" | "lora_B" | "gain" | "bias";
+    name: string;
+    /**
+     * null where the rank is
+     */
+    shape: (number | null)[];
+    /**
+     * what fills it where there is no adapter
+     */
+    neutral: number;
+};
+/**
+ * A place in the graph where an update is added: `y' = gain y + (x A) B + bias`.
  */
 export type Slot = {
     name: string;
+    inputs: SlotInput[];
     /**
-     * graph input that takes A `[in, r]`
+     * the paths of those that it serves
      */
-    inputA: string;
+    modules: string[];
     /**
-     * graph input that takes B `[r, out]`, scaling folded in
-     */
-    inputB: string;
-    inFeatures: number;
-    outFeatures: number;
-    /**
-     * ONNX's name for the element type of both
+     * ONNX's name for the element type of all
      */
     dtype: string;
+};
+/**
+ * A graph input that takes a whole parameter; the base's own is in `base_values.safetensors`.
+ */
+export type ReplacementSlot = {
+    parameter: string;
+    input: string;
+    shape: number[];
+    dtype: string;
+};
+/**
+ * A graph input `[1]` that says how adapters are used.
+ */
+export type Control = {
+    input: string;
+    dtype: "FLOAT" | "INT64";
+    neutral: number;
+};
+/**
+ * All inputs that are no inputs of the base.
+ */
+export type SlotTable = {
+    slots: Slot[];
+    replacements: ReplacementSlot[];
+    controls: Control[];
 };
 export type BundledAdapter = {
     /**
@@ -114,6 +179,8 @@ export type Manifest = {
      */
     model: string;
     slots: Slot[];
+    replacements: ReplacementSlot[];
+    controls: Control[];
     adapters: Map<string, BundledAdapter>;
     golden: Map<string, GoldenCase>;
     /**
