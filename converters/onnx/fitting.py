@@ -18,6 +18,7 @@ from loraport.naming import weight_name
 from loraport.update import LowRankUpdate, weighted_sum
 
 MERGE = "merge the adapter and export that"
+_FIXED_BIAS = "this operator adds a bias that no gain may scale and that cannot be taken out of it"
 
 
 class Base(Protocol):
@@ -111,7 +112,9 @@ class _Fitter:
         weight = None
         if module.magnitude is not None:
             if not slot.gain:
-                add(path, "a slot with a gain", "DoRA", export_with("gain"))
+                asked = any(other.gain for other in self._table.slots)
+                remedy = f"{_FIXED_BIAS}; {MERGE}" if asked else export_with("gain")
+                add(path, "a slot with a gain", "DoRA", remedy)
                 return
             weight = self._base_weight(path, module, own_weight)
             if weight is None:

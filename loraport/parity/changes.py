@@ -133,11 +133,11 @@ def changed_value(base: torch.Tensor, values: Sequence[NewValue]) -> torch.Tenso
         base: ``W``, any shape.
         values: Whole tensors of its shape, or some of its rows.
     """
+    if len(values) == 1 and values[0].strength == 1.0:
+        return _with_rows(base, values[0].replacement).to(base)
     result = base.detach().double()
     for value in values:
         whole = _with_rows(base, value.replacement)
-        if len(values) == 1 and value.strength == 1.0:
-            return whole.to(base)
         result = result + value.strength * (whole.to(result) - base.detach().double())
     return result.to(base)
 

@@ -351,6 +351,33 @@ def test_a_file_of_another_tool(with_base, bert_base, tmp_path):
     assert data.samefile(tmp_path / "model.onnx.data")
 
 
+def test_the_graphs_and_the_manifest_are_valid_and_always_the_same(
+    bert_base, bert_bundle, tmp_path
+):
+    import json
+    from pathlib import Path
+
+    import jsonschema
+
+    import loraport.bundle
+
+    for name in ("model.onnx", "model.required.onnx"):
+        onnx.checker.check_model(str(bert_bundle / name), full_check=True)
+        proto = onnx.load(bert_bundle / name)
+        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+        names = [value.name for value in proto.graph.input]
+        assert len(names) == len(set(names))
+    schema = Path(loraport.bundle.__file__).parent / "manifest.schema.json"
+    document = json.loads((bert_bundle / "manifest.json").read_text())
+    assert document["replacements"]
+    jsonschema.validate(document, json.loads(schema.read_text()))
+    inputs = {name: torch.from_numpy(array) for name, array in bert_arrays().items()}
+    slots = SlotOptions(("lora", "gain", "bias"), replace=REPLACE)
+    export_torch_module(bert_base, inputs, tmp_path / "again", slots=slots)
+    for name in ("model.onnx", "model.required.onnx", "model.onnx.data", BASE_VALUES_FILE):
+        assert (tmp_path / "again" / name).read_bytes() == (bert_bundle / name).read_bytes()
+
+
 def test_a_weight_of_another_shape_is_refused(bert_bundle, bert_base, tmp_path):
     from dataclasses import replace
 
