@@ -82,6 +82,9 @@ def _pattern(
 @click.option("--batch-size", type=int, default=_TRAIN.batch_size, help="Rows per batch.")
 @click.option("--accumulate", type=int, default=_LOOP.accumulate, help="Batches per step.")
 @click.option("--max-length", type=int, default=_TRAIN.max_length, help="Tokens per row.")
+@click.option("--packing", type=click.Choice(["auto", "fill", "none"]), default=_TRAIN.packing,
+              help="auto: rows of a batch end to end where that is less work, with equal results; "
+              "fill: sequences packed up to --max-length; none: padded.")  # fmt: skip
 @click.option("--warmup", type=float, default=_LOOP.warmup,
               help="Share of the steps in which the learning rate rises.")  # fmt: skip
 @click.option("--weight-decay", type=float, default=_LOOP.weight_decay, help="AdamW's decay.")

@@ -139,6 +139,9 @@ class TrainOptions:
         max_length: Tokens per row; longer rows are cut and counted.
         validation_share: Share of the rows held out, where no validation file is given.
         gradient_checkpointing: Compute activations again instead of keeping them.
+        packing: How rows lie in a batch: ``"auto"`` lays them end to end, their common beginning
+            once, where that is less work than padding; ``"fill"`` packs as many as fit into
+            sequences of ``max_length``, of which ``batch_size`` make a batch; ``"none"`` pads.
     """
 
     lora: LoraOptions = field(default_factory=LoraOptions)
@@ -147,12 +150,15 @@ class TrainOptions:
     max_length: int = 1024
     validation_share: float = 0.1
     gradient_checkpointing: bool = False
+    packing: Literal["auto", "fill", "none"] = "auto"
 
     def __post_init__(self) -> None:
         problems = Problems()
         _at_least(problems, "batch_size", self.batch_size, 1)
         _at_least(problems, "max_length", self.max_length, 2)
         _share(problems, "validation_share", self.validation_share)
+        if self.packing not in ("auto", "fill", "none"):
+            problems.add("packing", "auto, fill or none", repr(self.packing))
         problems.raise_if_any("training options cannot be used")
 
 

@@ -15,7 +15,7 @@ from loraport.base_model import load_tokenizer, resolve_base
 from loraport.errors import LoraportError
 from loraport.output import new_directory, refuse_existing
 from loraport.peft_layout.write import peft_contents, save_contents
-from loraport.training.batches import RowBatches
+from loraport.training.batches import Row
 from loraport.training.curve import draw_losses
 from loraport.training.devices import choose_placement
 from loraport.training.faults import MemoryRanOutError, faults_explained
@@ -27,7 +27,9 @@ from loraport.training.loop import TrainingResult, train
 from loraport.training.metrics import METRICS_FILE
 from loraport.training.observer import Observer, Silent
 from loraport.training.options import TrainOptions
+from loraport.training.packing import make_batches
 from loraport.training.processes import Processes, processes_now
+from loraport.training.stream import Batches
 from loraport.training.text_data import TextData, digest, padding_token, read_data
 
 SUMMARY_FILE = "training.json"
@@ -164,14 +166,25 @@ def _train(
     if options.gradient_checkpointing:
         checkpoint_activations(model)
     pad = padding_token(tokenizer)
-    size, seed = options.batch_size, options.loop.seed
+
+    def batches(part: tuple[Row, ...], seed: int | None) -> Batches:
+        return make_batches(
+            model,
+            part,
+            options.batch_size,
+            pad,
+            seed,
+            packing=options.packing,
+            max_length=rows.length,
+        )
+
     started = time.monotonic()
     result = train(
         model,
-        RowBatches(rows.train, size, pad, seed),
+        batches(rows.train, options.loop.seed),
         language_model_loss,
         options.loop,
-        validation=RowBatches(rows.validation, size, pad, None) if rows.validation else None,
+        validation=batches(rows.validation, None) if rows.validation else None,
         work=work,
         resume=resume,
         identity=identity,

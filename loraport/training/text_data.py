@@ -35,12 +35,14 @@ class TextData:
         validation: Held-out rows; empty if none are held out.
         truncated: Rows cut to the largest length.
         dropped: Rows left out because nothing to learn was left after the cut.
+        length: Tokens of a row at most.
     """
 
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
     truncated: int
     dropped: int
+    length: int
 
 
 def read_data(
@@ -84,6 +86,7 @@ def read_data(
         tuple(held_out),
         sum(rows.truncated for rows in files.values()),
         sum(len(rows.dropped) for rows in files.values()),
+        length,
     )
 
 

@@ -42,6 +42,8 @@ def test_every_option_can_be_given():
         *("--batch-size", "13", "--max-length", "14", "--validation-share", "0.5"),
         *(
             "--gradient-checkpointing",
+            "--packing",
+            "fill",
             "--early-stopping",
             "4",
             "--lora-plus-ratio",
@@ -87,6 +89,7 @@ def test_every_option_can_be_given():
         max_length=14,
         validation_share=0.5,
         gradient_checkpointing=True,
+        packing="fill",
     )
     # Every field differs from its default above, so none was forgotten here.
     for given, default in (

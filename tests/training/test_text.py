@@ -298,3 +298,36 @@ def test_cut_and_repeated_rows_are_told(base_directory, write_jsonl, tmp_path):
         "1 validation rows also occur in the training rows",
     ]
     assert (summary.rows, summary.truncated_rows, summary.dropped_rows) == (2, 2, 1)
+
+
+def told_losses(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line], [
+        line["validation_loss"] for line in lines if "validation_loss" in line
+    ]
+
+
+def test_packing_trains_the_same(base_directory, write_jsonl, tmp_path):
+    """End to end: step by step the padded run's losses; filled: the same rows, other batches."""
+    words = ["red", "green", "blue", "grey", "pink", "teal", "plum", "gold"]
+    rows = [
+        {"prompt": "say it: ", "completion": f"{word} " * (1 + i % 5)}
+        for i in range(3)
+        for word in words
+    ]
+    data = write_jsonl(rows)
+    losses, tokens = {}, {}
+    for packing in ("none", "auto", "fill"):
+        out = tmp_path / packing
+        loop = LoopOptions(learning_rate=0.02, epochs=2, validate_every=5)
+        options = TrainOptions(lora=LoraOptions(rank=4), loop=loop, packing=packing, max_length=96)
+        tokens[packing] = train_language_model(str(base_directory), data, out, options).tokens
+        losses[packing] = told_losses(out)
+    for padded, packed in zip(losses["none"], losses["auto"], strict=True):
+        # The same sums in another order, in float32, through some steps.
+        assert packed == pytest.approx(padded, rel=1e-5)
+    assert tokens["auto"] < 0.9 * tokens["none"]
+    assert len(losses["fill"][0]) < len(losses["none"][0])
+    # Control: validation begins with the base, whatever the batches.
+    assert losses["fill"][1][0] == pytest.approx(losses["none"][1][0], rel=1e-6)
+    assert losses["fill"][1][-1] != pytest.approx(losses["none"][1][-1], rel=1e-5)
