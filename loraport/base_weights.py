@@ -28,7 +28,7 @@ class StoredWeights:
     """
 
     def __init__(self, base: str) -> None:
-        self._base = base
+        self.base = base
         self._directory = resolve_base(base)
 
     def __call__(self, path: str) -> torch.Tensor:
@@ -37,20 +37,28 @@ class StoredWeights:
         Raises:
             LoraportError: If the base has no such module.
         """
+        return self.parameter(weight_name(path))
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """Return a parameter by its path.
+
+        Raises:
+            LoraportError: If the base has none of this name.
+        """
         if self._checkpoint is not None:
-            names = self._names.candidates(weight_name(path))
+            names = self._names.candidates(name)
             if len(names) == 1:
                 found = self._checkpoint.load(names[0])
                 if found.is_floating_point():
                     return found
         try:
-            weight: torch.Tensor = self._model.get_parameter(weight_name(path))
+            found = self._model.get_parameter(name)
         except AttributeError as error:
             raise LoraportError(
-                f"{path}: expected this module in the base {self._base}, got none; give --base "
+                f"{name}: expected this parameter in the base {self.base}, got none; give --base "
                 "with the model that the adapter was trained on"
             ) from error
-        return weight.detach()
+        return found.detach()
 
     @cached_property
     def _checkpoint(self) -> Checkpoint | None:
@@ -65,5 +73,5 @@ class StoredWeights:
 
     @cached_property
     def _model(self) -> nn.Module:
-        model: nn.Module = load_model(self._base)
+        model: nn.Module = load_model(self.base)
         return model

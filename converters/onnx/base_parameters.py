@@ -29,7 +29,7 @@ from loraport.bundle.slots import SlotMember
 from loraport.bundle.sources import base_source
 from loraport.errors import LoraportError
 from loraport.fingerprint import hash_weight
-from loraport.naming import weight_name
+from loraport.naming import bias_name, weight_name
 
 _REMEDY = "give --base with the model that the bundle was exported from"
 
@@ -62,6 +62,18 @@ class BaseParameters:
         """
         if self._base is None and (found := self._in_graph(path, in_out)) is not None:
             return found
+        stored = self._checkpoint(path)
+        return self._checked(path, stored(path), stored.base)
+
+    def bias(self, path: str) -> torch.Tensor:
+        """Return a module's bias.
+
+        Raises:
+            LoraportError: If no checkpoint is known, or it has no such bias.
+        """
+        return self._checkpoint(path).parameter(bias_name(path))
+
+    def _checkpoint(self, path: str) -> StoredWeights:
         source = self._base or base_source(self._bundle)
         if source is None:
             raise LoraportError(
@@ -70,7 +82,7 @@ class BaseParameters:
             )
         if self._stored is None:
             self._stored = StoredWeights(source)
-        return self._checked(path, self._stored(path), source)
+        return self._stored
 
     def is_copy(self, parameter: str, tensor: torch.Tensor) -> bool:
         """Tell whether a parameter that an adapter stores is the base's own.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import onnx_ir as ir
@@ -26,6 +27,10 @@ class Base(Protocol):
 
     def weight(self, path: str, in_out: bool = False) -> torch.Tensor:
         """Return a module's weight as it is stored."""
+        ...
+
+    def bias(self, path: str) -> torch.Tensor:
+        """Return a module's bias."""
         ...
 
     def is_copy(self, parameter: str, tensor: torch.Tensor) -> bool:
@@ -132,6 +137,8 @@ class _Fitter:
     def add_parameter(self, parameter: str, tensor: torch.Tensor) -> None:
         """Give a whole parameter to its slot."""
         slot = next((s for s in self._table.replacements if s.parameter == parameter), None)
+        if slot is None and self._add_bias(parameter, tensor):
+            return
         if slot is None:
             name = parameter.rpartition(".")[0] or parameter
             remedy = self._unslotted.get(parameter) or (
@@ -148,6 +155,31 @@ class _Fitter:
         value = value.to(TORCH_DTYPES[ir.DataType[slot.dtype].name]).contiguous()
         require_finite(slot.dtype, {slot.input: value}, self._problems)
         self.fitted.whole[slot.input] = value
+
+    def _add_bias(self, parameter: str, tensor: torch.Tensor) -> bool:
+        """Let a slot's bias input make a module's bias the trained one; tell if there is one."""
+        path = parameter.removesuffix(".bias")
+        if path == parameter or path not in self._places or not self._places[path][0].bias:
+            return False
+        slot, member = self._places[path]
+        try:
+            own = self._base.bias(path) if self._base is not None else None
+        except LoraportError as error:
+            self._problems.add(parameter, "the base's bias, to tell the change from", str(error))
+            return True
+        if own is None or own.shape != tensor.shape:
+            return False
+        moved = tensor.float() - own.float()
+        update = self.fitted.updates.get(path)
+        if update is None:
+            width = member.stop - member.start
+            columns = slot.in_features * math.prod(slot.kernel)
+            nothing = LowRankUpdate(torch.zeros(1, columns), torch.zeros(width, 1), scaling=1.0)
+            update = nothing
+        if update.bias is not None:
+            moved = moved + update.bias
+        self.fitted.updates[path] = replace(update, bias=moved)
+        return True
 
     def add_rows(self, path: str, replacement: Replacement) -> None:
         """Give trained tokens to the slot of the embedding, and of a head tied to it."""

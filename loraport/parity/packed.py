@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot, SlotMember, SlotTable
-from loraport.naming import weight_name
+from loraport.naming import bias_name, weight_name
 from loraport.parity.changes import Changes, NewValue, Original, Term
 
 # The packed tensors hold the adapter with one rounding of B to the slot's element type.
@@ -35,8 +35,9 @@ def differences(
         for name, found in changes.replaced.items()
         if found[0].replacement.rows is not None
     }
+    biases = _biases(table, changes, original)
     served: set[str] = set()
-    for path in dict.fromkeys((*changes.terms, *rows)):
+    for path in dict.fromkeys((*changes.terms, *rows, *biases)):
         if path not in places:
             wrong.append(f"{path}: no slot")
             continue
@@ -48,14 +49,28 @@ def differences(
         expected = [_of_term(term) for term in changes.terms.get(path, ())]
         if path in rows:
             expected.append(_of_rows(rows[path], slot, original(weight_name(path))))
-        wrong += _module(path, slot, member, tensors, expected, changes.terms.get(path, ()))
+        terms = changes.terms.get(path, ())
+        wrong += _module(path, slot, member, tensors, expected, terms, biases.get(path))
     wrong += [
         f"{name}: not in the source adapter"
         for slot in table.slots
         for name in (entry.name for entry in slot.inputs().values())
         if slot.name not in served and name in tensors
     ]
-    return wrong + _replaced(tensors, table, changes)
+    return wrong + _replaced(tensors, table, changes, folded=set(map(bias_name, biases)))
+
+
+def _biases(table: SlotTable, changes: Changes, original: Original) -> dict[str, torch.Tensor]:
+    """Return module path → what a trained bias adds, where a slot's bias input takes it."""
+    places = table.modules()
+    whole = {slot.parameter for slot in table.replacements}
+    found = {}
+    for name, values in changes.replaced.items():
+        path = name.removesuffix(".bias")
+        if path != name and name not in whole and path in places and places[path][0].bias:
+            tensor = values[0].replacement.tensor
+            found[path] = tensor.double() - original(name).detach().cpu().double()
+    return found
 
 
 def _module(
@@ -65,6 +80,7 @@ def _module(
     tensors: Mapping[str, torch.Tensor],
     expected: Sequence[Product],
     terms: Sequence[Term],
+    moved_bias: torch.Tensor | None,
 ) -> list[str]:
     own = slice(member.start, member.stop)
     a, b = tensors[slot.input_a].double(), tensors[slot.input_b].double()
@@ -80,6 +96,8 @@ def _module(
         for term in terms:
             value = getattr(term.update, role)
             wanted = wanted if value is None else value.double().flatten()
+        if role == "bias" and moved_bias is not None:
+            wanted = wanted + moved_bias
         name = getattr(slot, f"input_{role}")
         got = tensors[name].double()[own] if name in tensors else torch.full_like(wanted, neutral)
         off = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
@@ -111,24 +129,32 @@ def _of_rows(values: Sequence[NewValue], slot: Slot, weight: torch.Tensor) -> Pr
 def _relative_error(got: Product, expected: Sequence[Product]) -> float:
     """Return ``||got - Σ expected|| / ||Σ expected||``, without forming the matrices."""
     lefts, rights = [left for left, _ in expected], [right for _, right in expected]
+    if not expected:  # a trained bias alone
+        return float("nan") if not _finite(*got) else float(_norm(got[0], [got[1]]))
     distance = _norm(torch.cat([got[0], *(-left for left in lefts)], 1), [got[1], *rights])
     return distance / max(_norm(torch.cat(lefts, 1), rights), 1e-30)
 
 
 def _norm(left: torch.Tensor, rights: Sequence[torch.Tensor]) -> float:
     right = torch.cat(list(rights))
-    if not (left.isfinite().all() and right.isfinite().all()):
+    if not _finite(left, right):
         return float("nan")
     return float((torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T).norm())
 
 
-def _replaced(tensors: Mapping[str, torch.Tensor], table: SlotTable, changes: Changes) -> list[str]:
+def _finite(*tensors: torch.Tensor) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _replaced(
+    tensors: Mapping[str, torch.Tensor], table: SlotTable, changes: Changes, folded: Container[str]
+) -> list[str]:
     wrong = []
     places = {slot.parameter: slot for slot in table.replacements}
     whole = {
         name: found[0].replacement.tensor
         for name, found in changes.replaced.items()
-        if found[0].replacement.rows is None
+        if found[0].replacement.rows is None and name not in folded
     }
     for name, tensor in whole.items():
         if name not in places:

@@ -151,7 +151,7 @@ def test_a_checkpoint_with_other_names_is_read_as_a_model(int4, tiny_base, monke
     monkeypatch.setattr("loraport.base_weights.NameIndex.candidates", lambda *_: [])
     weight = BaseParameters(int4, manifest, str(tiny_base)).weight(path)
     assert torch.equal(weight, load_model(str(tiny_base)).get_submodule(path).weight.detach())
-    with pytest.raises(LoraportError, match="expected this module in the base"):
+    with pytest.raises(LoraportError, match="expected this parameter in the base"):
         BaseParameters(int4, manifest, str(tiny_base)).weight("model.gone")
 
 

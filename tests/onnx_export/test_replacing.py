@@ -193,6 +193,34 @@ def test_trained_tokens_of_a_tied_head_without_slot_are_refused(tied_base, tmp_p
     assert "--lm-head" in said
 
 
+def test_trained_biases_of_packed_modules_go_into_the_bias_slots(tied_base, tmp_path):
+    """GenAI packs q, k and v with their biases; the slot adds what the training moved them by."""
+    bundle = decoder_bundle(tied_base, tmp_path / "b", (), ("lora", "bias"))
+    for name, kind in (("only", "lora_only"), ("all", "all")):
+        options = {**SAVED, "target_modules": ["q_proj", "v_proj", "o_proj"], "bias": kind}
+        path = made_for(tied_base, tmp_path / name, options)
+        assert any(
+            parameter.endswith("q_proj.bias") for parameter in read_adapter(path).replacements
+        )
+        code, said = command("add", bundle, f"{name}={path}")
+        assert code == 0, said
+        got = logits(bundle, name)
+        np.testing.assert_allclose(got, peft_logits(tied_base, path, bundle), **CLOSE)
+        assert np.abs(got - logits(bundle)).max() > 0.1
+    code, said = command("verify", bundle)
+    assert code == 0, said
+    from safetensors.torch import load_file, save_file
+
+    file = bundle / "adapters" / "only.safetensors"
+    tensors = load_file(file)
+    changed = next(name for name in tensors if name.endswith("v_proj.lora_bias"))
+    tensors[changed][-1] += 1
+    save_file(tensors, file)
+    code, said = command("verify", bundle, "--json")
+    assert code == 1
+    assert "relative error of its bias" in said
+
+
 def test_strengths_and_rows_are_refused_with_whole_parameters(tiny_base, tmp_path):
     for option in ("--strength-input", "--per-row"):
         code, said = command(
