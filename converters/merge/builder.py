@@ -48,22 +48,33 @@ class PlanBuilder:
         self.sources = self.base.sources()
         self.pieces = dict(self.layout.pieces)
 
-    def untie(self, tie: Tie) -> None:
-        """Give each member of a tie that does not hold a tensor of its own."""
-        stored = next((m for m in tie.members if self.pieces.get(m)), None)
-        if stored is None or tie.kept:
-            return
-        self.untied = True
+    def untie(self, ties: list[Tie]) -> None:
+        """Give each member of a tie that does not stay one a tensor of its own.
+
+        One flag in the configuration unties everything, so then every tie is taken apart.
+        """
+        for tie in ties:
+            if not tie.kept and self._split(tie.members, "as only one of them is adapted"):
+                self.untied = True
+        if self.untied:
+            for members in self.layout.tied:
+                self._split(members, "as another pair is")
+
+    def _split(self, members: tuple[str, ...], why: str) -> bool:
+        stored = next((m for m in members if self.pieces.get(m)), None)
+        if stored is None:
+            return False
         holder = self.pieces[stored][0].tensor
-        for member in tie.members:
+        for member in members:
             if not self.pieces.get(member):
                 self.sources[member] = self.sources[holder]
                 self.pieces[member] = (Piece(member),)
                 self.added[member] = holder
                 self.notes.append(
-                    f"{member}: untied from {stored}, as only one of them is adapted; written as "
+                    f"{member}: untied from {stored}, {why}; written as "
                     "a tensor of its own, tie_word_embeddings set to false"
                 )
+        return True
 
     def change(self, parameter: str, entries: list[Said], ties: list[Tie]) -> None:
         """Plan what the adapters say about one parameter."""
@@ -204,7 +215,12 @@ class PlanBuilder:
                 if is_of_pieces(one) and one.part is None and one.replacement is not None:
                     raise LoraportError("LoRA on a parameter that is saved in full as well")
                 own = next((piece for piece in pieces if is_part(piece, one.part)), None)
-                if own is not None:
+                matrix = pieces[0].whole and len(self.sources[pieces[0].tensor].shape) == 2
+                if matrix and not is_of_pieces(one):
+                    # Another adapter names the module where one names its weight.
+                    self.columns[pieces[0].tensor] = self.sources[pieces[0].tensor].shape[1]
+                    self._change_whole(pieces[0].tensor, parameter, one, alone=alone)
+                elif own is not None:
                     self._change_split(own, one, alone=alone)
                 elif one.replacement is not None and one.part is None:
                     self._replace_pieces(pieces, one, alone=alone)

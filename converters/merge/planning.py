@@ -27,8 +27,7 @@ def plan_merge(
     said = resolve(adapters, layout, problems)
     ties = settle_ties(said, layout)
     builder = PlanBuilder(base, layout, problems)
-    for tie in ties:
-        builder.untie(tie)
+    builder.untie(ties)
     for parameter, entries in said.items():
         builder.change(parameter, entries, ties)
     builder.check_orientations()

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from merge_bases import load_merged, save_base
-from peft_cases import Case, bert, gpt2, llama, load_with_peft, logits, make_case
+from peft_cases import TINY, Case, bert, gpt2, llama, load_with_peft, logits, make_case
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -190,6 +190,47 @@ def test_a_pair_that_was_tied_in_training_stays_tied(tmp_path, merge_into):
     merge_into(tmp_path / "base", tmp_path / "merged", made.path)
     assert "lm_head.weight" not in Checkpoint(tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+
+
+def roberta():
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    sizes = {**TINY, "num_attention_heads": 4, "max_position_embeddings": 128}
+    return RobertaForMaskedLM(RobertaConfig(**sizes, pad_token_id=60))
+
+
+def test_untying_one_pair_unties_the_others(tmp_path, merge_into):
+    """RoBERTa ties its head's bias by the same flag as the embedding."""
+    options = {"target_modules": ["word_embeddings", "query"], "bias": "all", "r": 3}
+    made = make_case(Case(roberta, options), tmp_path / "a")
+    save_base(made.base, tmp_path / "base")
+    assert "lm_head.decoder.bias" not in Checkpoint(tmp_path / "base")
+    merge_into(tmp_path / "base", tmp_path / "merged", made.path)
+    expected = logits(load_with_peft(made.fresh_base(), made.path))
+    got = logits(load_merged(made, tmp_path / "merged"))
+    assert torch.allclose(got, expected, rtol=0, atol=1e-5 * expected.abs().max())
+    merged = Checkpoint(tmp_path / "merged")
+    bias = merged.load("lm_head.decoder.bias")
+    assert torch.equal(bias, merged.load("lm_head.bias"))
+    assert not torch.equal(bias, made.base.lm_head.bias)
+
+
+def test_a_module_in_one_adapter_and_its_weight_in_another(tmp_path, merge_into):
+    first = make_case(Case(llama, PLAIN), tmp_path / "a")
+    bare = {"target_modules": [], "target_parameters": ["q_proj.weight"], "r": 3}
+    second = make_case(Case(llama, bare), tmp_path / "b", base=first.base)
+    save_base(first.base, tmp_path / "base")
+    pairs = ((first.path, 0.5), (second.path, -2.0))
+    merge_into(tmp_path / "base", tmp_path / "both", *pairs)
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    got = load_file(tmp_path / "both" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    wanted = base[name].double()
+    for adapter, path in ((first, name.removesuffix(".weight")), (second, name)):
+        module = read_peft(adapter.path).modules[path]
+        strength = 0.5 if adapter is first else -2.0
+        wanted += strength * module.scaling * module.lora_B.double() @ module.lora_A.double()
+    assert ((got[name].double() - wanted).abs() <= wanted.abs() * 2.0**-24 + 1e-12).all()
 
 
 @pytest.mark.parametrize("tie", [True, False])
