@@ -6,9 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraport.errors import LoraportError
+
+if TYPE_CHECKING:
+    from loraport.bundle.slots import SlotTable
+
+_SHOWN_NAMES = 8
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,7 @@ def _bundle(path: Path) -> Description:
         "made by": manifest.made_by,
         "slots": len(manifest.slots.slots),
         "modules with a slot": len(manifest.slots.modules()),
+        "slots take": _variants(manifest.slots),
         "modules without": ", ".join(f"{k} ({v})" for k, v in manifest.unslotted.items()) or "none",
         "adapters": len(manifest.adapters),
         "golden cases": ", ".join(manifest.golden),
@@ -196,6 +202,18 @@ def _bundle(path: Path) -> Description:
     )
     headings = ("adapter", "slot ranks", "scaling", "modules", "size")
     return Description("bundle", facts, headings, rows)
+
+
+def _variants(table: SlotTable) -> str:
+    """Say what a bundle's slots take, and which parameters adapters may store as a whole."""
+    kinds = dict.fromkeys(slot.kind.value for slot in table.slots)
+    extras = [role for role in ("gain", "bias") if any(getattr(s, role) for s in table.slots)]
+    named = ", ".join((*kinds, *extras))
+    if not table.replacements:
+        return named
+    names = [slot.parameter for slot in table.replacements]
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return f"{named}; as a whole {', '.join(names[:_SHOWN_NAMES])}{more}"
 
 
 def _names(values: Iterable[Any]) -> list[str]:
