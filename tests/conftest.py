@@ -73,3 +73,17 @@ def one_thread(monkeypatch):
 
     one = functools.partial(Runtime, threads=1)
     monkeypatch.setattr("loraport.parity.verification.Runtime", one)
+
+
+@pytest.fixture(scope="session")
+def real_directory():
+    """The real SmolLM2: bundles ``fp32`` and ``int4``, adapters ``a`` and ``b``; never changed."""
+    from real_bundles import real_bundles
+
+    return real_bundles()
+
+
+@pytest.fixture(scope="session", params=["fp32", "int4"])
+def real_bundle(request, real_directory):
+    """Either bundle of the real SmolLM2, with two adapters and golden outputs."""
+    return real_directory / request.param

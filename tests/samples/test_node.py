@@ -1,12 +1,9 @@
 """samples/node: its own tests, every fault, and the same texts as in Python."""
 
 import json
-import shutil
-import subprocess
 
 import pytest
 from bundle_faults import FAULTS, MISMATCH, REFUSED, Fault, flip_byte, rehash
-from npm_packages import installed_sample, node_without_python
 from tiny_llm import TEXTS
 
 # The Node runner reads the .safetensors and model.required.onnx; these it never opens.
@@ -19,29 +16,14 @@ NOT_READ = {
 OWN_WORDS = {"manifest nests deeply": "manifest.json"}
 
 
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    if shutil.which("npm") is None:
-        pytest.skip("needs npm")
-    return installed_sample("node", tmp_path_factory.mktemp("node"))
+@pytest.fixture
+def run(run_node):
+    return run_node
 
 
-@pytest.fixture(scope="module")
-def run(sample, tmp_path_factory):
-    """Run node in the sample, where there is no Python."""
-    environment = node_without_python(tmp_path_factory.mktemp("path"))
-
-    def run(*arguments, **more):
-        return subprocess.run(
-            ["node", *map(str, arguments)],
-            cwd=sample,
-            env={**environment, **more},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    return run
+@pytest.fixture
+def sample(node_sample):
+    return node_sample
 
 
 def cli(run, *arguments):

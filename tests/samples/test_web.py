@@ -2,12 +2,10 @@
 
 import json
 import os
-import shutil
 import subprocess
 
 import pytest
-from native_programs import SAMPLES
-from npm_packages import installed_sample, node_without_python
+from npm_packages import node_without_python
 
 from loraport.runtime import Runtime, Sampling, TextGenerator
 
@@ -19,27 +17,6 @@ SELECTIONS = {
     "b=0.5": {"b": 0.5},
     "b=0.5 a=1": {"b": 0.5, "a": 1.0},
 }
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip("no Chromium: apt-get install chromium, or set CHROMIUM to one")
-    return found
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The sample after ``npm install`` and ``npm run vendor``, as its README says."""
-    if shutil.which("npm") is None:
-        pytest.skip("needs npm")
-    directory = tmp_path_factory.mktemp("web")
-    shutil.copytree(SAMPLES / "node" / "src", directory / "node" / "src")
-    sample = installed_sample("web", directory)
-    subprocess.run(["node", "vendor.mjs"], cwd=sample, check=True, capture_output=True)
-    return sample
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +30,7 @@ def texts(bundle):
 
 
 @pytest.mark.parametrize("file", ["page.test.js", "faults.test.js"])
-def test_the_page(site, chromium, bundle, texts, tmp_path, file):
+def test_the_page(web_sample, chromium, bundle, texts, tmp_path, file):
     environment = {
         **node_without_python(tmp_path),
         "CHROMIUM": chromium,
@@ -64,7 +41,7 @@ def test_the_page(site, chromium, bundle, texts, tmp_path, file):
         environment["SCREENSHOTS"] = os.environ["SCREENSHOTS"]
     done = subprocess.run(
         ["node", "--test", f"test/{file}"],
-        cwd=site,
+        cwd=web_sample,
         env=environment,
         capture_output=True,
         text=True,
@@ -75,7 +52,7 @@ def test_the_page(site, chromium, bundle, texts, tmp_path, file):
     assert "# skipped 0" in done.stdout
 
 
-def test_a_bundle_link_may_not_leave_what_is_served(site, tmp_path):
+def test_a_bundle_link_may_not_leave_what_is_served(web_sample, tmp_path):
     """The server is for trying things out, yet serves nothing but its folder."""
     probe = """
       import { spawn } from 'node:child_process';
@@ -90,10 +67,10 @@ def test_a_bundle_link_may_not_leave_what_is_served(site, tmp_path):
       }
       server.kill();
     """
-    (site.parent / "secret").write_text("secret")
+    (web_sample.parent / "secret").write_text("secret")
     done = subprocess.run(
         ["node", "--input-type=module", "-e", probe],
-        cwd=site,
+        cwd=web_sample,
         env=node_without_python(tmp_path),
         capture_output=True,
         text=True,

@@ -1,0 +1,35 @@
+"""SmolLM2-135M-Instruct with PEFT adapters."""
+
+import os
+
+import pytest
+import torch
+
+from loraport.base_model import SMOLLM2, resolve_base
+
+
+@pytest.fixture(scope="session")
+def real_base():
+    """The real weights, as a directory."""
+    return resolve_base(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def real_fp32(real_directory):
+    """The fp32 bundle with both adapters."""
+    return real_directory / "fp32"
+
+
+@pytest.fixture(scope="session")
+def real_int4(real_directory):
+    """The int4 bundle with both adapters."""
+    return real_directory / "int4"
+
+
+@pytest.fixture(autouse=True)
+def all_threads():
+    """Unlike the tiny models, this one gains by threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
