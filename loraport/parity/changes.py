@@ -89,7 +89,10 @@ def changes_of(
                 problems.add(path, "an update that fits the base", str(error))
                 continue
             terms.setdefault(path, []).append(Term(update, strength))
-    _refuse_products(terms, replaced, alone=len(parts) == 1 and parts[0][1] == 1.0, to=problems)
+    alone = len(parts) == 1 and parts[0][1] == 1.0
+    if len(parts) > 1:
+        _rows_beside_gains(terms, replaced, model, original)
+    _refuse_products(terms, replaced, alone=alone, to=problems)
     problems.raise_if_any("the adapter does not fit the base")
     return Changes(
         {path: tuple(found) for path, found in terms.items()},
@@ -209,6 +212,36 @@ def _with_rows(base: torch.Tensor, replacement: Replacement) -> torch.Tensor:
     whole = base.detach().to(torch.promote_types(base.dtype, tensor.dtype), copy=True)
     whole[list(replacement.rows)] = tensor.to(whole)
     return whole
+
+
+def _rows_beside_gains(
+    terms: Mapping[str, list[Term]],
+    replaced: dict[str, list[NewValue]],
+    model: nn.Module,
+    original: Original,
+) -> None:
+    """Let one adapter's trained tokens act beside another's gain, which is not theirs."""
+    for path, found in terms.items():
+        name = weight_name(path)
+        values = replaced.get(name, [])
+        gained = any(term.update.gain is not None for term in found)
+        if not gained or any(value.replacement.rows is None for value in values):
+            continue
+        lookup = isinstance(model.get_submodule(path), nn.Embedding)
+        for value in replaced.pop(name, []):
+            update = rows_update(value.replacement, original(name).detach().cpu(), lookup)
+            found.append(Term(update, value.strength))
+
+
+def rows_update(replacement: Replacement, weight: torch.Tensor, lookup: bool) -> LowRankUpdate:
+    """Return new rows of a weight ``[vocab, dim]`` as a product; of an embedding's transpose."""
+    rows = list(replacement.rows or ())
+    moved = replacement.tensor.double() - weight[rows].double()  # [n, dim]
+    places = torch.zeros(len(rows), weight.shape[0], dtype=torch.float64)  # [n, vocab]
+    places[range(len(rows)), rows] = 1
+    if lookup:
+        return LowRankUpdate(places, moved.T, scaling=1.0)
+    return LowRankUpdate(moved, places.T, scaling=1.0)
 
 
 def _refuse_products(

@@ -9,7 +9,7 @@ import torch
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot, SlotMember, SlotTable
 from loraport.naming import bias_name, weight_name
-from loraport.parity.changes import Changes, NewValue, Original, Term
+from loraport.parity.changes import Changes, NewValue, Original, Term, rows_update
 
 # The packed tensors hold the adapter with one rounding of B to the slot's element type.
 _RELATIVE = {"FLOAT": 1e-6, "FLOAT16": 1e-3, "BFLOAT16": 8e-3, "DOUBLE": 1e-6}
@@ -116,14 +116,9 @@ def _of_term(term: Term) -> Product:
 
 def _of_rows(values: Sequence[NewValue], slot: Slot, weight: torch.Tensor) -> Product:
     """Return replaced rows of a matrix ``[vocab, dim]`` as a product."""
-    replacement = values[0].replacement
-    rows = list(replacement.rows or ())
-    moved = replacement.tensor.double() - weight.detach().cpu()[rows].double()  # [n, dim]
-    places = torch.zeros(len(rows), weight.shape[0], dtype=torch.float64)
-    places[range(len(rows)), rows] = 1
-    if slot.kind is ModuleKind.EMBEDDING:
-        return moved.T, places
-    return places.T, moved
+    lookup = slot.kind is ModuleKind.EMBEDDING
+    update = rows_update(values[0].replacement, weight.detach().cpu(), lookup)
+    return update.b, update.a
 
 
 def _relative_error(got: Product, expected: Sequence[Product]) -> float:

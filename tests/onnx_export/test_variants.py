@@ -140,6 +140,7 @@ BLENDS = [
     {"llama_dora": 1.0, "llama_lora": 1.0, "llama_bias": 0.5},
     {"llama_embedding_dora": 0.3, "llama_embedding": 0.6},
     {"llama_embedding": -0.6, "llama_tokens": 1.5},
+    {"llama_embedding_dora": 0.3, "llama_tokens": 1.5},
     {"llama_dora": 2.0},
     {"bert_dora": 0.5, "bert_lora": 0.5, "bert_lora_bias": -1.0},
     {"conv_dora": 0.4, "conv": 0.9, "conv_bias": 1.1, "conv_grouped": -0.8},
