@@ -21,18 +21,17 @@ from loraport.errors import LoraportError
 from loraport.sweep.isolation import require_rows_apart
 from loraport.sweep.layers import Attached, attach_candidates
 from loraport.sweep.loss import GroupLoss
+from loraport.sweep.member import Member, make_member
 from loraport.sweep.observer import SilentSweep, SweepObserver
 from loraport.sweep.trial import Outcome, Trial
+from loraport.sweep.validation import row_losses
 from loraport.training import rng
 from loraport.training.devices import Placement, choose_placement, to_device
-from loraport.training.early_stopping import EarlyStopping
-from loraport.training.inject import lora_module
-from loraport.training.layers import LoraLayer
-from loraport.training.modes import evaluation_mode, training_mode
-from loraport.training.optimizer import make_optimizer, set_learning_rate
+from loraport.training.modes import training_mode
+from loraport.training.optimizer import set_learning_rate
 from loraport.training.options import LoopOptions
 from loraport.training.schedule import learning_rate, total_steps
-from loraport.training.stream import Batches, BatchStream, EndOfEpoch, EpochBatches
+from loraport.training.stream import Batches, BatchStream, EndOfEpoch
 
 
 def train_together(
@@ -78,50 +77,12 @@ def train_together(
             placement=placement,
             observer=observer or SilentSweep(),
             steps=total_steps(batches, options),
-            members=[_member(trial, attached, options, placement) for trial in trials],
+            members=[make_member(trial, attached, options, placement) for trial in trials],
         )
         with training_mode(model):
             return run.go(batches, validation)
     finally:
         attached.detach()
-
-
-@dataclass(eq=False)
-class _Member:
-    """One candidate's own state."""
-
-    trial: Trial
-    layers: dict[str, LoraLayer]
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    early: EarlyStopping
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    validations: list[tuple[int, float]] = field(default_factory=list)
-    row_losses: tuple[float, ...] = ()
-    row_weights: tuple[int, ...] = ()
-    ended: str = ""
-    failed: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.trial.name
-
-    def outcome(self) -> Outcome:
-        best = next((v for v in self.validations if v[0] == self.early.best_step), None)
-        self.early.restore_best()
-        # A candidate that failed before its first validation has nothing worth keeping.
-        usable = best is not None or not self.failed
-        return Outcome(
-            name=self.name,
-            losses=tuple(self.losses),
-            validations=tuple(self.validations),
-            best=best,
-            row_losses=self.row_losses,
-            row_weights=self.row_weights,
-            modules={p: lora_module(layer) for p, layer in self.layers.items()} if usable else None,
-            ended=self.ended,
-            failed=self.failed,
-        )
 
 
 @dataclass(eq=False)
@@ -134,9 +95,9 @@ class _GroupRun:
     placement: Placement
     observer: SweepObserver
     steps: int
-    members: list[_Member]
+    members: list[Member]
     step: int = 0
-    running: list[_Member] = field(default_factory=list)
+    running: list[Member] = field(default_factory=list)
 
     def go(self, batches: Batches, validation: Batches | None) -> dict[str, Outcome]:
         names = [member.name for member in self.members]
@@ -220,7 +181,7 @@ class _GroupRun:
             norms.append(nn.utils.get_total_norm(gradients))
         return torch.stack(norms)
 
-    def _update(self, member: _Member, step: int, norm: torch.Tensor) -> None:
+    def _update(self, member: Member, step: int, norm: torch.Tensor) -> None:
         nn.utils.clip_grads_with_norm_(
             member.parameters.values(), self.options.clip or math.inf, norm
         )
@@ -231,7 +192,9 @@ class _GroupRun:
     def _validate(self, validation: Batches | None) -> None:
         if validation is None:
             return
-        totals, weights = self._losses(validation, len(self.running))
+        totals, weights = row_losses(
+            self.attached.model, validation, self.loss, self.placement, len(self.running)
+        )
         count = sum(weights)
         ended = []
         for member, rows in zip(self.running, totals, strict=True):
@@ -256,7 +219,7 @@ class _GroupRun:
         """Measure the base once: at the start every candidate is the base."""
         if validation is None:
             return
-        (rows,), weights = self._losses(validation, 1)
+        (rows,), weights = row_losses(self.attached.model, validation, self.loss, self.placement, 1)
         value = sum(rows) / sum(weights)
         if not math.isfinite(value):
             raise LoraportError(f"the base: expected a finite validation loss, got {value}")
@@ -264,49 +227,13 @@ class _GroupRun:
             member.validations.append((0, value))
         self.observer.validated(step=0, losses={"base": value})
 
-    def _losses(self, validation: Batches, count: int) -> tuple[list[list[float]], list[int]]:
-        """Return the summed loss of each candidate on each row, and the rows' weights."""
-        before = rng.capture()
-        totals, weights = [], []
-        model, device = self.attached.model, self.placement.device
-        try:
-            with evaluation_mode(model), torch.no_grad(), self.placement.autocast():
-                epoch = validation.epoch(0) if isinstance(validation, EpochBatches) else validation
-                for batch in epoch:
-                    part = self.loss(model, to_device(batch, device), count)
-                    totals.append(part.totals.double())
-                    weights.append(part.weights)
-        finally:
-            rng.restore(before)
-        if not totals:
-            raise LoraportError("validation batches: expected some, got none")
-        return torch.cat(totals, dim=1).tolist(), torch.cat(weights).tolist()
-
-    def _end(self, ended: list[_Member]) -> None:
+    def _end(self, ended: list[Member]) -> None:
         if not ended:
             return
         for member in ended:
             self.observer.ended(name=member.name, reason=member.ended)
         self._set_running([member for member in self.running if member not in ended])
 
-    def _set_running(self, members: list[_Member]) -> None:
+    def _set_running(self, members: list[Member]) -> None:
         self.running = list(members)
         self.attached.set_present([member.name for member in members])
-
-
-def _member(
-    trial: Trial, attached: Attached, options: LoopOptions, placement: Placement
-) -> _Member:
-    layers = dict(attached.members[trial.name])
-    parameters = {
-        f"{path}.{name}": parameter
-        for path, layer in layers.items()
-        for name, parameter in layer.named_parameters(recurse=False)
-    }
-    return _Member(
-        trial=trial,
-        layers=layers,
-        parameters=parameters,
-        optimizer=make_optimizer(parameters, options, placement.device),
-        early=EarlyStopping(options.early_stopping, parameters),
-    )
