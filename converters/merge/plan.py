@@ -9,7 +9,7 @@ from typing import Any
 
 from converters.merge.arithmetic import Change
 from converters.merge.base import BaseCheckpoint
-from converters.merge.sources import FLOATING, Source
+from converters.merge.sources import FLOATING, GivenSource, Source
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +46,11 @@ class TensorPlan:
     def copied(self) -> bool:
         """Whether its bytes are some of the base's."""
         return not self.changes and self.source.stored is not None
+
+    @property
+    def changed(self) -> bool:
+        """Whether an adapter has a part in its values; not so if it is only dequantized."""
+        return bool(self.changes) or isinstance(self.source, GivenSource)
 
     @property
     def nbytes(self) -> int:

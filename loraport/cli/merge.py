@@ -93,13 +93,15 @@ def merge(
 
 
 def _report(plan: MergePlan, output: Path | None, *, as_json: bool) -> None:
-    changed = [tensor for tensor in plan.tensors if not tensor.copied]
-    copied = len(plan.tensors) - len(changed)
+    changed = [tensor for tensor in plan.tensors if tensor.changed]
+    copied = sum(tensor.copied for tensor in plan.tensors)
+    dequantized = len(plan.tensors) - len(changed) - copied
     if as_json:
         document = {
             "output": None if output is None else str(output),
             "bytes": plan.nbytes,
             "copied": copied,
+            "dequantized": dequantized,
             "changed": [
                 {"tensor": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
                 for tensor in changed
@@ -112,5 +114,7 @@ def _report(plan: MergePlan, output: Path | None, *, as_json: bool) -> None:
     if output is None:
         for tensor in changed:
             click.echo(f"{tensor.name}  {tensor.dtype} {list(tensor.shape)}")
-    text = f"{len(changed)} tensors changed, {copied} copied, {plan.nbytes / 1e9:.2f} GB"
+    text = f"{len(changed)} tensors changed, {copied} copied, "
+    text += f"{dequantized} dequantized, " if dequantized else ""
+    text += f"{plan.nbytes / 1e9:.2f} GB"
     click.echo(text if output is None else f"{output}: {text}", err=True)

@@ -1,5 +1,6 @@
 """Bases in GGUF files: dequantized as transformers does, a stretch at a time."""
 
+import json
 import sys
 import warnings
 
@@ -7,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from llama_gguf import add_vocabulary, tiny_decoder, write_gguf_base
 from merge_bases import load_merged, run_merge, write_adapter
 from peft_cases import Case, load_with_peft, logits, make_case
@@ -16,6 +18,7 @@ from converters.merge import MergeOptions, make_plan
 from loraport import gguf_model
 from loraport.base_model import resolve_base
 from loraport.checkpoint import Checkpoint
+from loraport.cli import cli
 from loraport.errors import LoraportError
 
 _TARGETS = {
@@ -204,6 +207,20 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         merged.load("model.layers.1.mlp.down_proj.weight"), torch.full((hidden, inner), 4.0)
     )
     assert not merged.load("model.layers.0.mlp.down_proj.weight").any()
+
+
+def test_dry_run_tells_merged_weights_from_those_only_dequantized(tmp_path):
+    file = write_gguf_base(tiny_decoder("llama"), tmp_path / "base.gguf", "Q8_0")
+    key = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.weight"
+    a, b = torch.ones(2, 96), torch.ones(64, 2)
+    write_adapter(tmp_path / "adapter", {key.format("A"): a, key.format("B"): b})
+    command = ["merge", str(file), str(tmp_path / "adapter"), "--dry-run", "--json"]
+    document = json.loads(CliRunner().invoke(cli, command).stdout)
+    assert [each["tensor"] for each in document["changed"]] == [
+        "model.layers.0.mlp.down_proj.weight"
+    ]
+    others = len(plan(file, tmp_path / "adapter").tensors) - 1
+    assert (document["copied"], document["dequantized"]) == (0, others)
 
 
 def plan(file, adapter):
