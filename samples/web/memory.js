@@ -23,13 +23,15 @@ export function requireRoom(bytes) {
  */
 export function explain(error, bytes) {
   if (error instanceof LoraportError) return error;
-  if (error instanceof RangeError || SIGNS.test(String(error))) return shortOfMemory(bytes);
+  if (error instanceof RangeError || SIGNS.test(String(error))) {
+    return shortOfMemory(Math.max(bytes, Reflect.get(Object(error), 'bytes') ?? 0));
+  }
   return new LoraportError(`the model cannot be opened: ${firstLine(error)}`, { cause: error });
 }
 
 function shortOfMemory(bytes) {
   const megabytes = (amount) => `${Math.round(amount / 1e6)} MB`;
-  const device = navigator.deviceMemory;
+  const device = globalThis.navigator?.deviceMemory;
   return new LoraportError(
     `Not enough memory: the model has ${megabytes(bytes)} of weights and needs about ` +
       `${megabytes(bytes * 2.5 + 2e8)} while it opens` +

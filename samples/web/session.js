@@ -4,6 +4,7 @@ import { LoraportError, Model, readDecoder } from './vendor/core/index.js';
 import { explain, requireRoom } from './memory.js';
 
 const MOST_THREADS = 4;
+const GPU_ANSWERS_WITHIN = 5000; // milliseconds
 
 /**
  * @typedef {object} OpenedModel
@@ -21,7 +22,7 @@ const MOST_THREADS = 4;
  */
 export async function openModel(bundle, wanted) {
   const files = await modelFiles(bundle);
-  const hasGpu = wanted !== 'wasm' && (await navigator.gpu?.requestAdapter().catch(() => null));
+  const hasGpu = wanted !== 'wasm' && (await findGpu());
   if (wanted === 'webgpu' && !hasGpu) {
     throw new LoraportError('WebGPU: expected a GPU that this browser can use, got none; use WASM');
   }
@@ -32,6 +33,12 @@ export async function openModel(bundle, wanted) {
     if (wanted === 'webgpu') throw error;
     return open(bundle, files, 'wasm', `WebGPU could not be used (${error.message}).`);
   }
+}
+
+/** The GPU that the browser offers; null where there is none, or none that answers. */
+async function findGpu() {
+  const silence = new Promise((resolve) => setTimeout(resolve, GPU_ANSWERS_WITHIN, null));
+  return Promise.race([navigator.gpu?.requestAdapter().catch(() => null) ?? null, silence]);
 }
 
 async function open(bundle, { graph, externalData, bytes }, runtime, notice) {

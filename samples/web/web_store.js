@@ -65,7 +65,7 @@ async function readBody(response, onProgress) {
   const encoded = response.headers.has('Content-Encoding');
   const total = encoded ? null : Number(response.headers.get('Content-Length')) || null;
   const chunks = [];
-  const whole = total === null ? null : new Uint8Array(total);
+  const whole = total === null ? null : room(total);
   let received = 0;
   for (const reader = response.body.getReader(); ; ) {
     const { done, value } = await reader.read();
@@ -78,6 +78,14 @@ async function readBody(response, onProgress) {
   }
   if (whole === null) return new Uint8Array(await new Blob(chunks).arrayBuffer());
   return whole.subarray(0, received);
+}
+
+function room(bytes) {
+  try {
+    return new Uint8Array(bytes);
+  } catch (error) {
+    throw Object.assign(new RangeError(firstLine(error)), { bytes });
+  }
 }
 
 async function digest(bytes) {

@@ -2,10 +2,12 @@
 
 import assert from 'node:assert/strict';
 import { createHash } from 'node:crypto';
-import { readFileSync } from 'node:fs';
+import { cpSync, mkdtempSync, readFileSync, rmSync, truncateSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import test, { after, before } from 'node:test';
 
+import { explain, requireRoom } from '../memory.js';
 import { check, hasSet, launch, serve, shoot, visit } from './site.js';
 
 const bundle = process.env.LORAPORT_BUNDLE;
@@ -96,6 +98,43 @@ test('an adapter that cannot be read leaves the one before, and the page alive',
     await hasSet(page, null);
   });
   assert.equal(message, null);
+});
+
+test('a model that memory cannot hold is told so, with what to do', async () => {
+  const huge = mkdtempSync(join(tmpdir(), 'huge-'));
+  cpSync(bundle, huge, { recursive: true });
+  truncateSync(join(huge, 'model.onnx.data'), 1e12); // without content: it takes no room
+  const other = await serve(huge);
+  const context = await browser.newContext();
+  const { page } = await visit(context, other.address);
+  const message = await page.getByRole('alert').textContent();
+  assert.match(message, /^Not enough memory: the model has 1000000 MB of weights and needs about/);
+  assert.match(message, /use a bundle exported with --precision int4/);
+  await context.close();
+  other.stop();
+  rmSync(huge, { recursive: true });
+});
+
+test('weights are refused by what they take, and the runtime\'s own words for it are understood', () => {
+  requireRoom(3e9);
+  assert.throws(() => requireRoom(4e9), /Not enough memory: the model has 4000 MB of weights/);
+  for (const error of [new RangeError('Array buffer allocation failed'), new Error('std::bad_alloc'), 'Aborted(OOM)']) {
+    assert.match(explain(error, 5e8).message, /^Not enough memory: the model has 500 MB of weights and needs about 1450 MB/);
+  }
+  assert.equal(explain(new Error('no such operator'), 5e8).message, 'the model cannot be opened: no such operator');
+});
+
+test('a GPU that never answers is not waited for', async () => {
+  const context = await browser.newContext();
+  await context.route('**/session.js', async (route) => {
+    const source = readFileSync(new URL('../session.js', import.meta.url), 'utf8');
+    const silent = 'Object.defineProperty(navigator, "gpu", { value: { requestAdapter: () => new Promise(() => {}) } });';
+    await route.fulfill({ body: `${source}\n${silent}`, contentType: 'text/javascript' });
+  });
+  const { page, complaints } = await visit(context, site.address, { runtime: 'auto' });
+  assert.match(await page.textContent('#model-facts'), /running on WASM/);
+  assert.deepEqual(complaints, []);
+  await context.close();
 });
 
 test('a tolerance that is not met is shown', async () => {

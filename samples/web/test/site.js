@@ -10,7 +10,6 @@ import { chromium } from 'playwright-core';
 
 const root = new URL('../', import.meta.url).pathname;
 const PAGE = /\.(html|css|js|mjs)$/;
-const GPU = ['--enable-unsafe-webgpu', '--use-webgpu-adapter=swiftshader', '--enable-features=Vulkan'];
 
 /** Serve the page with a bundle beside it; returns its address and how to stop. */
 export async function serve(bundle) {
@@ -29,11 +28,8 @@ export async function serve(bundle) {
   };
 }
 
-export function launch({ gpu = false } = {}) {
-  return chromium.launch({
-    executablePath: process.env.CHROMIUM,
-    args: ['--no-sandbox', ...(gpu ? GPU : [])],
-  });
+export function launch() {
+  return chromium.launch({ executablePath: process.env.CHROMIUM, args: ['--no-sandbox'] });
 }
 
 /** A page that counts what it fetches of the bundle and keeps what it complains of. */
