@@ -20,6 +20,7 @@ from loraport.errors import LoraportError
 COMMANDS = {
     "demo": "The whole story on a real model: train, export, swap, verify.",
     "train": "Train a LoRA adapter on JSONL data.",
+    "sweep": "Try ranks, targets, alphas and learning rates, and say which to take.",
     "eval": "Score a base and adapters on data: loss, accuracy, exact match, forgetting.",
     "convert": "Write an adapter as PEFT, MLX, GGUF, kohya, diffusers or .onnx_adapter.",
     "merge": "Merge adapters into a base of any size: streamed, exact, one pass.",

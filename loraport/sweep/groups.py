@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from loraport.sweep.trial import Trial
 
-MOST_TOGETHER = 16
-
 
 def group_trials(
     trials: Sequence[Trial], together: int, workers: int = 1
@@ -29,7 +27,7 @@ def group_trials(
     """
     alone = [trial for trial in trials if trial.lora.dropout]
     others = [trial for trial in trials if not trial.lora.dropout]
-    groups = [(trial,) for trial in alone]
+    groups: list[tuple[Trial, ...]] = [(trial,) for trial in alone]
     if others:
         count = max(-(-len(others) // together), min(workers - len(alone), len(others)))
         groups = [*_even(others, count), *groups]

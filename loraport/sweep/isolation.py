@@ -12,6 +12,11 @@ from loraport.sweep.loss import GroupLoss
 from loraport.training.devices import Placement
 from loraport.training.modes import evaluation_mode
 
+
+class RowsMixedError(LoraportError):
+    """A model's rows depend on each other: its candidates have to train one by one."""
+
+
 # Far above what rounding does to a row's loss, far below what the change does.
 _TOLERANCE = 1e-3
 _STRENGTH = 0.1
@@ -33,7 +38,7 @@ def require_rows_apart(
         placement: Where and how to compute.
 
     Raises:
-        LoraportError: If the rows mix.
+        RowsMixedError: If the rows mix.
     """
     names = list(attached.members)
     if len(names) < 2:
@@ -61,7 +66,7 @@ def require_rows_apart(
         attached.set_present(())
     limit = _TOLERANCE * (1 + before[1].abs())
     if not bool(((after[1] - before[1]).abs() <= limit).all()):
-        raise LoraportError(
+        raise RowsMixedError(
             "the model: expected rows that do not depend on each other, got one that mixes them; "
             "its candidates have to train one by one: --together 1"
         )

@@ -12,8 +12,8 @@ class SweepObserver(Protocol):
     def planned(self, *, groups: int, trials: int, done: int) -> None:
         """The sweep begins; ``done`` trials were finished before."""
 
-    def group_started(self, *, names: Sequence[str], steps: int) -> None:
-        """A group of candidates begins to train."""
+    def group_started(self, *, names: Sequence[str], steps: int, done: int) -> None:
+        """A group of candidates begins to train, or continues after ``done`` steps."""
 
     def stepped(self, *, step: int, losses: Mapping[str, float], tokens: int) -> None:
         """A step was taken; ``tokens`` is how many all candidates together consumed."""
@@ -40,7 +40,7 @@ class SilentSweep:
     def planned(self, *, groups: int, trials: int, done: int) -> None:
         """Say nothing."""
 
-    def group_started(self, *, names: Sequence[str], steps: int) -> None:
+    def group_started(self, *, names: Sequence[str], steps: int, done: int) -> None:
         """Say nothing."""
 
     def stepped(self, *, step: int, losses: Mapping[str, float], tokens: int) -> None:

@@ -101,7 +101,7 @@ class _GroupRun:
 
     def go(self, batches: Batches, validation: Batches | None) -> dict[str, Outcome]:
         names = [member.name for member in self.members]
-        self.observer.group_started(names=names, steps=self.steps)
+        self.observer.group_started(names=names, steps=self.steps, done=self.step)
         stream = BatchStream(batches, self.options.accumulate)
         groups = iter(stream)
         first = next(groups)

@@ -23,6 +23,10 @@ class MemoryRanOutError(LoraportError):
     """Memory ran out; whoever knows the options adds what to change."""
 
 
+class NotFiniteError(LoraportError):
+    """A loss or a gradient became NaN or infinite."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that a device's or the host's memory ran out."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
@@ -88,11 +92,11 @@ def require_finite(
         work: Directory of the run's checkpoints.
 
     Raises:
-        LoraportError: If it is not finite.
+        NotFiniteError: If it is not finite.
     """
     if math.isfinite(value):
         return
-    raise LoraportError(
+    raise NotFiniteError(
         f"step {step}: expected a finite {what}, got {value}{_rows(group)}; lower the learning "
         f"rate or look at these rows; {kept(work)}"
     )

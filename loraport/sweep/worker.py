@@ -1,0 +1,192 @@
+"""Train groups of candidates on one base: what a sweep does in this process or in another."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from loraport.adapter import Adapter
+from loraport.base_model import fingerprint_model
+from loraport.errors import LoraportError, Problems
+from loraport.sweep.alone import train_alone
+from loraport.sweep.groups import halves
+from loraport.sweep.isolation import RowsMixedError
+from loraport.sweep.loss import grouped_language_model_loss
+from loraport.sweep.observer import SilentSweep, SweepObserver
+from loraport.sweep.together import train_together
+from loraport.sweep.trial import Outcome, Trial
+from loraport.training.batches import Row, RowBatches
+from loraport.training.devices import choose_placement
+from loraport.training.faults import MemoryRanOutError, faults_explained
+from loraport.training.frozen_base import checkpoint_activations, load_base
+from loraport.training.options import TrainOptions
+from loraport.training.targets import select_targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from loraport.fingerprint import BaseFingerprint
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all candidates of a sweep share; goes to other processes as it is.
+
+    Attributes:
+        base: As `loraport.base_model.resolve_base` takes it.
+        train: Training rows.
+        validation: Held-out rows.
+        pad: Token id to pad with.
+        options: How to train.
+    """
+
+    base: str
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    pad: int
+    options: TrainOptions
+
+    def batches(self) -> tuple[RowBatches, RowBatches]:
+        """Return batches to train on and to validate with, as ``loraport train`` has them."""
+        size, seed = self.options.batch_size, self.options.loop.seed
+        return (
+            RowBatches(self.train, size, self.pad, seed),
+            RowBatches(self.validation, size, self.pad, None),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A candidate that was trained.
+
+    Attributes:
+        trial: What it was.
+        outcome: What came of it, but for the matrices.
+        adapter: Those; ``None`` if it failed before it could be measured.
+    """
+
+    trial: Trial
+    outcome: Outcome
+    adapter: Adapter | None
+
+
+class Worker:
+    """A base in memory, on which groups of candidates train one after the other.
+
+    Args:
+        setting: What they share.
+        trials: All candidates of the sweep, so that a bad one is known before any is trained.
+        observer: Told what happens.
+
+    Raises:
+        LoraportError: If the base cannot be loaded or a candidate's modules cannot be selected.
+    """
+
+    def __init__(
+        self, setting: Setting, trials: Sequence[Trial], observer: SweepObserver | None = None
+    ) -> None:
+        self._setting = setting
+        self._observer = observer or SilentSweep()
+        loop = setting.options.loop
+        self._placement = choose_placement(loop.device, loop.dtype)
+        with faults_explained(lambda: f"loading {setting.base}", None):
+            device = str(self._placement.device)
+            self._model: PreTrainedModel = load_base(setting.base, self._placement, device)
+        _require_targets(self._model, trials)
+        if setting.options.gradient_checkpointing:
+            checkpoint_activations(self._model)
+        self._fingerprints: dict[frozenset[str], BaseFingerprint] = {}
+        self._rows_mix = False
+
+    def train(self, trials: Sequence[Trial], work: Path | None = None) -> list[Finished]:
+        """Train a group in one pass; where that cannot be, in smaller groups.
+
+        Args:
+            trials: The candidates; those with dropout come alone.
+            work: Where an interrupted group is continued from; ``None`` for nowhere.
+
+        Raises:
+            LoraportError: If memory runs out for a single candidate.
+        """
+        if self._rows_mix and len(trials) > 1:
+            return [done for trial in trials for done in self.train([trial], work)]
+        try:
+            return self._one_pass(trials, work)
+        except RowsMixedError:
+            self._rows_mix = True
+            self._observer.note("this model mixes the rows of a batch: candidates train one by one")
+        except MemoryRanOutError as error:
+            if len(trials) == 1:
+                raise
+            self._observer.note(f"{error}; {len(trials)} candidates train in two groups")
+        # Only now, out of reach of the error's traceback, is what did not fit released.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return [done for part in halves(trials) for done in self.train(part, work)]
+
+    def _one_pass(self, trials: Sequence[Trial], work: Path | None) -> list[Finished]:
+        names = [trial.name for trial in trials]
+        batches, validation = self._setting.batches()
+        loop = self._setting.options.loop
+        if len(trials) == 1:
+            outcomes = [
+                train_alone(
+                    self._model,
+                    trials[0],
+                    batches,
+                    loop,
+                    validation=validation,
+                    work=work,
+                    observer=self._observer,
+                )
+            ]
+        else:
+            with faults_explained(lambda: f"{len(names)} candidates together", None):
+                found = train_together(
+                    self._model,
+                    trials,
+                    batches,
+                    grouped_language_model_loss,
+                    loop,
+                    validation=validation,
+                    observer=self._observer,
+                )
+            outcomes = list(found.values())
+        return [self._finished(*pair) for pair in zip(trials, outcomes, strict=True)]
+
+    def _finished(self, trial: Trial, outcome: Outcome) -> Finished:
+        if not outcome.modules:
+            return Finished(trial, outcome, None)
+        paths = frozenset(outcome.modules)
+        if paths not in self._fingerprints:
+            self._fingerprints[paths] = fingerprint_model(self._model, list(outcome.modules))
+        adapter = Adapter(
+            modules=dict(outcome.modules),
+            base_model=self._setting.base,
+            base_fingerprint=self._fingerprints[paths],
+            training={"task_type": "CAUSAL_LM", "lora_dropout": trial.lora.dropout},
+        )
+        return Finished(trial, replace(outcome, modules=None), adapter)
+
+
+def _require_targets(model: PreTrainedModel, trials: Sequence[Trial]) -> None:
+    """Select the modules of every kind of candidate, and say all that cannot be."""
+    seen, problems = set(), Problems()
+    for trial in trials:
+        kind = (trial.lora.targets, trial.lora.layers)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        try:
+            select_targets(model, trial.lora)
+        except LoraportError as error:
+            if len({(t.lora.targets, t.lora.layers) for t in trials}) == 1:
+                raise
+            problems.add(trial.name, "modules to adapt", str(error).replace("\n", " "))
+    problems.raise_if_any("the sweep cannot be run")

@@ -1,0 +1,86 @@
+"""``loraport sweep`` on a tiny Llama: the same results together and apart, resumed and not."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from loraport.cli.sweep import sweep
+from loraport.peft_layout import read_peft
+
+GRID = ("--rank", "2,4,8", "--lr", "3e-3,1e-2", "--targets", "all-linear", "--targets")
+GRID += ("q_proj,v_proj", "--epochs", 2, "--device", "cpu", "--max-length", 32)
+
+
+@pytest.fixture
+def data(write_jsonl):
+    words = ["red", "green", "blue", "grey"]
+    pairs = [(word, index) for index in range(4) for word in words]
+    return write_jsonl([{"prompt": f"say {w} {i}", "completion": f" {w}!"} for w, i in pairs])
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(sweep, [str(each) for each in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_together_and_apart_agree(tiny_base, data, tmp_path):
+    """In float32 the order of sums differs, by far less than what sets candidates apart."""
+    found = {}
+    for mode in ("--together=16", "--apart"):
+        out = tmp_path / mode.strip("-")
+        found[mode] = json.loads(run(tiny_base, data, "-o", out, *GRID, mode, "--json").stdout)
+        for name in ("results.json", "results.csv", "quality.png", "quality.svg"):
+            assert (out / name).stat().st_size
+        assert read_peft(out).modules
+        assert not out.with_name(f"{out.name}.sweep").exists()
+    one, other = ({c["name"]: c for c in f["candidates"]} for f in found.values())
+    assert len(one) == 12
+    for name, line in one.items():
+        for key in ("validation_loss", "training_loss"):
+            assert line[key] == pytest.approx(other[name][key], rel=1e-4), name
+    losses = sorted(line["validation_loss"] for line in one.values())
+    assert losses[-1] - losses[0] > 1e-3 * losses[0]
+
+
+def test_a_stopped_sweep_does_not_train_again(tiny_base, data, tmp_path, monkeypatch):
+    from loraport.sweep import worker
+
+    trained = []
+    real = worker.Worker.train
+
+    def train(self, trials, work=None):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(trials)
+        return real(self, trials, work)
+
+    monkeypatch.setattr(worker.Worker, "train", train)
+    few = (tiny_base, data, "-o", tmp_path / "out", "--rank", "2,4", "--steps", 2, "--together", 1)
+    assert CliRunner().invoke(sweep, [str(each) for each in few]).exit_code
+    assert not (tmp_path / "out").exists()
+    trained.clear()
+    shown = run(*few, "--resume")
+    assert len(trained) == 2
+    assert "take r" in shown.stdout
+    assert "4 candidates, 2 finished before" in shown.stderr
+
+
+def test_bad_values(tiny_base, data, tmp_path):
+    out = ("-o", tmp_path / "out")
+    shown = run(tiny_base, data, *out, "--rank", "four", code=2)
+    assert "expected numbers separated by commas, got 'four'" in shown.output
+    from loraport.errors import LoraportError
+
+    for more, reason in (
+        (("--rank", "0"), "rank: expected at least 1"),
+        (("--validation-share", "0"), "give --validation"),
+        (("--targets", "nonsense"), "nonsense"),
+        (("--together", "0"), "together: expected at least 1"),
+    ):
+        with pytest.raises(LoraportError, match=reason):
+            run(tiny_base, data, *out, "--force", *more)
+        assert not (tmp_path / "out").exists()
