@@ -95,6 +95,9 @@ def _pattern(
 @click.option("--seed", type=int, default=_LOOP.seed, help="Seed of everything random.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default=_LOOP.dtype,
               help="auto: bfloat16 autocast on GPUs that have it, else float32.")  # fmt: skip
+@click.option("--base-dtype", default=_TRAIN.base_dtype,
+              type=click.Choice(["auto", "float32", "bfloat16", "nf4", "int8"]),
+              help="What the frozen base is kept in; nf4 and int8 need bitsandbytes.")  # fmt: skip
 @click.option("--device", default=_LOOP.device, help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--save-every", type=int, default=_LOOP.save_every,
               help="Steps between checkpoints; 0 for none.")  # fmt: skip

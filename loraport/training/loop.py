@@ -81,6 +81,7 @@ def train(
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
     observer: Observer | None = None,
+    base_fingerprint: BaseFingerprint | None = None,
 ) -> TrainingResult:
     """Train the LoRA layers of a model that `attach` prepared, and nothing else of it.
 
@@ -100,6 +101,8 @@ def train(
             if there is none.
         identity: Facts about data and options that a resumed run must share.
         observer: Told what happens.
+        base_fingerprint: Of the modules adapted, where the model holds their weights rounded
+            (quantized); computed from the model where ``None``.
 
     Raises:
         LoraportError: If the model has no LoRA layers or other trainable parameters, the loss
@@ -116,7 +119,9 @@ def train(
     parameters = _lora_parameters(model, layers)
     sharded = options.shard_base and processes.size > 1
     # The base is frozen: its fingerprint is taken once, and while it is whole.
-    fingerprint = fingerprint_model(model, list(layers)) if work or sharded else None
+    fingerprint = base_fingerprint
+    if fingerprint is None and (work or sharded):
+        fingerprint = fingerprint_model(model, list(layers))
     if sharded:
         shard_base(model, layers.values(), placement.device)
     else:

@@ -142,6 +142,8 @@ class TrainOptions:
         packing: How rows lie in a batch: ``"auto"`` lays them end to end, their common beginning
             once, where that is less work than padding; ``"fill"`` packs as many as fit into
             sequences of ``max_length``, of which ``batch_size`` make a batch; ``"none"`` pads.
+        base_dtype: What the frozen base is kept in: ``"auto"`` (as it is stored, bfloat16 or
+            float32), ``"float32"``, ``"bfloat16"``, ``"nf4"`` or ``"int8"`` (bitsandbytes).
     """
 
     lora: LoraOptions = field(default_factory=LoraOptions)
@@ -151,6 +153,7 @@ class TrainOptions:
     validation_share: float = 0.1
     gradient_checkpointing: bool = False
     packing: Literal["auto", "fill", "none"] = "auto"
+    base_dtype: Literal["auto", "float32", "bfloat16", "nf4", "int8"] = "auto"
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -159,6 +162,9 @@ class TrainOptions:
         _share(problems, "validation_share", self.validation_share)
         if self.packing not in ("auto", "fill", "none"):
             problems.add("packing", "auto, fill or none", repr(self.packing))
+        if self.base_dtype not in ("auto", "float32", "bfloat16", "nf4", "int8"):
+            expected = "auto, float32, bfloat16, nf4 or int8"
+            problems.add("base_dtype", expected, repr(self.base_dtype))
         problems.raise_if_any("training options cannot be used")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraport.adapter import Adapter
-from loraport.base_model import load_tokenizer, resolve_base
+from loraport.base_model import fingerprint_model, load_tokenizer, resolve_base
 from loraport.errors import LoraportError
 from loraport.output import new_directory, refuse_existing
 from loraport.peft_layout.write import peft_contents, save_contents
@@ -19,7 +19,7 @@ from loraport.training.batches import Row
 from loraport.training.curve import draw_losses
 from loraport.training.devices import choose_placement
 from loraport.training.faults import MemoryRanOutError, faults_explained
-from loraport.training.frozen_base import checkpoint_activations, load_base
+from loraport.training.frozen_base import QUANTIZED, checkpoint_activations, load_base, narrow
 from loraport.training.inject import adapter_of, attach
 from loraport.training.language_model import language_model_loss
 from loraport.training.lock import only_process
@@ -30,6 +30,7 @@ from loraport.training.options import TrainOptions
 from loraport.training.packing import make_batches
 from loraport.training.processes import Processes, processes_now
 from loraport.training.stream import Batches
+from loraport.training.targets import select_targets
 from loraport.training.text_data import TextData, digest, padding_token, read_data
 
 SUMMARY_FILE = "training.json"
@@ -160,8 +161,15 @@ def _train(
     placement = choose_placement(options.loop.device, options.loop.dtype)
     with faults_explained(lambda: f"loading {base}", work):
         sharded = options.loop.shard_base and processes.size > 1
-        model = load_base(base, placement, "cpu" if sharded else str(placement.device))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+        narrowed = options.base_dtype in ("bfloat16", *QUANTIZED)
+        first = "cpu" if sharded or narrowed else str(placement.device)
+        model = load_base(base, placement, first, options.base_dtype)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        fingerprint = None
+        if narrowed:
+            # An adapter belongs to the base as it is published, not as it is stored here.
+            fingerprint = fingerprint_model(model, list(select_targets(model, options.lora)))
+            narrow(model, options.base_dtype, placement)
     attach(model, options.lora)
     if options.gradient_checkpointing:
         checkpoint_activations(model)
@@ -189,6 +197,7 @@ def _train(
         resume=resume,
         identity=identity,
         observer=observer,
+        base_fingerprint=fingerprint,
     )
     facts = {"task_type": "CAUSAL_LM", "lora_dropout": options.lora.dropout}
     adapter = adapter_of(

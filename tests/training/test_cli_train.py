@@ -44,6 +44,8 @@ def test_every_option_can_be_given():
             "--gradient-checkpointing",
             "--packing",
             "fill",
+            "--base-dtype",
+            "nf4",
             "--early-stopping",
             "4",
             "--lora-plus-ratio",
@@ -90,6 +92,7 @@ def test_every_option_can_be_given():
         validation_share=0.5,
         gradient_checkpointing=True,
         packing="fill",
+        base_dtype="nf4",
     )
     # Every field differs from its default above, so none was forgotten here.
     for given, default in (
