@@ -66,7 +66,7 @@ def _choices(
               help="Peak learning rates to try.")  # fmt: skip
 @click.option("--validation", type=click.Path(path_type=Path), help="Held-out rows (JSONL).")
 @click.option("--together", type=int, default=16,
-              help="Most candidates trained in one pass; halved where memory runs out.")  # fmt: skip
+              help="Most candidates in one pass; halved where memory runs out.")  # fmt: skip
 @click.option("--apart", is_flag=True, help="Train each by itself: --together 1.")
 @click.option("--keep-all", is_flag=True, help="Keep the adapters of all candidates.")
 @click.option("--resume", is_flag=True, help="Continue a sweep that was stopped.")
