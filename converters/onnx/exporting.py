@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from converters.onnx.genai_builder import PRECISIONS, build_with_genai
 from converters.onnx.holders import BaseHolders
 from converters.onnx.modules import slottable_modules, tied_modules
 from converters.onnx.provenance import MADE_BY, record_provenance
+from converters.onnx.quantizing import PRECISIONS as QUANTIZED
+from converters.onnx.quantizing import quantize_graph
 from converters.onnx.slots import (
     SlotOptions,
     SlottedModel,
@@ -31,7 +34,7 @@ from loraport.base_model import (
     resolve_base,
 )
 from loraport.bundle.base_values import write_base_values
-from loraport.bundle.golden import write_base_golden
+from loraport.bundle.golden import record_no_golden, write_base_golden
 from loraport.bundle.manifest import MODEL_FILE, REQUIRED_MODEL_FILE, Manifest, write_manifest
 from loraport.bundle.sources import record_base
 from loraport.errors import LoraportError
@@ -41,6 +44,7 @@ from loraport.parity.tolerances import golden_tolerance, golden_tolerances
 
 GOLDEN_TEXT = "The port keeps its light on."
 _ENCODER_TEXTS = ("The port keeps its light on.", "Ships swap their cargo here.")
+_AS_IT_IS, _BF16 = "fp32", "bf16"
 _LEFT_OUT_HEAD = "left out, as the output head; export again with --lm-head"
 
 
@@ -49,7 +53,7 @@ class ExportOptions:
     """How a base is exported.
 
     Attributes:
-        precision: Of the base's weights: ``fp32``, ``fp16`` or ``int4``.
+        precision: Of the base's weights: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``int4``.
         provider: Execution provider the graph is made for: ``cpu`` or ``cuda``.
         lm_head: Put a slot beside the output head too.
         slots: What the slots can take.
@@ -97,12 +101,15 @@ def export_base(
     options = options or ExportOptions()
     directory = resolve_base(base)
     decoder = is_causal_lm(directory)
-    allowed = PRECISIONS[options.provider] if decoder else ("fp32",)
+    allowed = PRECISIONS[options.provider] if decoder else (_AS_IT_IS, *QUANTIZED)
     if options.precision not in allowed:
+        reason = ""
+        if options.precision == _BF16:
+            reason = "; ONNX Runtime's CPU kernels have no bfloat16"
         raise LoraportError(
             f"precision: expected {' or '.join(allowed)} for "
             f"{read_model_config(directory).get('architectures')} on {options.provider}, "
-            f"got {options.precision}"
+            f"got {options.precision}{reason}"
         )
     with new_directory(out, force=force) as bundle:
         if decoder:
@@ -116,13 +123,15 @@ def export_base(
             model = load_model(str(directory))
             inputs = encoder_inputs(base, model)
             dynamic = {name: {0: "batch", 1: "sequence"} for name in inputs}
-            export_module(model, inputs, bundle, dynamic=dynamic)
+            _export_encoder(model, inputs, bundle, dynamic, options.precision)
             load_tokenizer(str(directory)).save_pretrained(bundle)
         progress("putting in the slots")
         _slot_and_describe(bundle, model, options, base_name=_base_name(base, directory))
         record_base(bundle, str(directory.resolve()))
         progress("recording golden outputs")
-        if decoder:
+        if options.precision == _BF16:
+            record_no_golden(bundle, "ONNX Runtime's CPU kernels have no bfloat16")
+        elif decoder:
             write_base_golden(bundle, _decoder_golden_inputs(bundle))
         else:
             write_base_golden(bundle, {name: t.numpy() for name, t in inputs.items()})
@@ -167,6 +176,21 @@ def encoder_inputs(base: str, model: nn.Module) -> dict[str, torch.Tensor]:
     encoded = tokenizer(list(_ENCODER_TEXTS), padding=True, return_tensors="pt")
     accepted = _forward_arguments(model)
     return {name: tensor for name, tensor in encoded.items() if name in accepted}
+
+
+def _export_encoder(
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    out: Path,
+    dynamic: Mapping[str, Mapping[int, str]],
+    precision: str,
+) -> None:
+    if precision == _AS_IT_IS:
+        export_module(model, inputs, out, dynamic=dynamic)
+        return
+    with tempfile.TemporaryDirectory(dir=out) as exact:
+        export_module(model, inputs, Path(exact), dynamic=dynamic)
+        quantize_graph(Path(exact) / MODEL_FILE, out, precision)
 
 
 def _forward_arguments(model: nn.Module) -> Iterable[str]:

@@ -15,8 +15,8 @@ from loraport.errors import LoraportError
 
 # Precisions by provider, as far as version 0.18's graphs run: fp32 for CUDA lacks the producers of
 # its cache outputs, fp16 for the CPU fails on a wrong shape annotation as soon as a second prompt
-# has another length, and bf16 runs nowhere but on CUDA, where we could not prove it yet.
-PRECISIONS = {"cpu": ("fp32", "int4"), "cuda": ("fp16", "int4")}
+# has another length. bf16 runs on CUDA alone, so its bundles have no golden outputs.
+PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "cuda": ("fp16", "bf16", "int8", "int4")}
 _ERROR_LINES = 8
 
 

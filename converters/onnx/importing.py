@@ -11,12 +11,14 @@ import onnx_ir as ir
 
 from converters.onnx.data_files import copy_companions, move_weights_out, share_data
 from converters.onnx.example_inputs import example_inputs
+from converters.onnx.first_golden import record_first_golden
 from converters.onnx.graph_modules import GraphModules, fingerprint_graph
 from converters.onnx.graph_names import NamedSite, name_sites, tied_sites
 from converters.onnx.holders import BaseHolders, GraphHolders, Holders
 from converters.onnx.matching import Match, Matcher, SiteMatcher, Unmatched
 from converters.onnx.operators import find_site
 from converters.onnx.provenance import MADE_BY, record_provenance
+from converters.onnx.quantizing import quantize_graph, require_quantizer
 from converters.onnx.site import Site
 from converters.onnx.slots import (
     SlotOptions,
@@ -29,7 +31,6 @@ from converters.onnx.source_graph import external_tensors, read_graph
 from converters.onnx.unslotted import reasons
 from loraport.adapter import ModuleKind
 from loraport.bundle.base_values import write_base_values
-from loraport.bundle.golden import record_no_golden, write_base_golden
 from loraport.bundle.manifest import (
     MODEL_FILE,
     REQUIRED_MODEL_FILE,
@@ -51,8 +52,6 @@ Progress = Callable[[str], None]
 _HEAD = "lm_head"
 _LEFT_OUT_HEAD = "left out, as the output head; export again with --lm-head"
 _BITS = 8  # of quantized weights whose operator does not say
-# The session holds the weights, some of them twice.
-_MEMORY_PER_WEIGHT_BYTE = 1.5
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,14 @@ class ImportOptions:
         slots: What the slots can take.
         lm_head: Put a slot beside the output head too.
         inputs: The golden inputs; made from the graph's own shapes unless given.
+        precision: Store the weights so, see `converters.onnx.quantizing`; as they are unless told.
     """
 
     base: str | None = None
     slots: SlotOptions = field(default_factory=SlotOptions)
     lm_head: bool = False
     inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+    precision: str | None = None
 
 
 def _silent(text: str) -> None:
@@ -88,6 +89,8 @@ def import_model(
 ) -> None:
     """Make a bundle of an ``.onnx`` file: its weights are linked, only the graph is written.
 
+    Where another precision is asked for, the weights are written anew.
+
     Args:
         file: The model.
         out: The new bundle; appears whole or not at all.
@@ -102,9 +105,18 @@ def import_model(
     options = options or ImportOptions()
     progress(f"reading {file.name}")
     model = read_graph(file)
+    if options.precision is not None:
+        require_quantizer(options.precision)
     base = _open_base(options.base, progress)
     with new_directory(out, force=force) as bundle:
-        share_data(model, file.parent, bundle, progress)
+        exact: list[NamedSite] | None = None
+        if options.precision is None:
+            share_data(model, file.parent, bundle, progress)
+        else:
+            progress(f"storing the weights as {options.precision}")
+            exact = name_sites(_sites(model))
+            quantize_graph(file, bundle, options.precision)
+            model = read_graph(bundle / MODEL_FILE)
         move_weights_out(model, bundle)
         copy_companions(file, bundle)
         examples = [options.inputs] if options.inputs else list(example_inputs(model))
@@ -115,9 +127,9 @@ def import_model(
         _save(imported.slotted, bundle)
         write_base_values(bundle, imported.slotted.base_values)
         progress("hashing the weights")
-        _describe(bundle, file, imported, options, base)
+        _describe(bundle, file, imported, options, base, exact)
         progress("recording golden outputs")
-        _record_golden(bundle, examples, weights, progress)
+        record_first_golden(bundle, examples, weights, progress)
         finish(bundle)
 
 
@@ -151,7 +163,7 @@ def slot_graph(
     from converters.onnx.modules import tied_modules
 
     nodes = list(model.graph.all_nodes())
-    sites = [site for node in nodes if (site := find_site(node)) is not None]
+    sites = _sites(model)
     served = [site for site in sites if options.slots.serves(site.kind)]
     named = name_sites(served)
     why = reasons(nodes, {id(site.node) for site in sites})
@@ -182,6 +194,10 @@ def slot_graph(
         holders = by_name if options.base is None else _base_holders(model, options.base)
         slotted = with_replacements(slotted, options.slots, holders)
     return ImportedGraph(slotted, named)
+
+
+def _sites(model: ir.Model) -> list[Site]:
+    return [site for node in model.graph.all_nodes() if (site := find_site(node)) is not None]
 
 
 def _base_holders(model: ir.Model, base: str) -> Holders:
@@ -231,12 +247,13 @@ def _describe(
     imported: ImportedGraph,
     options: ImportOptions,
     base: BaseModules | None,
+    exact: list[NamedSite] | None,
 ) -> None:
     paths = list(imported.slotted.slots.modules())
     precision = _precision(imported.named)
     manifest = Manifest(
         base_name=file.stem if options.base is None else Path(options.base).name,
-        fingerprint=_fingerprint(imported.named, paths, base),
+        fingerprint=_fingerprint(exact or imported.named, paths, base),
         precision=precision,
         slots=imported.slotted.slots,
         unslotted=imported.slotted.unslotted,
@@ -267,39 +284,3 @@ def _precision(named: list[NamedSite]) -> str:
         return "int4" if bits <= 4 else "int8"
     halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
     return "fp16" if any(entry.site.dtype in halves for entry in named) else "fp32"
-
-
-def _record_golden(
-    bundle: Path,
-    examples: list[Mapping[str, np.ndarray]] | list[dict[str, np.ndarray]],
-    weights: int,
-    progress: Progress,
-) -> None:
-    """Record the base's outputs for the first inputs that the graph takes; else say why not."""
-    available = _available_memory()
-    if available is not None and weights * _MEMORY_PER_WEIGHT_BYTE > available:
-        reason = (
-            f"the weights take {weights / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory "
-            "are free"
-        )
-    else:
-        reason = "give --input NAME=FILE.npy: ONNX Runtime refused the inputs that were made"
-        for inputs in examples:
-            try:
-                write_base_golden(bundle, inputs)
-            except LoraportError as error:
-                first = str(error).splitlines()[-1]
-                reason = f"give --input NAME=FILE.npy for inputs that the model takes: {first}"
-            else:
-                return
-    progress(f"no golden outputs: {reason}")
-    record_no_golden(bundle, reason)
-
-
-def _available_memory() -> int | None:
-    """Return how many bytes of memory are free, where the system tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
-    except (OSError, StopIteration, ValueError, IndexError):
-        return None

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=ADAPTER", help="Add at once.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "int4"]),
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
     default="fp32",
-    show_default=True,
+    show_default="fp32; a MODEL.onnx's own",
     help="Of the base's weights; adapters stay in floating point.",
 )
 @click.option(
@@ -105,7 +105,8 @@ def export(
     if base.endswith(".onnx"):
         from converters.onnx.importing import ImportOptions, import_model
 
-        own = ImportOptions(checkpoint, options.slots, lm_head, _arrays(inputs))
+        chosen = None if precision == "fp32" else precision
+        own = ImportOptions(checkpoint, options.slots, lm_head, _arrays(inputs), chosen)
         import_model(Path(base), output, own, force=force, progress=progress, finish=finish)
     elif checkpoint is not None or inputs:
         raise click.UsageError("--base and --input are for a MODEL.onnx that is already exported")

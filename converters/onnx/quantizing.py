@@ -1,0 +1,132 @@
+"""Store a graph's weights in fewer bits, with ONNX Runtime's own quantizers.
+
+- ``int8``: ``DynamicQuantizeLinear`` and ``MatMulInteger``; activations are rounded to 8 bits in
+  every run, weights to 8 bits with a scale for each column;
+- ``int4``: ``MatMulNBits``, blocks of 32 weights with a scale each; ``Gemm`` stays as it is;
+- ``fp16``: every weight and activation; inputs and outputs stay float32.
+
+Decoder language models have a quantizer of their own, see `converters.onnx.genai_builder`. It
+runs in a process of its own, so its memory goes back when it is done and its prints stay apart.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraport.bundle.manifest import MODEL_FILE
+from loraport.errors import LoraportError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+_DATA_FILE = f"{MODEL_FILE}.data"
+_BLOCK = 32
+_INT8_ACTIVATIONS = 4
+_ERROR_LINES = 4
+
+
+def quantize_graph(file: Path, out: Path, precision: str) -> None:
+    """Write ``model.onnx`` with its data into a directory.
+
+    Args:
+        file: Any ``.onnx`` file with float32 weights.
+        out: An existing directory without a ``model.onnx``.
+        precision: One of `PRECISIONS`.
+
+    Raises:
+        LoraportError: If ONNX Runtime does not compute in this precision where the graph is to
+            run, or its quantizer fails; the last lines are shown.
+    """
+    require_quantizer(precision)
+    command = [sys.executable, "-m", __name__, str(file), str(out / MODEL_FILE), precision]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not (out / MODEL_FILE).is_file():
+        lines = [line for line in done.stderr.splitlines() if line.strip()][-_ERROR_LINES:]
+        raise LoraportError(
+            f"ONNX Runtime's quantizer could not store {file.name} as {precision}:\n  "
+            + "\n  ".join(lines)
+        )
+
+
+def require_quantizer(precision: str) -> None:
+    """Refuse a precision that no quantizer gives.
+
+    Raises:
+        LoraportError: Naming those that there are.
+    """
+    if precision not in PRECISIONS:
+        reason = ""
+        if precision == "bf16":
+            reason = "; ONNX Runtime's CPU kernels have no bfloat16"
+        raise LoraportError(
+            f"precision: expected fp32 or {', '.join(PRECISIONS)} for this graph, "
+            f"got {precision}{reason}"
+        )
+
+
+def _int8(source: Path, target: Path) -> None:
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    # Unsigned times unsigned: signed weights overflow on processors without VNNI.
+    model = _load(source)
+    # The quantizer infers the shapes inside a graph anew and trips over those that are noted.
+    del model.graph.value_info[:]
+    quantize_dynamic(
+        model,
+        target,
+        weight_type=QuantType.QUInt8,
+        per_channel=True,
+        use_external_data_format=True,
+        op_types_to_quantize=["MatMul", "Gemm", "Attention"],
+        # Types are not known behind ONNX Runtime's own operators.
+        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+    )
+
+
+def _int4(source: Path, target: Path) -> None:
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(
+        _load(source),
+        bits=4,
+        block_size=_BLOCK,
+        is_symmetric=True,
+        accuracy_level=_INT8_ACTIVATIONS,
+    )
+    quantizer.process()
+    _save(quantizer.model.model, target)
+
+
+def _fp16(source: Path, target: Path) -> None:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    _save(convert_float_to_float16(_load(source), keep_io_types=True), target)
+
+
+def _load(source: Path) -> ModelProto:
+    import onnx
+
+    return onnx.load(str(source))
+
+
+def _save(model: ModelProto, target: Path) -> None:
+    import onnx
+
+    onnx.save(model, str(target), save_as_external_data=True, location=_DATA_FILE)
+
+
+_QUANTIZERS: dict[str, Callable[[Path, Path], None]] = {
+    "int8": _int8,
+    "int4": _int4,
+    "fp16": _fp16,
+}
+PRECISIONS = tuple(_QUANTIZERS)
+
+
+if __name__ == "__main__":
+    _QUANTIZERS[sys.argv[3]](Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,226 @@
+"""Every precision: the graph's own weights and the adapter in floating point, against PyTorch."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from command_line import command
+from onnx_graphs import session
+from peft_cases import Case, bert, load_with_peft, make_case
+from tiny_llm import tokenizer
+
+from converters.formats.registry import read_adapter
+from converters.onnx import ExportOptions, add_adapters, export_base
+from converters.onnx.graph_weights import load_graph_weights
+from loraport.base_model import load_model
+from loraport.bundle.golden import base_inputs, golden_reason
+from loraport.bundle.manifest import read_manifest
+from loraport.bundle.replay import replay_golden
+from loraport.errors import LoraportError
+from loraport.runtime import Runtime
+from loraport.runtime.resident import read_packed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def relative(got, wanted):
+    return np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+
+
+def torch_logits(model, inputs, adapter=None):
+    """Logits of a model, and of the same with PEFT's adapter."""
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    with torch.no_grad():
+        base = model(**tensors).logits.numpy()
+        if adapter is None:
+            return base
+        return base, load_with_peft(model, adapter)(**tensors).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def int8(tiny_base, adapter_a, tmp_path_factory):
+    out = tmp_path_factory.mktemp("int8") / "bundle"
+    export_base(str(tiny_base), out, ExportOptions(precision="int8"))
+    add_adapters(out, {"a": read_adapter(adapter_a)})
+    return out
+
+
+class TestDecoder:
+    def test_int8_computes_with_its_own_weights(self, int8, tiny_base, adapter_a):
+        model = load_model(str(tiny_base))
+        inputs = base_inputs(int8, read_manifest(int8))
+        arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        exact = torch_logits(model, arguments)
+        replaced = load_graph_weights(int8 / "model.onnx", model)
+        # Every linear module, the head among them.
+        assert len(replaced) == 2 * 7 + 1
+        base, adapted = torch_logits(model, arguments, adapter_a)
+        runtime = Runtime(int8, threads=1, float32_activations=True)
+        got = {name: runtime.run(inputs, name, ["logits"])["logits"] for name in (None, "a")}
+        np.testing.assert_allclose(got[None], base, atol=2e-4)
+        np.testing.assert_allclose(got["a"], adapted, atol=2e-4)
+        assert np.abs(adapted - base).max() > 0.5
+        # Rounding shows: it is another base than the checkpoint, and only a little.
+        assert np.abs(base - exact).max() > 2e-3
+        assert relative(base, exact) < 0.02
+
+    def test_int8_as_it_is_deployed(self, int8, tiny_base, adapter_a):
+        model = load_model(str(tiny_base))
+        load_graph_weights(int8 / "model.onnx", model)
+        inputs = base_inputs(int8, read_manifest(int8))
+        arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        _, adapted = torch_logits(model, arguments, adapter_a)
+        got = Runtime(int8, threads=1).run(inputs, "a", ["logits"])["logits"]
+        # Activations are rounded to 8 bits, too.
+        assert relative(got, adapted) < 0.03
+
+    def test_int8_weights_are_bytes_and_adapters_are_not(self, int8):
+        operators = onnx.load(int8 / "model.onnx").graph.node
+        bits = {
+            attribute.i
+            for node in operators
+            if node.op_type == "MatMulNBits"
+            for attribute in node.attribute
+            if attribute.name == "bits"
+        }
+        assert bits == {8}
+        manifest = read_manifest(int8)
+        assert manifest.precision == "int8"
+        assert {slot.dtype for slot in manifest.slots.slots} == {"FLOAT"}
+        assert all(result.passed for result in replay_golden(int8))
+
+    def test_bf16_is_built_for_cuda_and_right_when_widened(self, tiny_base, adapter_a, tmp_path):
+        """No CPU kernel computes in bfloat16: the same graph is run in float32 here."""
+        out = tmp_path / "bundle"
+        export_base(str(tiny_base), out, ExportOptions(precision="bf16", provider="cuda"))
+        assert "no bfloat16" in golden_reason(out)
+        add_adapters(out, {"a": read_adapter(adapter_a)})
+        manifest = read_manifest(out)
+        assert {slot.dtype for slot in manifest.slots.slots} == {"BFLOAT16"}
+        model = load_model(str(tiny_base))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                module.weight.data = module.weight.data.bfloat16().float()
+        ids = np.array([[5, 9, 40, 7]])
+        arguments = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        base, adapted = torch_logits(model, arguments, adapter_a)
+        graph = widened(out / "model.onnx")
+        cache = {
+            value.name: np.zeros([1, 2, 0, 16], np.float32)
+            for value in graph.graph.input
+            if value.name.startswith("past")
+        }
+        tensors = read_packed(out / manifest.adapters["a"].tensors, manifest.slots)
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+        slots = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+        opened = session(graph)
+        got = opened.run(["logits"], arguments | cache)[0]
+        moved = opened.run(["logits"], arguments | cache | slots)[0]
+        # Rotary tables and norms are rounded to bfloat16 in the graph, too.
+        assert relative(got, base) < 0.02
+        # The adapter is rounded once, to 8 bits of mantissa.
+        assert relative(moved - got, adapted - base) < 0.03
+        assert np.abs(adapted - base).max() > 0.5
+
+    def test_bf16_for_the_cpu_is_refused(self, tiny_base, tmp_path):
+        code, said = command("export", tiny_base, "-o", tmp_path / "out", "--precision", "bf16")
+        assert code == 2
+        assert "expected fp32 or int8 or int4" in said
+        assert "no bfloat16" in said
+        assert not (tmp_path / "out").exists()
+
+
+def widened(file):
+    """The same graph with float32 in the place of bfloat16."""
+    model = ir.load(file)
+    for value in model.graph.initializers.values():
+        if value.dtype == ir.DataType.BFLOAT16:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32))
+            value.dtype = ir.DataType.FLOAT
+    for node in model.graph.all_nodes():
+        for value in (*node.inputs, *node.outputs):
+            if value is not None and value.dtype == ir.DataType.BFLOAT16:
+                value.dtype = ir.DataType.FLOAT
+        to = node.attributes.get("to")
+        if to is not None and to.value == int(ir.DataType.BFLOAT16):
+            node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.dtype == ir.DataType.BFLOAT16:
+            value.dtype = ir.DataType.FLOAT
+    return ir.to_proto(model)
+
+
+@pytest.fixture(scope="module")
+def encoder_base(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bert") / "base"
+    torch.manual_seed(0)
+    model = bert().eval()
+    model.resize_token_embeddings(320, mean_resizing=False)
+    model.save_pretrained(out)
+    tokenizer().save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def encoder_adapter(encoder_base, tmp_path_factory):
+    options = {"target_modules": ["query", "value", "dense"], "r": 4, "lora_alpha": 6}
+    out = tmp_path_factory.mktemp("bert") / "a"
+    return make_case(Case(bert, options), out, base=load_model(str(encoder_base))).path
+
+
+# Weights rounded to 8 or 4 bits are the reference's, too; what is left is the activations'
+# rounding to 8 bits (int4: none, when the kernel is asked for float32) or to float16.
+BOUNDS = {"int8": 0.05, "int4": 1e-4, "fp16": 1e-2}
+
+
+class TestEncoder:
+    @pytest.mark.parametrize("precision", BOUNDS)
+    def test_it_computes_with_the_graphs_own_weights(
+        self, encoder_base, encoder_adapter, precision, tmp_path
+    ):
+        base, adapter = encoder_base, encoder_adapter
+        out = tmp_path / "bundle"
+        export_base(str(base), out, ExportOptions(precision=precision))
+        add_adapters(out, {"a": read_adapter(adapter)})
+        manifest = read_manifest(out)
+        assert manifest.precision == precision
+        kinds = {slot.dtype for slot in manifest.slots.slots}
+        assert kinds == {"FLOAT16" if precision == "fp16" else "FLOAT"}
+        model = load_model(str(base))
+        linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        assert set(manifest.slots.modules()) == linear
+        load_graph_weights(out / "model.onnx", model)
+        inputs = base_inputs(out, manifest)
+        wanted, adapted = torch_logits(model, inputs, adapter)
+        runtime = Runtime(out, threads=1, float32_activations=True)
+        got = runtime.run(inputs)["logits"]
+        moved = runtime.run(inputs, "a")["logits"]
+        bound = BOUNDS[precision]
+        assert relative(got, wanted) < bound
+        assert relative(moved, adapted) < bound
+        assert relative(adapted, wanted) > 0.1
+        assert all(result.passed for result in replay_golden(out))
+        original = load_model(str(base))
+        changed = relative(wanted, torch_logits(original, inputs))
+        assert changed > (1e-5 if precision == "fp16" else 1e-3)
+
+    def test_bf16_is_refused(self, encoder_base, tmp_path):
+        with pytest.raises(LoraportError, match="no bfloat16"):
+            export_base(str(encoder_base), tmp_path / "out", ExportOptions(precision="bf16"))
+
+
+def test_verify_proves_an_int8_encoder(tmp_path):
+    torch.manual_seed(0)
+    base, out = tmp_path / "base", tmp_path / "bundle"
+    bert().eval().save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    model = bert().eval()
+    model.resize_token_embeddings(320, mean_resizing=False)
+    model.save_pretrained(base)
+    options = {"target_modules": ["query", "dense"], "r": 4, "lora_alpha": 6}
+    made = make_case(Case(bert, options), tmp_path / "a", base=load_model(str(base)))
+    given = ["--adapter", f"a={made.path}", "--precision", "int8"]
+    assert command("export", base, "-o", out, *given)[0] == 0
+    code, said = command("verify", out)
+    assert code == 0, said

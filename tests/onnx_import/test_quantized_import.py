@@ -1,0 +1,71 @@
+"""``--precision`` stores the weights of somebody's graph anew; adapters stay in floating point."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from command_line import command
+from peft_cases import load_with_peft
+
+from converters.formats.registry import read_adapter
+from converters.onnx import add_adapters
+from converters.onnx.importing import ImportOptions, import_model
+from loraport.bundle.manifest import check_files, read_manifest
+from loraport.bundle.replay import replay_golden
+from loraport.errors import LoraportError
+from loraport.runtime import Runtime
+
+OPERATORS = {"int8": "MatMulInteger", "int4": "MatMulNBits", "fp16": "Cast"}
+# Rounding of weights and activations, against PyTorch in float32.
+BOUNDS = {"int8": 0.1, "int4": 0.35, "fp16": 0.01}
+
+
+def arrays():
+    ids = np.random.default_rng(1).integers(1, 61, (3, 5))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+@pytest.mark.parametrize("precision", OPERATORS)
+def test_adapters_move_the_outputs(bert_onnx, made_bert, precision, tmp_path):
+    import_model(bert_onnx, tmp_path / "out", ImportOptions(precision=precision))
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.precision == precision
+    linear = {n for n, m in made_bert.base.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert set(manifest.slots.modules()) == linear
+    # The base is known by the weights that the graph had.
+    assert set(manifest.fingerprint.modules) == linear
+    operators = [node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node]
+    assert OPERATORS[precision] in operators
+    add_adapters(tmp_path / "out", {"a": read_adapter(made_bert.path)})
+    check_files(read_manifest(tmp_path / "out"), tmp_path / "out")
+    assert all(result.passed for result in replay_golden(tmp_path / "out"))
+    runtime = Runtime(tmp_path / "out", threads=1)
+    base, adapted = (runtime.run(arrays(), name)["logits"] for name in (None, "a"))
+    tensors = {name: torch.from_numpy(array) for name, array in arrays().items()}
+    with torch.no_grad():
+        wanted = made_bert.fresh_base().eval()(**tensors).logits.numpy()
+        moved = load_with_peft(made_bert.fresh_base(), made_bert.path)(**tensors).logits.numpy()
+    size = np.linalg.norm(moved - wanted)
+    assert np.linalg.norm((adapted - base) - (moved - wanted)) < BOUNDS[precision] * size
+    assert size > 0.05
+    for name in ("model.onnx", "model.required.onnx"):
+        onnx.checker.check_model(str(tmp_path / "out" / name), full_check=True)
+
+
+def test_the_same_bytes_twice_and_the_source_untouched(bert_onnx, tmp_path):
+    before = bert_onnx.read_bytes()
+    for name in ("one", "two"):
+        import_model(bert_onnx, tmp_path / name, ImportOptions(precision="int8"))
+    for name in ("model.onnx", "model.required.onnx", "model.onnx.data"):
+        one, two = ((tmp_path / each / name).read_bytes() for each in ("one", "two"))
+        assert one == two
+    assert bert_onnx.read_bytes() == before
+
+
+def test_bf16_is_refused_before_anything_is_written(bert_onnx, tmp_path):
+    with pytest.raises(LoraportError, match="no bfloat16"):
+        import_model(bert_onnx, tmp_path / "out", ImportOptions(precision="bf16"))
+    code, said = command("export", bert_onnx, "-o", tmp_path / "out", "--precision", "bf16")
+    assert code == 2
+    assert "no bfloat16" in said
+    assert not (tmp_path / "out").exists()
