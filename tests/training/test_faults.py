@@ -40,6 +40,24 @@ def command(base, data, out, *more):
     return [*train, str(base), str(data), "-o", str(out), *options]
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Hear Ctrl-C, in child processes too, although background jobs are told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_requests() as request:
+        signal.raise_signal(signal.SIGINT)
+        assert request.signal_number is None
+        signal.raise_signal(signal.SIGTERM)
+        assert request.signal_number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 def test_signals_end_with_a_checkpoint_and_a_kill_anywhere_resumes(
     base_directory, chat_data, tmp_path
 ):
