@@ -48,7 +48,7 @@ def _pattern(
 @click.command(context_settings={"show_default": True})
 @click.argument("base")
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="ADAPTER",
+@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="ADAPTER",
               help="Adapter directory to write.")  # fmt: skip
 @click.option("--validation", type=click.Path(path_type=Path), help="Held-out rows (JSONL).")
 @click.option("--validation-share", type=float, default=_TRAIN.validation_share,
@@ -109,15 +109,18 @@ def _pattern(
               "never.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Continue a run that was stopped, exactly.")
 @click.option("--force", is_flag=True, help="Replace ADAPTER; discard an unfinished run.")
+@click.option("--dry-run", is_flag=True,
+              help="Predict the memory a run takes and what would make it fit.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
 def train(
     base: str,
     data: Path,
-    out: Path,
+    out: Path | None,
     validation: Path | None,
     resume: bool,
     force: bool,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
     **chosen: Any,
@@ -135,6 +138,11 @@ def train(
     --batch-size x --accumulate rows in all, whatever the number of processes, so the adapter is
     the same, and any number of processes can continue a run.
     """
+    if dry_run:
+        _dry_run(base, data, options_from(chosen), as_json=as_json)
+        return
+    if out is None:
+        raise click.MissingParameter(param_hint="-o / --out", param_type="option")
     from rich.console import Console
     from transformers.utils import logging
 
@@ -165,6 +173,28 @@ def train(
         click.echo(json.dumps(asdict(summary), indent=2))
     elif not quiet:
         Console().print(summary_table(summary))
+
+
+def _dry_run(base: str, data: Path, options: TrainOptions, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from loraport.errors import LoraportError
+    from loraport.training.dry_run import dry_run
+    from loraport.training.report import memory_table
+
+    if not data.is_file():
+        raise LoraportError(f"{data}: expected a file of rows (JSONL), got none")
+    found = dry_run(base, options)
+    if as_json:
+        totals = {flags: made.total for flags, made in found.alternatives.items()}
+        document = asdict(found) | {
+            "total": found.prediction.total,
+            "fits": found.fits,
+            "alternatives": totals,
+        }
+        click.echo(json.dumps(document, indent=2))
+    else:
+        Console().print(memory_table(found))
 
 
 def options_from(chosen: dict[str, Any]) -> TrainOptions:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from loraport.training.dry_run import DryRun
     from loraport.training.text import TrainingSummary
 
 _LINES = 10  # without a terminal, about this many progress lines a run
@@ -104,4 +105,29 @@ def summary_table(summary: TrainingSummary) -> Table:
         table.add_row(f"validation loss, {kept}", f"{summary.validation_loss:.4f} ({change:+.1%})")
     else:
         table.add_row("validation loss", "no validation rows")
+    return table
+
+
+def memory_table(found: DryRun) -> Table:
+    """Return the table of ``--dry-run``."""
+    table = Table(title=f"memory of a run on {found.base}, predicted", title_justify="left")
+    table.add_column("what", justify="left")
+    table.add_column("GB", justify="right")
+    kept = found.prediction.kept
+    for name, count in {
+        "base, frozen": kept.base,
+        "adapter": kept.adapter,
+        "gradients": kept.gradients,
+        "optimizer": kept.optimizer,
+        "activations of a full batch": found.prediction.activations,
+        "temporary, about": found.prediction.temporary,
+    }.items():
+        table.add_row(name, f"{count / 1e9:.3f}")
+    table.add_section()
+    table.add_row("in all", f"{found.prediction.total / 1e9:.3f}")
+    verdict = "it fits" if found.fits else "it does not fit"
+    table.add_row(f"free on {found.device}: {verdict}", f"{found.available / 1e9:.3f}")
+    for flags, prediction in found.alternatives.items():
+        fits = "fits" if prediction.total <= found.available else "does not fit"
+        table.add_row(f"{flags} ({fits})", f"{prediction.total / 1e9:.3f}")
     return table

@@ -23,7 +23,7 @@ def invoke(*arguments, code=0):
 def parsed(*arguments):
     """The options that a command line means."""
     context = train.make_context("train", ["base", "data", "-o", "out", *arguments])
-    mine = ("base", "data", "out", "validation", "resume", "force", "as_json", "quiet")
+    mine = ("base", "data", "out", "validation", "resume", "force", "dry_run", "as_json", "quiet")
     return options_from({k: v for k, v in context.params.items() if k not in mine})
 
 

@@ -1,0 +1,186 @@
+"""``loraport train --dry-run``: the memory a run would take, and what would make it fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from loraport.base_model import model_without_weights, read_model_config, resolve_base
+from loraport.errors import LoraportError
+from loraport.training.activations import activations
+from loraport.training.chunked_loss import chunk_size
+from loraport.training.devices import Placement, choose_placement
+from loraport.training.memory_plan import KeptMemory, kept_memory
+from loraport.training.options import TrainOptions
+from loraport.training.output_head import output_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LOGIT_COPIES = 3  # the logits of a chunk in float32, their softmax, their gradient
+_BACKWARD_COPIES = 4  # gradients of a layer's widest tensors that live at once
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes that a run takes at its peak, on one device.
+
+    Attributes:
+        kept: What stays for the whole run.
+        activations: What autograd keeps of a full batch of the longest rows allowed.
+        temporary: The largest temporary tensors: logits of the loss's chunk or gradients of a
+            layer, and a dequantized weight. An estimate.
+    """
+
+    kept: KeptMemory
+    activations: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.kept.total + self.activations + self.temporary
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What ``--dry-run`` found.
+
+    Attributes:
+        base: The base as it was named.
+        device: Where the run would be.
+        available: Bytes free there now.
+        prediction: What the run would take.
+        alternatives: Options to add or change → what the run would take then; only where it
+            does not fit.
+    """
+
+    base: str
+    device: str
+    available: int
+    prediction: Prediction
+    alternatives: dict[str, Prediction]
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is enough memory."""
+        return self.prediction.total <= self.available
+
+
+def dry_run(base: str, options: TrainOptions) -> DryRun:
+    """Predict a run's memory; no weight is read.
+
+    Args:
+        base: See `loraport.base_model.resolve_base`.
+        options: How to train.
+
+    Raises:
+        LoraportError: If the base's shapes cannot be told from its configuration.
+    """
+    directory = resolve_base(base)
+    model = model_without_weights(directory)
+    if model is None or output_head(model) is None:
+        raise LoraportError(
+            f"--dry-run: {base}: expected a language model that transformers makes from its "
+            "configuration alone, got another; train a few steps instead (--steps 2)"
+        )
+    placement = choose_placement(options.loop.device, options.loop.dtype)
+    available = available_memory(placement.device)
+    prediction = predict(model, directory, options, placement)
+    alternatives = {}
+    if prediction.total > available:
+        for flags, changed in _lighter(options, placement):
+            alternatives[flags] = predict(model, directory, changed, placement)
+    return DryRun(base, str(placement.device), available, prediction, alternatives)
+
+
+def predict(
+    model: PreTrainedModel, directory: Path, options: TrainOptions, placement: Placement
+) -> Prediction:
+    """Predict what a run takes at its peak.
+
+    Args:
+        model: The base on the meta device; left so.
+        directory: The base, for the dtype it is stored in.
+        options: How to train.
+        placement: Where, and in which precision.
+
+    Raises:
+        LoraportError: If nothing can be adapted or the model cannot be traced.
+    """
+    shape = options.batch_size, options.max_length
+    dtype = _base_dtype(directory, options.base_dtype, placement)
+    model.to(dtype)
+    kept = kept_memory(model, options.lora, options.base_dtype, dtype)
+    whole = activations(model, options.lora, placement.dtype, shape, checkpointing=False)
+    held = whole.kept
+    if options.gradient_checkpointing:
+        inputs = activations(model, options.lora, placement.dtype, shape, checkpointing=True)
+        layers = max(1, int(getattr(model.config, "num_hidden_layers", 1)))
+        # All inputs of layers, and the activations of the layer that is computed again.
+        held = inputs.kept + whole.kept // layers
+    head = output_head(model)
+    assert head is not None
+    vocabulary, width = head.weight.shape  # type: ignore[misc]
+    tokens = shape[0] * shape[1]
+    chunk = min(chunk_size(vocabulary), tokens)
+    temporary = max(_LOGIT_COPIES * chunk * vocabulary * 4, _BACKWARD_COPIES * whole.largest)
+    if options.base_dtype in ("nf4", "int8"):
+        temporary += max(p.numel() for p in model.parameters()) * placement.dtype.itemsize
+    # The loss keeps the gradient of its hidden states.
+    return Prediction(kept, held + tokens * int(width) * 4, temporary)
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device now; of the host, without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _base_dtype(directory: Path, storage: str, placement: Placement) -> torch.dtype:
+    """Return what unquantized weights are kept in, as `frozen_base` loads and narrows them."""
+    config = read_model_config(directory)
+    stored = config.get("dtype") or config.get("torch_dtype")
+    narrow = storage == "bfloat16" or (
+        placement.dtype is torch.bfloat16
+        and (storage in ("nf4", "int8") or (storage == "auto" and stored == "bfloat16"))
+    )
+    return torch.bfloat16 if narrow else torch.float32
+
+
+def _lighter(options: TrainOptions, placement: Placement) -> Iterator[tuple[str, TrainOptions]]:
+    """Yield what takes less memory, one change after the other, the gentlest first."""
+    flags: list[str] = []
+    if not options.gradient_checkpointing:
+        options = replace(options, gradient_checkpointing=True)
+        flags.append("--gradient-checkpointing")
+        yield " ".join(flags), options
+    if options.batch_size > 1:
+        accumulate = options.loop.accumulate * options.batch_size
+        loop = replace(options.loop, accumulate=accumulate)
+        options = replace(options, batch_size=1, loop=loop)
+        flags.append(f"--batch-size 1 --accumulate {accumulate}")
+        yield " ".join(flags), options
+    narrower: tuple[Literal["bfloat16", "nf4"], ...] = ("bfloat16", "nf4")
+    if options.base_dtype in ("auto", "float32") and placement.dtype is torch.float32:
+        yield " ".join([*flags, "--base-dtype bfloat16"]), replace(options, base_dtype=narrower[0])
+    if options.base_dtype != "nf4":
+        options = replace(options, base_dtype=narrower[1])
+        flags.append("--base-dtype nf4")
+        yield " ".join(flags), options
+    if options.max_length > 256:
+        shorter = options.max_length // 2
+        flags.append(f"--max-length {shorter}")
+        yield " ".join(flags), replace(options, max_length=shorter)
