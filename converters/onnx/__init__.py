@@ -1,8 +1,8 @@
 """ONNX: export once with slots, then pack adapters for them."""
 
-from converters.onnx.adding import add_adapters
 from converters.onnx.exporting import ExportOptions, export_base, export_torch_module
-from converters.onnx.pack import PackedAdapter, pack
+from converters.onnx.packing.adding import add_adapters
+from converters.onnx.packing.pack import PackedAdapter, pack
 
 __all__ = [
     "ExportOptions",

@@ -12,20 +12,20 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from converters.onnx.genai_builder import PRECISIONS, build_with_genai
-from converters.onnx.holders import BaseHolders
-from converters.onnx.modules import slottable_modules, tied_modules
-from converters.onnx.provenance import MADE_BY, record_provenance
-from converters.onnx.quantizing import PRECISIONS as QUANTIZED
-from converters.onnx.quantizing import quantize_graph
-from converters.onnx.slots import (
+from converters.onnx.exporters.genai_builder import PRECISIONS, build_with_genai
+from converters.onnx.exporters.quantizing import PRECISIONS as QUANTIZED
+from converters.onnx.exporters.quantizing import quantize_graph
+from converters.onnx.exporters.torch_exporter import export_module
+from converters.onnx.graph.provenance import MADE_BY, record_provenance
+from converters.onnx.modules.holders import BaseHolders
+from converters.onnx.modules.slottable import slottable_modules, tied_modules
+from converters.onnx.slots.inserting import (
     SlotOptions,
     SlottedModel,
     insert_slots,
     require_slot_inputs,
     with_replacements,
 )
-from converters.onnx.torch_exporter import export_module
 from loraport.base_model import (
     is_causal_lm,
     load_model,

@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from converters.onnx.data_files import copy_companions, move_weights_out, share_data
-from converters.onnx.example_inputs import example_inputs
+from converters.onnx.exporters.quantizing import quantize_graph, require_quantizer
 from converters.onnx.first_golden import record_first_golden
-from converters.onnx.graph_modules import GraphModules, fingerprint_graph
-from converters.onnx.graph_names import NamedSite, name_sites, tied_sites
-from converters.onnx.holders import BaseHolders, GraphHolders, Holders
-from converters.onnx.matching import Match, Matcher, SiteMatcher, Unmatched
+from converters.onnx.graph.data_files import copy_companions, move_weights_out, share_data
+from converters.onnx.graph.example_inputs import example_inputs
+from converters.onnx.graph.provenance import MADE_BY, record_provenance
+from converters.onnx.graph.site import Site
+from converters.onnx.graph.source_graph import external_tensors, read_graph
+from converters.onnx.modules.graph_modules import GraphModules, fingerprint_graph
+from converters.onnx.modules.graph_names import NamedSite, name_sites, tied_sites
+from converters.onnx.modules.holders import BaseHolders, GraphHolders, Holders
+from converters.onnx.modules.matching import Match, Matcher, SiteMatcher, Unmatched
+from converters.onnx.modules.unslotted import reasons
 from converters.onnx.operators import find_site
-from converters.onnx.provenance import MADE_BY, record_provenance
-from converters.onnx.quantizing import quantize_graph, require_quantizer
-from converters.onnx.site import Site
-from converters.onnx.slots import (
+from converters.onnx.slots.inserting import (
     SlotOptions,
     SlottedModel,
     insert_slots,
     require_slot_inputs,
     with_replacements,
 )
-from converters.onnx.source_graph import external_tensors, read_graph
-from converters.onnx.unslotted import reasons
 from loraport.adapter import ModuleKind
 from loraport.bundle.base_values import write_base_values
 from loraport.bundle.manifest import (
@@ -46,7 +46,7 @@ from loraport.parity.tolerances import golden_tolerance, golden_tolerances
 if TYPE_CHECKING:
     import numpy as np
 
-    from converters.onnx.base_modules import BaseModules
+    from converters.onnx.modules.base_modules import BaseModules
 
 Progress = Callable[[str], None]
 _HEAD = "lm_head"
@@ -64,7 +64,8 @@ class ImportOptions:
         slots: What the slots can take.
         lm_head: Put a slot beside the output head too.
         inputs: The golden inputs; made from the graph's own shapes unless given.
-        precision: Store the weights so, see `converters.onnx.quantizing`; as they are unless told.
+        precision: Store the weights so, see `converters.onnx.exporters.quantizing`; as they are
+            unless told.
     """
 
     base: str | None = None
@@ -160,7 +161,7 @@ def slot_graph(
     Raises:
         LoraportError: If there is no operator that can have a slot; with all the reasons.
     """
-    from converters.onnx.modules import tied_modules
+    from converters.onnx.modules.slottable import tied_modules
 
     nodes = list(model.graph.all_nodes())
     sites = _sites(model)
@@ -229,7 +230,7 @@ def _head_reason(path: str) -> str | None:
 def _open_base(base: str | None, progress: Progress) -> BaseModules | None:
     if base is None:
         return None
-    from converters.onnx.base_modules import open_base_modules
+    from converters.onnx.modules.base_modules import open_base_modules
 
     progress(f"looking at {base}")
     return open_base_modules(base)

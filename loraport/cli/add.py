@@ -27,7 +27,7 @@ def add(
 ) -> None:
     """Pack adapters into BUNDLE; nothing is exported again."""
     from converters.formats.registry import read_adapter
-    from converters.onnx.adding import add_adapters
+    from converters.onnx.packing.adding import add_adapters
     from loraport.bundle.sources import record_adapter
 
     paths = named_paths(adapters, "adapter")

@@ -80,9 +80,9 @@ def export(
     that is already exported, by whatever tool.
     """
     from converters.formats.registry import read_adapter
-    from converters.onnx.adding import add_adapters
     from converters.onnx.exporting import ExportOptions, export_base
-    from converters.onnx.slots import SlotOptions
+    from converters.onnx.packing.adding import add_adapters
+    from converters.onnx.slots.inserting import SlotOptions
     from loraport.bundle.manifest import read_manifest
     from loraport.bundle.sources import record_adapter
 

@@ -66,7 +66,7 @@ def _adapter_sources(
 ) -> dict[str, Adapter]:
     """Read the adapters as they were trained, by their names in the bundle."""
     from converters.formats.registry import read_adapter
-    from converters.onnx.pack import adapter_sha256
+    from converters.onnx.packing.pack import adapter_sha256
     from loraport.bundle.sources import adapter_source
 
     wanted = dict(choice.partition("=")[::2] for choice in chosen) or dict.fromkeys(
@@ -100,7 +100,7 @@ def _reference_model(
     Returns:
         The model, and what gives the parameters that the adapters were made for.
     """
-    from converters.onnx.graph_weights import load_graph_weights
+    from converters.onnx.modules.graph_weights import load_graph_weights
     from loraport.base_model import fingerprint_model, load_model
     from loraport.bundle.manifest import MODEL_FILE
 

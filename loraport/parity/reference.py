@@ -121,9 +121,18 @@ def _low_rank(
         kernel = a.reshape(len(a), module.in_channels, *module.kernel_size)
         ones = (1,) * len(module.kernel_size)
         convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(ones)]
-        hidden = convolve(x.to(y), kernel, None, module.stride, module.padding, module.dilation)
+        padded, padding = _padded(module, x.to(y))
+        hidden = convolve(padded, kernel, None, module.stride, padding, module.dilation)
         return convolve(hidden, b.reshape(*b.shape, *ones)) * update.scaling
     return (x.to(y) @ a.T) @ b.T * update.scaling
+
+
+def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Return the input and the padding left to do: zeros, which a convolution adds itself."""
+    if module.padding_mode == "zeros":
+        return x, module.padding
+    amounts = module._reversed_padding_repeated_twice
+    return F.pad(x, amounts, mode=module.padding_mode), 0
 
 
 def _over(module: nn.Module, vector: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from converters.onnx import add_adapters, export_base
-from converters.onnx.genai_builder import build_with_genai
+from converters.onnx.exporters.genai_builder import build_with_genai
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.base_model import resolve_base
 from loraport.bundle.manifest import MODEL_FILE

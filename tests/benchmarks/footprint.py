@@ -18,7 +18,7 @@ import numpy as np
 from decode import PROMPT, random_adapter  # the sibling benchmark
 
 from converters.onnx import ExportOptions, add_adapters, export_base
-from converters.onnx.pack import pack
+from converters.onnx.packing.pack import pack
 from loraport.bundle.manifest import MODEL_FILE
 from loraport.runtime import Lane, Runtime
 from loraport.runtime.generation import first_step_inputs, read_decoder

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from converters.onnx import ExportOptions, add_adapters, export_base
-from converters.onnx.genai_builder import PRECISIONS, build_with_genai
-from converters.onnx.graph_weights import load_graph_weights
-from converters.onnx.slots import SlotOptions
+from converters.onnx.exporters.genai_builder import PRECISIONS, build_with_genai
+from converters.onnx.modules.graph_weights import load_graph_weights
+from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.base_model import load_model, resolve_base
 from loraport.bundle.manifest import MODEL_FILE

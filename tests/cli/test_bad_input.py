@@ -176,7 +176,7 @@ def test_a_disk_that_refuses_is_no_traceback(own_bundle, adapter_b, capsys, monk
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("converters.onnx.adding.save_file", full)
+    monkeypatch.setattr("converters.onnx.packing.adding.save_file", full)
     code, _, err = call(capsys, "add", own_bundle, f"c={adapter_b}")
     assert code == 2
     assert "error: [Errno 28] No space left on device" in err

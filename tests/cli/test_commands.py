@@ -12,7 +12,7 @@ import time
 import pytest
 from safetensors.torch import load_file, save_file
 
-from converters.onnx.adding import write_onnx_adapter
+from converters.onnx.packing.adding import write_onnx_adapter
 from loraport.bundle.manifest import check_files, read_manifest, write_manifest
 from loraport.cli import main
 from loraport.runtime import Runtime, Sampling, TextGenerator

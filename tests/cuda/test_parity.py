@@ -10,9 +10,9 @@ from tiny_llm import TEXTS, tokenizer
 
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base
-from converters.onnx.genai_builder import PRECISIONS
-from converters.onnx.graph_weights import load_graph_weights
-from converters.onnx.slots import SlotOptions
+from converters.onnx.exporters.genai_builder import PRECISIONS
+from converters.onnx.modules.graph_weights import load_graph_weights
+from converters.onnx.slots.inserting import SlotOptions
 from loraport.base_model import load_model
 from loraport.bundle.manifest import MODEL_FILE, read_manifest, write_manifest
 from loraport.parity import verify_bundle

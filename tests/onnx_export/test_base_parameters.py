@@ -12,8 +12,8 @@ from tiny_llm import peft_model, save_adapter
 
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base
-from converters.onnx.base_parameters import BaseParameters
-from converters.onnx.slots import SlotOptions
+from converters.onnx.modules.base_parameters import BaseParameters
+from converters.onnx.slots.inserting import SlotOptions
 from loraport.base_model import load_model
 from loraport.bundle.golden import base_inputs
 from loraport.bundle.manifest import read_manifest

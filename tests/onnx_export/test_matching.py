@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from converters.onnx.matching import Matcher, Unmatched
-from converters.onnx.modules import linear_modules
+from converters.onnx.modules.matching import Matcher, Unmatched
+from converters.onnx.modules.slottable import linear_modules
 from converters.onnx.operators import find_site
 
 

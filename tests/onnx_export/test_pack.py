@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from converters.onnx.pack import adapter_sha256, pack
+from converters.onnx.packing.pack import adapter_sha256, pack
 from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.bundle.slots import Slot, SlotMember, SlotTable
 from loraport.errors import LoraportError

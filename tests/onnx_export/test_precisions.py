@@ -12,7 +12,7 @@ from tiny_llm import tokenizer
 
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base
-from converters.onnx.graph_weights import load_graph_weights
+from converters.onnx.modules.graph_weights import load_graph_weights
 from loraport.base_model import load_model
 from loraport.bundle.golden import base_inputs, golden_reason
 from loraport.bundle.manifest import read_manifest

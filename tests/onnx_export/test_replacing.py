@@ -13,9 +13,9 @@ from tiny_llm import SIZES, peft_model, save_adapter, save_base
 
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base, export_torch_module
+from converters.onnx.exporters.torch_exporter import export_module
 from converters.onnx.importing import ImportOptions, import_model
-from converters.onnx.slots import SlotOptions
-from converters.onnx.torch_exporter import export_module
+from converters.onnx.slots.inserting import SlotOptions
 from loraport.bundle.base_values import BASE_VALUES_FILE, BaseValues
 from loraport.bundle.golden import base_inputs
 from loraport.bundle.manifest import read_manifest

@@ -9,8 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import DOMAINS, run, session
 from torch import nn
 
-from converters.onnx.modules import linear_modules
-from converters.onnx.slots import insert_slots, require_slot_inputs
+from converters.onnx.modules.slottable import linear_modules
+from converters.onnx.slots.inserting import insert_slots, require_slot_inputs
 from loraport.errors import LoraportError
 from loraport.naming import slot_a, slot_b
 

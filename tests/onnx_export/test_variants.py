@@ -10,7 +10,7 @@ from torch import nn
 
 from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters, export_torch_module
-from converters.onnx.slots import SlotOptions
+from converters.onnx.slots.inserting import SlotOptions
 from loraport.errors import LoraportError
 from loraport.parity import Sample, verify_bundle
 from loraport.parity.changes import changes_of
@@ -195,7 +195,7 @@ def test_a_strength_input_interpolates(name, strength, bundles, made_of, tmp_pat
     ],
 )
 def test_a_variant_that_was_not_exported_says_what_to_export(name, remedy, bases, made_of):
-    from converters.onnx.pack import pack
+    from converters.onnx.packing.pack import pack
     from loraport.bundle.slots import Slot, SlotMember, SlotTable
 
     slots = tuple(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from converters.onnx.modules import linear_modules, slottable_modules
+from converters.onnx.modules.slottable import linear_modules, slottable_modules
+from converters.onnx.modules.weight_distance import weight_distance
+from converters.onnx.modules.weight_search import WeightSearch
 from converters.onnx.operators import find_site
-from converters.onnx.weight_distance import weight_distance
-from converters.onnx.weight_search import WeightSearch
 
 IN = 32
 LEAVES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -132,7 +132,7 @@ def test_a_float32_weight_must_be_the_modules_own(model):
 
 
 def test_the_distance_is_the_relative_frobenius_norm(monkeypatch):
-    import converters.onnx.weight_distance as module_under_test
+    import converters.onnx.modules.weight_distance as module_under_test
 
     # In pieces of three rows.
     monkeypatch.setattr(module_under_test, "_PIECE_ELEMENTS", 3 * IN)

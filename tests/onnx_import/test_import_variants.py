@@ -11,7 +11,7 @@ from peft_cases import Case, ConvNet, bert, make_case
 from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters
 from converters.onnx.importing import ImportOptions, import_model
-from converters.onnx.slots import SlotOptions
+from converters.onnx.slots.inserting import SlotOptions
 from loraport.errors import LoraportError
 from loraport.runtime import Runtime
 

@@ -13,7 +13,7 @@ SCRIPT = """
 import re, sys
 from pathlib import Path
 from converters.onnx.importing import ImportOptions, slot_graph
-from converters.onnx.source_graph import read_graph
+from converters.onnx.graph.source_graph import read_graph
 import onnx_ir as ir
 model = read_graph(Path(sys.argv[1]))
 made = slot_graph(model, ImportOptions())

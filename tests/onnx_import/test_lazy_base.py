@@ -14,8 +14,8 @@ from peft_cases import gpt2, llama
 
 from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters
-from converters.onnx.base_modules import modules_of, open_base_modules
 from converters.onnx.importing import ImportOptions, import_model
+from converters.onnx.modules.base_modules import modules_of, open_base_modules
 from loraport.bundle.manifest import read_manifest
 from loraport.checkpoint import Checkpoint
 from loraport.errors import LoraportError
@@ -147,9 +147,9 @@ def test_names_lost_and_weights_rounded(bert_onnx, made_bert, kind, tmp_path):
 SCRIPT = """
 import re, sys
 from pathlib import Path
-from converters.onnx.base_modules import open_base_modules
+from converters.onnx.modules.base_modules import open_base_modules
 from converters.onnx.importing import ImportOptions, slot_graph
-from converters.onnx.source_graph import read_graph
+from converters.onnx.graph.source_graph import read_graph
 model = read_graph(Path(sys.argv[1]))
 from transformers import LlamaForCausalLM  # what the measured part needs is there already
 def peak():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llm import TEXTS, tokenizer
 
 from converters.formats.registry import read_adapter
-from converters.onnx.adding import write_onnx_adapter
+from converters.onnx.packing.adding import write_onnx_adapter
 from loraport.base_model import load_model
 from loraport.bundle.manifest import read_manifest, write_manifest
 from loraport.bundle.slots import SlotTable

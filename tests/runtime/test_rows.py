@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from converters.onnx.adding import add_adapters
 from converters.onnx.exporting import export_torch_module
-from converters.onnx.slots import SlotOptions
+from converters.onnx.packing.adding import add_adapters
+from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.errors import LoraportError
 from loraport.runtime import Runtime

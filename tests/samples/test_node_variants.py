@@ -11,7 +11,7 @@ from peft_cases import Case, bert, make_case
 
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base, export_torch_module
-from converters.onnx.slots import SlotOptions
+from converters.onnx.slots.inserting import SlotOptions
 
 
 @pytest.fixture(scope="module")

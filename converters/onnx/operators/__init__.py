@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
+from converters.onnx.graph.site import Site
 from converters.onnx.operators import (
     attention,
     conv,
@@ -27,7 +28,6 @@ from converters.onnx.operators import (
     qlinear_conv,
     qlinear_matmul,
 )
-from converters.onnx.site import Site
 
 OPERATORS: Mapping[tuple[str, str], Callable[[ir.Node], Site | None]] = {
     ("", "Conv"): conv.find_site,

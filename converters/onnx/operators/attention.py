@@ -9,16 +9,16 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from converters.onnx.attention_core import (
+from converters.onnx.graph.attention_core import (
     AttentionInputs,
     can_be_taken_apart,
     hidden_sizes,
     take_apart,
 )
-from converters.onnx.constants import constant
-from converters.onnx.quantized_values import unrounded
-from converters.onnx.rewriting import Rewrite
-from converters.onnx.site import Site, inputs_of
+from converters.onnx.graph.constants import constant
+from converters.onnx.graph.quantized_values import unrounded
+from converters.onnx.graph.rewriting import Rewrite
+from converters.onnx.graph.site import Site, inputs_of
 
 
 def find_site(node: ir.Node) -> Site | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converters.onnx.constants import constant
-from converters.onnx.quantized_values import rounded, unrounded
-from converters.onnx.site import Site
+from converters.onnx.graph.constants import constant
+from converters.onnx.graph.quantized_values import rounded, unrounded
+from converters.onnx.graph.site import Site
 from loraport.adapter import ModuleKind
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converters.onnx.constants import constant, dequantized, vector
-from converters.onnx.site import Site
+from converters.onnx.graph.constants import constant, dequantized, vector
+from converters.onnx.graph.site import Site
 
 
 def find_site(node: ir.Node) -> Site | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.constants import constant
-from converters.onnx.site import Site
+from converters.onnx.graph.constants import constant
+from converters.onnx.graph.site import Site
 
 
 def find_site(node: ir.Node) -> Site | None:

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.constants import Constant, constant, dequantized
-from converters.onnx.quantized_values import only_reader, rounded
-from converters.onnx.site import Site
+from converters.onnx.graph.constants import Constant, constant, dequantized
+from converters.onnx.graph.quantized_values import only_reader, rounded
+from converters.onnx.graph.site import Site
 from loraport.adapter import ModuleKind
 
 

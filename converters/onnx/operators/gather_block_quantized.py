@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.constants import Constant, constant
+from converters.onnx.graph.constants import Constant, constant
+from converters.onnx.graph.site import Site, inputs_of
 from converters.onnx.operators.matmul_nbits import unpack
-from converters.onnx.site import Site, inputs_of
 from loraport.adapter import ModuleKind
 
 _PACKED = ir.DataType.UINT8

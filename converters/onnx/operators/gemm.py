@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.constants import constant, vector
-from converters.onnx.quantized_values import rounded, unrounded
-from converters.onnx.site import Site
+from converters.onnx.graph.constants import constant, vector
+from converters.onnx.graph.quantized_values import rounded, unrounded
+from converters.onnx.graph.site import Site
 
 
 def find_site(node: ir.Node) -> Site | None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converters.onnx.constants import constant, dequantized
-from converters.onnx.quantized_values import quantized_from, scaled_product
-from converters.onnx.site import Site
+from converters.onnx.graph.constants import constant, dequantized
+from converters.onnx.graph.quantized_values import quantized_from, scaled_product
+from converters.onnx.graph.site import Site
 
 
 def find_site(node: ir.Node) -> Site | None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converters.onnx.constants import constant, dequantized, vector
-from converters.onnx.quantized_values import quantized_from
-from converters.onnx.site import Site, inputs_of
+from converters.onnx.graph.constants import constant, dequantized, vector
+from converters.onnx.graph.quantized_values import quantized_from
+from converters.onnx.graph.site import Site, inputs_of
 
 
 def find_site(node: ir.Node) -> Site | None:

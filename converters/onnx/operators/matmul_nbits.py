@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.site import Site
+from converters.onnx.graph.site import Site
 
 _WHOLE_IN_A_BYTE = (2, 4, 8)
 

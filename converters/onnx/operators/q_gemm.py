@@ -11,9 +11,9 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.constants import constant, dequantized
-from converters.onnx.quantized_ports import float_input, float_output
-from converters.onnx.site import Site, inputs_of
+from converters.onnx.graph.constants import constant, dequantized
+from converters.onnx.graph.quantized_ports import float_input, float_output
+from converters.onnx.graph.site import Site, inputs_of
 
 
 def find_site(node: ir.Node) -> Site | None:

@@ -1,6 +1,6 @@
 """``QLinearConv`` of one or two dimensions with a constant kernel: 8-bit integers in and out.
 
-A slot reads and writes floating point beside it, see `converters.onnx.quantized_ports`.
+A slot reads and writes floating point beside it, see `converters.onnx.graph.quantized_ports`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from converters.onnx.constants import constant, dequantized
-from converters.onnx.quantized_ports import float_input, float_output
-from converters.onnx.site import Site, inputs_of
+from converters.onnx.graph.constants import constant, dequantized
+from converters.onnx.graph.quantized_ports import float_input, float_output
+from converters.onnx.graph.site import Site, inputs_of
 from loraport.adapter import ModuleKind
 
 

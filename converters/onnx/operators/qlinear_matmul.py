@@ -1,7 +1,7 @@
 """``QLinearMatMul`` with a constant second factor: 8-bit integers in and out.
 
 ``W = (b - b_zero_point) * b_scale``. A slot reads and writes floating point beside it, see
-`converters.onnx.quantized_ports`.
+`converters.onnx.graph.quantized_ports`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from converters.onnx.constants import constant, dequantized
-from converters.onnx.quantized_ports import float_input, float_output
-from converters.onnx.site import Site, inputs_of
+from converters.onnx.graph.constants import constant, dequantized
+from converters.onnx.graph.quantized_ports import float_input, float_output
+from converters.onnx.graph.site import Site, inputs_of
 
 
 def find_site(node: ir.Node) -> Site | None:

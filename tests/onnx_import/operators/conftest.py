@@ -10,7 +10,7 @@ import pytest
 from onnx_graphs import session
 
 from converters.onnx.importing import ImportOptions, slot_graph
-from converters.onnx.slots import SlotOptions
+from converters.onnx.slots.inserting import SlotOptions
 
 
 @dataclass(frozen=True)

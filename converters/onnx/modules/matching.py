@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from converters.onnx.modules import SlottableModule
-from converters.onnx.site import Site
-from converters.onnx.weight_distance import allowed_distance, weight_distance
-from converters.onnx.weight_search import WeightSearch
+from converters.onnx.graph.site import Site
+from converters.onnx.modules.slottable import SlottableModule
+from converters.onnx.modules.weight_distance import allowed_distance, weight_distance
+from converters.onnx.modules.weight_search import WeightSearch
 from loraport.adapter import ModuleKind
 
 Match = tuple[SlottableModule, ...]

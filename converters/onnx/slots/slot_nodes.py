@@ -18,10 +18,10 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.controls import Controls
-from converters.onnx.nodes import NodeChain
-from converters.onnx.provenance import record_slot
-from converters.onnx.site import Site
+from converters.onnx.graph.nodes import NodeChain
+from converters.onnx.graph.provenance import record_slot
+from converters.onnx.graph.site import Site
+from converters.onnx.slots.controls import Controls
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot
 

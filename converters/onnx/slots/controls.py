@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.nodes import NodeChain
-from converters.onnx.site import Site
+from converters.onnx.graph.nodes import NodeChain
+from converters.onnx.graph.site import Site
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import (
     ADAPTER_IDS_INPUT,

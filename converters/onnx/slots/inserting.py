@@ -20,14 +20,14 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from converters.onnx.controls import Controls
-from converters.onnx.holders import Holders
-from converters.onnx.matching import Match, Matcher, SiteMatcher, Unmatched
-from converters.onnx.modules import SlottableModule
+from converters.onnx.graph.site import Site
+from converters.onnx.modules.holders import Holders
+from converters.onnx.modules.matching import Match, Matcher, SiteMatcher, Unmatched
+from converters.onnx.modules.slottable import SlottableModule
 from converters.onnx.operators import find_site
-from converters.onnx.replacing import make_replaceable
-from converters.onnx.site import Site
-from converters.onnx.slot_nodes import add_slot_nodes
+from converters.onnx.slots.controls import Controls
+from converters.onnx.slots.replacing import make_replaceable
+from converters.onnx.slots.slot_nodes import add_slot_nodes
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot, SlotInput, SlotMember, SlotTable
 from loraport.errors import LoraportError, Problems

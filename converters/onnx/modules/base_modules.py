@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.onnx.modules import SlottableModule, slottable_modules, stored_modules
+from converters.onnx.modules.slottable import SlottableModule, slottable_modules, stored_modules
 from loraport.fingerprint import BaseFingerprint, fingerprint
 from loraport.naming import weight_name
 

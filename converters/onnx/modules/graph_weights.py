@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from converters.onnx.matching import Matcher, Unmatched
-from converters.onnx.modules import linear_modules
+from converters.onnx.graph.source_graph import read_graph
+from converters.onnx.modules.matching import Matcher, Unmatched
+from converters.onnx.modules.slottable import linear_modules
 from converters.onnx.operators import find_site
-from converters.onnx.source_graph import read_graph
 
 
 def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:

@@ -5,8 +5,11 @@
 - ``int4``: ``MatMulNBits``, blocks of 32 weights with a scale each; ``Gemm`` stays as it is;
 - ``fp16``: every weight and activation; inputs and outputs stay float32.
 
-Decoder language models have a quantizer of their own, see `converters.onnx.genai_builder`. It
-runs in a process of its own, so its memory goes back when it is done and its prints stay apart.
+Decoder language models have a quantizer of their own, see
+`converters.onnx.exporters.genai_builder`.
+
+Quantizing runs in a process of its own, so its memory goes back when it is done and its prints
+stay apart.
 """
 
 from __future__ import annotations

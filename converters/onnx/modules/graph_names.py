@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.constants import Constant, constant
-from converters.onnx.site import Site
+from converters.onnx.graph.constants import Constant, constant
+from converters.onnx.graph.site import Site
 from loraport.adapter import ModuleKind
 from loraport.naming import is_module_path
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from converters.onnx.modules import SlottableModule
-from converters.onnx.site import Site
-from converters.onnx.weight_distance import allowed_distance, weight_distance
+from converters.onnx.graph.site import Site
+from converters.onnx.modules.slottable import SlottableModule
+from converters.onnx.modules.weight_distance import allowed_distance, weight_distance
 from loraport.adapter import ModuleKind
 
 # The second nearest must be this much farther than the nearest.

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from converters.onnx.distinct_parameters import distinct_parameters, put_back
+from converters.onnx.exporters.distinct_parameters import distinct_parameters, put_back
 from loraport.errors import LoraportError
 
 DATA_FILE = "model.onnx.data"

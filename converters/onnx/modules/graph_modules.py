@@ -8,11 +8,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from converters.onnx.constants import constant
-from converters.onnx.graph_names import NamedSite, weight_of
-from converters.onnx.matching import Match, Unmatched
-from converters.onnx.modules import SlottableModule
-from converters.onnx.site import Site
+from converters.onnx.graph.constants import constant
+from converters.onnx.graph.site import Site
+from converters.onnx.modules.graph_names import NamedSite, weight_of
+from converters.onnx.modules.matching import Match, Unmatched
+from converters.onnx.modules.slottable import SlottableModule
 from loraport.adapter import ModuleKind
 from loraport.fingerprint import BaseFingerprint, hash_rows
 from loraport.naming import weight_name

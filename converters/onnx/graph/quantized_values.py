@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converters.onnx.constants import Constant, constant
+from converters.onnx.graph.constants import Constant, constant
 
 _QUANTIZE = ("QuantizeLinear", "DynamicQuantizeLinear")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from converters.onnx.source_graph import MappedTensor, data_locations
+from converters.onnx.graph.source_graph import MappedTensor, data_locations
 from loraport.bundle.golden import GOLDEN_DIRECTORY
 from loraport.bundle.manifest import MANIFEST_FILE, MODEL_FILE, REQUIRED_MODEL_FILE
 from loraport.errors import Problems

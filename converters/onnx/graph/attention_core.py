@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from converters.onnx.constants import constant
-from converters.onnx.rewriting import Rewrite
+from converters.onnx.graph.constants import constant
+from converters.onnx.graph.rewriting import Rewrite
 
 _DOMAIN = "com.microsoft"
 _KEPT = ("num_heads", "unidirectional", "mask_filter_value", "scale")

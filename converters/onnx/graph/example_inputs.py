@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.constants import constant
+from converters.onnx.graph.constants import constant
 
 # Tried in this order, until the graph takes one.
 _BATCHES_AND_SIZES = ((2, 8), (1, 8), (2, 16), (1, 32), (1, 64), (1, 224), (1, 512), (1, 576))

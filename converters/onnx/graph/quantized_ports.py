@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converters.onnx.quantized_values import only_reader, quantized_from
-from converters.onnx.rewriting import Rewrite
+from converters.onnx.graph.quantized_values import only_reader, quantized_from
+from converters.onnx.graph.rewriting import Rewrite
 
 _INTEGERS = (ir.DataType.INT8, ir.DataType.UINT8)
 

@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from converters.onnx.modules import SlottableModule
-from converters.onnx.site import Site
+from converters.onnx.graph.site import Site
+from converters.onnx.modules.slottable import SlottableModule
 
 _PIECE_ELEMENTS = 1 << 22
 # 4-bit blocks stay below 0.2, 2-bit ones below 0.7 and 8-bit ones below 0.02, where unrelated

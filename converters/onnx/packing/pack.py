@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from converters.onnx.fitting import Base, fit
-from converters.onnx.slot_tensors import require_finite, slot_tensors
+from converters.onnx.packing.fitting import Base, fit
+from converters.onnx.slots.slot_tensors import require_finite, slot_tensors
 from loraport.adapter import Adapter
 from loraport.bundle.slots import SlotTable
 from loraport.errors import Problems

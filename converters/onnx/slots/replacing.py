@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 import torch
 
-from converters.onnx.holders import Holder, Holders
-from converters.onnx.slot_tensors import TORCH_DTYPES
-from converters.onnx.source_graph import MappedTensor
+from converters.onnx.graph.source_graph import MappedTensor
+from converters.onnx.modules.holders import Holder, Holders
+from converters.onnx.slots.slot_tensors import TORCH_DTYPES
 from loraport.bundle.slots import ReplacementSlot
 from loraport.errors import Problems
 from loraport.naming import names_parameter, slot_saved

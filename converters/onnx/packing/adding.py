@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from converters.onnx.base_parameters import BaseParameters
-from converters.onnx.pack import PackedAdapter, pack
+from converters.onnx.modules.base_parameters import BaseParameters
+from converters.onnx.packing.pack import PackedAdapter, pack
 from loraport.adapter import Adapter
 from loraport.bundle.golden import base_inputs, golden_reason, write_golden
 from loraport.bundle.manifest import BundledAdapter, Manifest, read_manifest, write_manifest

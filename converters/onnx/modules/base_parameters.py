@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from converters.onnx.graph.provenance import recorded_slot
+from converters.onnx.graph.site import Site
+from converters.onnx.graph.source_graph import read_graph
 from converters.onnx.operators import find_site
-from converters.onnx.provenance import recorded_slot
-from converters.onnx.site import Site
-from converters.onnx.source_graph import read_graph
 from loraport.adapter import ModuleKind
 from loraport.base_weights import StoredWeights
 from loraport.bundle.base_values import BaseValues

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-from converters.onnx.constants import constant
+from converters.onnx.graph.constants import constant
 
 # Operators that use a matrix for something that no adapter changes.
 _NO_WEIGHTS = frozenset(

@@ -1,0 +1,1 @@
+"""Fit adapters to slots and add them to bundles."""

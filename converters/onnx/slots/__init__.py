@@ -1,0 +1,1 @@
+"""Slots: their nodes, their inputs, and the tensors that fill them."""
