@@ -88,10 +88,15 @@ def _pattern(
 @click.option("--warmup", type=float, default=_LOOP.warmup,
               help="Share of the steps in which the learning rate rises.")  # fmt: skip
 @click.option("--weight-decay", type=float, default=_LOOP.weight_decay, help="AdamW's decay.")
+@click.option("--optimizer", default=_LOOP.optimizer,
+              type=click.Choice(["adamw", "adamw-8bit", "paged-adamw-8bit"]),
+              help="State in float32, or in 8 bits (bitsandbytes).")  # fmt: skip
 @click.option("--clip", type=float, default=_LOOP.clip, help="Largest gradient norm; 0 for none.")
 @click.option("--shard-base", is_flag=True,
               help="With torchrun: spread the base over the processes (FSDP2).")  # fmt: skip
 @click.option("--gradient-checkpointing", is_flag=True, help="Save memory, take longer.")
+@click.option("--checkpointed-layers", type=int, metavar="N",
+              help="With it: only the first N layers, to save time.")  # fmt: skip
 @click.option("--seed", type=int, default=_LOOP.seed, help="Seed of everything random.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default=_LOOP.dtype,
               help="auto: bfloat16 autocast on GPUs that have it, else float32.")  # fmt: skip

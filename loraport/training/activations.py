@@ -37,7 +37,7 @@ def activations(
     dtype: torch.dtype,
     shape: tuple[int, int],
     *,
-    checkpointing: bool,
+    checkpointed: int | None,
 ) -> Activations:
     """Count what a forward pass through the layers keeps; the output head is not in it.
 
@@ -49,7 +49,8 @@ def activations(
         options: What is adapted.
         dtype: bfloat16 for autocast, float32 for none.
         shape: Rows and tokens per row.
-        checkpointing: Layers compute their activations again, and keep their inputs alone.
+        checkpointed: How many layers, the first ones, keep their inputs alone and compute the rest
+            again; ``None`` for all.
 
     Raises:
         LoraportError: If the model does not support checkpointing, or cannot be traced.
@@ -64,8 +65,8 @@ def activations(
         torch.autocast("cpu", dtype=dtype) if dtype is torch.bfloat16 else contextlib.nullcontext()
     )
     try:
-        if checkpointing:
-            checkpoint_activations(model)
+        if checkpointed != 0:
+            checkpoint_activations(model, checkpointed)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}

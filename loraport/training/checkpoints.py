@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from loraport.adapter import Adapter, LoraModule
 from loraport.checkpoint import Checkpoint
@@ -59,7 +58,7 @@ class RunState:
         position: Where the run stands.
         random: State of the random generators.
         epoch_random: Their state when the epoch began.
-        optimizer: Parameter name → AdamW's tensors.
+        optimizer: Parameter name → the optimizer's tensors.
         identity: What a resumed run must share: options, data, device.
         best: Parameter name → its value at the best validation, where that matters.
     """
@@ -205,30 +204,6 @@ def _restore_layer(layer: LoraLayer, module: LoraModule) -> None:
         layer.initial_B.copy_(-module.lora_B[:, layer.rank :])
     if layer.magnitude is not None and module.magnitude is not None:
         layer.magnitude.copy_(module.magnitude.flatten())
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Return AdamW's state by parameter name."""
-    return {
-        name: dict(optimizer.state[parameter])
-        for name, parameter in parameters.items()
-        if parameter in optimizer.state
-    }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
-) -> None:
-    """Put AdamW's state back; the inverse of `optimizer_tensors`."""
-    for name, entries in tensors.items():
-        device = parameters[name].device
-        optimizer.state[parameters[name]] = {
-            key: tensor.to(device) for key, tensor in entries.items()
-        }
 
 
 def _checkpoints(work: Path) -> list[Path]:

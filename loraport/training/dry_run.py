@@ -116,14 +116,17 @@ def predict(
     shape = options.batch_size, options.max_length
     dtype = _base_dtype(directory, options.base_dtype, placement)
     model.to(dtype)
-    kept = kept_memory(model, options.lora, options.base_dtype, dtype)
-    whole = activations(model, options.lora, placement.dtype, shape, checkpointing=False)
+    kept = kept_memory(
+        model, options.lora, options.base_dtype, dtype, optimizer=options.loop.optimizer
+    )
+    whole = activations(model, options.lora, placement.dtype, shape, checkpointed=0)
     held = whole.kept
     if options.gradient_checkpointing:
-        inputs = activations(model, options.lora, placement.dtype, shape, checkpointing=True)
+        number = options.checkpointed_layers
+        rest = activations(model, options.lora, placement.dtype, shape, checkpointed=number)
         layers = max(1, int(getattr(model.config, "num_hidden_layers", 1)))
-        # All inputs of layers, and the activations of the layer that is computed again.
-        held = inputs.kept + whole.kept // layers
+        # What is kept while the last checkpointed layer is computed again.
+        held = rest.kept + whole.kept // layers
     head = output_head(model)
     assert head is not None
     vocabulary, width = head.weight.shape  # type: ignore[misc]

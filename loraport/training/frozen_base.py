@@ -60,11 +60,15 @@ def narrow(model: nn.Module, storage: str, placement: Placement) -> None:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
+def checkpoint_activations(model: PreTrainedModel, layers: int | None = None) -> None:
     """Compute activations again in the backward pass instead of keeping them.
 
+    Args:
+        model: Changed in place.
+        layers: Only in so many of its layers, the first ones; ``None`` for all.
+
     Raises:
-        LoraportError: If the model does not support it.
+        LoraportError: If the model does not support it, or has fewer layers.
     """
     if not model.supports_gradient_checkpointing:
         raise LoraportError(
@@ -75,3 +79,15 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     newer = getattr(model, "activation_checkpointing_enable", None)
     enable = newer or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    if layers is None:
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    every = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if layers > len(every):
+        raise LoraportError(
+            f"--checkpointed-layers {layers}: expected at most {len(every)}, the layers of "
+            f"{type(model).__name__} that can be computed again"
+        )
+    for layer in every[layers:]:
+        layer.gradient_checkpointing = False

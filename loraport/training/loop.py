@@ -20,10 +20,8 @@ from loraport.training.checkpoints import (
     RunState,
     last_checkpoint,
     load_checkpoint,
-    optimizer_tensors,
     require_same_run,
     restore_adapter,
-    restore_optimizer,
     save_checkpoint,
 )
 from loraport.training.devices import Placement, choose_placement, to_device
@@ -36,7 +34,12 @@ from loraport.training.loss import LossFunction, LossSum, as_sum
 from loraport.training.metrics import MetricsLog
 from loraport.training.modes import training_mode
 from loraport.training.observer import Observer, Silent
-from loraport.training.optimizer import make_optimizer, set_learning_rate
+from loraport.training.optimizer import (
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+    set_learning_rate,
+)
 from loraport.training.options import LoopOptions
 from loraport.training.processes import Processes, processes_now
 from loraport.training.schedule import learning_rate, total_steps

@@ -16,6 +16,7 @@ from loraport.training.output_head import output_head
 _NF4_BLOCK = 64  # weights a scale
 _NF4_SCALES_BLOCK = 256  # scales a scale of scales
 _ADAM_MOMENTS = 2
+_SMALLEST_IN_8_BITS, _MOMENTS_BLOCK = 4096, 256  # numbers
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,11 @@ class KeptMemory:
 
 
 def kept_memory(
-    model: nn.Module, options: LoraOptions, storage: str, dtype: torch.dtype
+    model: nn.Module,
+    options: LoraOptions,
+    storage: str,
+    dtype: torch.dtype,
+    optimizer: str = "adamw",
 ) -> KeptMemory:
     """Predict the bytes that training keeps on one device.
 
@@ -51,13 +56,15 @@ def kept_memory(
         storage: ``"nf4"`` or ``"int8"`` for quantized linear layers (all but the output head);
             anything else for none.
         dtype: What weights that are not quantized are kept in.
+        optimizer: What `LoopOptions` has.
 
     Raises:
         LoraportError: If the options select no modules, or some that cannot be adapted.
     """
     # Shapes are all that counts, and there may be no weights to begin A from.
     layers = new_layers(model, replace(options, init="kaiming")).values()
-    trained = sum(_bytes(p) for layer in layers for p in layer.parameters(recurse=False))
+    parameters = [p for layer in layers for p in layer.parameters(recurse=False)]
+    trained = sum(_bytes(parameter) for parameter in parameters)
     start = 0
     if options.init in ("pissa", "olora"):
         start = sum(_bytes(layer.lora_A) + _bytes(layer.lora_B) for layer in layers)
@@ -65,7 +72,7 @@ def kept_memory(
         base=base_bytes(model, storage, dtype),
         adapter=trained + start,
         gradients=trained,
-        optimizer=_ADAM_MOMENTS * trained,
+        optimizer=sum(moments_bytes(p.numel(), optimizer) for p in parameters),
     )
 
 
@@ -89,6 +96,16 @@ def base_bytes(model: nn.Module, storage: str, dtype: torch.dtype) -> int:
         else parameter.numel() * dtype.itemsize
         for parameter in model.parameters()
     )
+
+
+def moments_bytes(count: int, optimizer: str) -> int:
+    """Return the bytes of AdamW's two moments of ``count`` numbers.
+
+    In 8 bits, a float32 scales 256 of them, and few numbers stay in float32 (bitsandbytes).
+    """
+    if optimizer == "adamw" or count < _SMALLEST_IN_8_BITS:
+        return _ADAM_MOMENTS * 4 * count
+    return _ADAM_MOMENTS * (count + 4 * ceil(count / _MOMENTS_BLOCK))
 
 
 def quantized_bytes(shape: tuple[int, int], storage: str) -> int:

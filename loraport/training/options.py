@@ -91,6 +91,9 @@ class LoopOptions:
         lora_plus_ratio: How many times the learning rate of ``A`` that of ``B`` is: LoRA+
             (Hayou et al. 2024, arXiv:2402.12354).
         shard_base: Spread the frozen base over the processes (FSDP2), instead of a copy in each.
+        optimizer: AdamW with its state in float32 (``"adamw"``) or in 8 bits (``"adamw-8bit"``,
+            and ``"paged-adamw-8bit"``, which moves to the host's memory where the GPU's is full;
+            both bitsandbytes).
     """
 
     learning_rate: float = 1e-3
@@ -109,6 +112,7 @@ class LoopOptions:
     early_stopping: int = 0
     lora_plus_ratio: float = 1.0
     shard_base: bool = False
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = "adamw"
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -125,6 +129,9 @@ class LoopOptions:
         _share(problems, "warmup", self.warmup)
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.add("dtype", "auto, float32 or bfloat16", repr(self.dtype))
+        if self.optimizer not in ("adamw", "adamw-8bit", "paged-adamw-8bit"):
+            expected = "adamw, adamw-8bit or paged-adamw-8bit"
+            problems.add("optimizer", expected, repr(self.optimizer))
         problems.raise_if_any("training options cannot be used")
 
 
@@ -139,6 +146,8 @@ class TrainOptions:
         max_length: Tokens per row; longer rows are cut and counted.
         validation_share: Share of the rows held out, where no validation file is given.
         gradient_checkpointing: Compute activations again instead of keeping them.
+        checkpointed_layers: Only those of so many layers, the first ones; ``None`` for all. The
+            others keep theirs: more memory, less time.
         packing: How rows lie in a batch: ``"auto"`` lays them end to end, their common beginning
             once, where that is less work than padding; ``"fill"`` packs as many as fit into
             sequences of ``max_length``, of which ``batch_size`` make a batch; ``"none"`` pads.
@@ -152,6 +161,7 @@ class TrainOptions:
     max_length: int = 1024
     validation_share: float = 0.1
     gradient_checkpointing: bool = False
+    checkpointed_layers: int | None = None
     packing: Literal["auto", "fill", "none"] = "auto"
     base_dtype: Literal["auto", "float32", "bfloat16", "nf4", "int8"] = "auto"
 
@@ -160,6 +170,10 @@ class TrainOptions:
         _at_least(problems, "batch_size", self.batch_size, 1)
         _at_least(problems, "max_length", self.max_length, 2)
         _share(problems, "validation_share", self.validation_share)
+        if self.checkpointed_layers is not None:
+            _at_least(problems, "checkpointed_layers", self.checkpointed_layers, 1)
+            if not self.gradient_checkpointing:
+                problems.add("checkpointed_layers", "gradient checkpointing, too", "none")
         if self.packing not in ("auto", "fill", "none"):
             problems.add("packing", "auto, fill or none", repr(self.packing))
         if self.base_dtype not in ("auto", "float32", "bfloat16", "nf4", "int8"):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from loraport.errors import LoraportError
+from loraport.training.bitsandbytes_library import import_bitsandbytes
 from loraport.training.output_head import output_head
 
 Quantization = Literal["nf4", "int8"]
@@ -29,7 +28,7 @@ def quantize_linears(model: nn.Module, kind: Quantization, device: torch.device)
     Raises:
         LoraportError: If bitsandbytes is not installed.
     """
-    library = _bitsandbytes(kind)
+    library = import_bitsandbytes(f"--base-dtype {kind}")
     kept = output_head(model)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -59,16 +58,3 @@ def _quantized(library: Any, linear: nn.Linear, kind: Quantization, device: torc
     layer.bias = linear.bias
     layer.train(linear.training)
     return layer.to(device)
-
-
-def _bitsandbytes(kind: str) -> Any:
-    # It says what kernels it lacks; what it then uses instead is as right.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise LoraportError(
-            f"--base-dtype {kind}: expected the package bitsandbytes, got: {error}; "
-            "pip install 'loraport[quantized-training]'"
-        ) from error
-    return bitsandbytes

@@ -172,7 +172,7 @@ def _train(
             narrow(model, options.base_dtype, placement)
     attach(model, options.lora)
     if options.gradient_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, options.checkpointed_layers)
     pad = padding_token(tokenizer)
 
     def batches(part: tuple[Row, ...], seed: int | None) -> Batches:

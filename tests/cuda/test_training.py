@@ -56,15 +56,18 @@ def test_losses_are_those_of_float64_on_the_cpu(llama, base, dtype, bound, use_d
     assert next(llama.parameters()).is_cuda
 
 
-def test_a_run_resumed_equals_one_never_stopped(llama, tmp_path):
-    lora = LoraOptions(rank=4, dropout=0.1)
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "paged-adamw-8bit"])
+def test_a_run_resumed_equals_one_never_stopped(llama, optimizer, tmp_path):
+    if optimizer != "adamw":
+        pytest.importorskip("bitsandbytes")
+    lora = LoraOptions(rank=128, dropout=0.1)  # 4096 numbers and more: 8 bits are for those alone
     attach(whole := copy.deepcopy(llama), lora)
-    train(whole, batches(), lm_loss, loop(save_every=3, keep=9), work=tmp_path / "whole")
+    options = loop(save_every=3, keep=9, optimizer=optimizer)
+    train(whole, batches(), lm_loss, options, work=tmp_path / "whole")
     (tmp_path / "work").mkdir()
     shutil.copytree(tmp_path / "whole/checkpoint-00000003", tmp_path / "work/checkpoint-00000003")
     shutil.copy(tmp_path / "whole/metrics.jsonl", tmp_path / "work")
     attach(llama, lora)
-    options = loop(save_every=3, keep=9)
     train(llama, batches(), lm_loss, options, work=tmp_path / "work", resume=True)
     mine, others = adapter_of(llama), adapter_of(whole)
     for path, module in mine.modules.items():

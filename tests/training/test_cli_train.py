@@ -52,6 +52,10 @@ def test_every_option_can_be_given():
             "15",
             "--shard-base",
             "--dora",
+            "--optimizer",
+            "adamw-8bit",
+            "--checkpointed-layers",
+            "16",
         ),
     )
     assert options == TrainOptions(
@@ -86,11 +90,13 @@ def test_every_option_can_be_given():
             early_stopping=4,
             lora_plus_ratio=15,
             shard_base=True,
+            optimizer="adamw-8bit",
         ),
         batch_size=13,
         max_length=14,
         validation_share=0.5,
         gradient_checkpointing=True,
+        checkpointed_layers=16,
         packing="fill",
         base_dtype="nf4",
     )
@@ -130,6 +136,9 @@ def test_a_bad_pattern_is_a_usage_error():
         (["--targets", "q_prj"], "did you mean q_proj"),
         (["--rank", "0"], "rank: expected at least 1"),
         (["--device", "cuda:77"], "try cpu"),
+        (["--checkpointed-layers", "1"], "expected gradient checkpointing, too"),
+        (["--gradient-checkpointing", "--checkpointed-layers", "3"], "expected at most 2"),
+        (["--device", "cpu", "--optimizer", "paged-adamw-8bit"], "expected a CUDA GPU"),
     ],
 )
 def test_a_users_mistake_ends_with_2_and_no_traceback(

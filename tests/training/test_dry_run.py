@@ -1,5 +1,6 @@
 """Predicted memory: activations as autograd keeps them; the command."""
 
+import itertools
 import json
 
 import pytest
@@ -62,23 +63,36 @@ def really_kept(checkpointing):
 def test_activations_are_what_autograd_keeps(checkpointing):
     model = tiny("meta")
     options = LoraOptions(rank=4)
-    found = activations(model, options, torch.float32, SHAPE, checkpointing=checkpointing)
+    number = None if checkpointing else 0
+    found = activations(model, options, torch.float32, SHAPE, checkpointed=number)
     real = really_kept(checkpointing)
     assert found.kept == pytest.approx(real, rel=0.02)
     # The control: with checkpointing it is far less, without it far more.
     other = really_kept(not checkpointing)
     assert found.kept < 0.3 * other if checkpointing else found.kept > 3 * other
     # The model is as it was, and gives the same again.
-    again = activations(model, options, torch.float32, SHAPE, checkpointing=checkpointing)
+    again = activations(model, options, torch.float32, SHAPE, checkpointed=number)
     assert again == found
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_each_layer_that_is_computed_again_saves_the_same():
+    model, options = tiny("meta"), LoraOptions(rank=4)
+    kept = [
+        activations(model, options, torch.float32, SHAPE, checkpointed=n).kept for n in range(5)
+    ]
+    saved = [before - after for before, after in itertools.pairwise(kept)]
+    assert all(count == pytest.approx(saved[1], rel=0.1) for count in saved)
+    assert saved[1] > 0.15 * kept[0]
+    everything = activations(model, options, torch.float32, SHAPE, checkpointed=None)
+    assert everything.kept == kept[4]
 
 
 def test_more_tokens_take_more_and_bfloat16_takes_less():
     model, options = tiny("meta"), LoraOptions(rank=4)
 
     def kept(dtype, shape):
-        return activations(model, options, dtype, shape, checkpointing=False).kept
+        return activations(model, options, dtype, shape, checkpointed=0).kept
 
     once = kept(torch.float32, SHAPE)
     assert kept(torch.float32, (6, 40)) == pytest.approx(2 * once, rel=0.02)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraport.training.memory_plan import kept_memory, quantized_bytes
+from loraport.training.memory_plan import kept_memory, moments_bytes, quantized_bytes
 from loraport.training.options import LoraOptions
 
 LAYERS, WIDTH, INNER, VOCAB, RANK = 32, 4096, 11008, 32000, 16
@@ -71,3 +71,16 @@ def test_nf4_bytes_are_those_of_the_tensors_that_bitsandbytes_keeps() -> None:
     )
     kept = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
     assert quantized_bytes((72, 300), "nf4") == kept
+
+
+@pytest.mark.parametrize("shape", [(72, 300), (16, 31)])  # the second is too small for 8 bits
+def test_bytes_of_8_bit_moments_are_those_that_bitsandbytes_keeps(shape: tuple[int, int]) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    parameter = nn.Parameter(torch.ones(shape))
+    optimizer = bitsandbytes.optim.AdamW8bit([parameter])
+    parameter.grad = torch.ones(shape)
+    optimizer.step()
+    state = optimizer.state[parameter].items()
+    kept = sum(value.nbytes for key, value in state if key not in ("step", "qmap1", "qmap2"))
+    assert moments_bytes(parameter.numel(), "adamw-8bit") == kept
+    assert moments_bytes(72 * 300, "adamw") == 2 * 4 * 72 * 300

@@ -98,12 +98,17 @@ def test_the_loss_is_transformers_own(llama, tokenizer, chat_data, with_head, mo
 
 def test_gradient_checkpointing_computes_the_same(base_directory, chat_data, tmp_path):
     losses = []
-    for on in (False, True):
-        out = tmp_path / str(on)
-        options = replace(OPTIONS, gradient_checkpointing=on, loop=replace(LOOP, steps=4))
+    for on, layers in ((False, None), (True, None), (True, 1)):
+        out = tmp_path / f"{on}{layers}"
+        options = replace(
+            OPTIONS,
+            gradient_checkpointing=on,
+            checkpointed_layers=layers,
+            loop=replace(LOOP, steps=4),
+        )
         train_language_model(str(base_directory), chat_data, out, options)
         losses.append((out / "metrics.jsonl").read_text())
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] == losses[2]
 
 
 def command(base, data, out, *more):
@@ -265,7 +270,8 @@ def test_every_option_is_consumed(base_directory, chat_data, tmp_path, monkeypat
         return original(self, name)
 
     lora = replace(LORA, targets=("q_proj",), layers="0")
-    options = TrainOptions(lora=lora, loop=replace(LOOP, steps=None, epochs=1, save_every=2))
+    loop = replace(LOOP, steps=None, epochs=1, save_every=2)
+    options = TrainOptions(lora=lora, loop=loop, gradient_checkpointing=True)
     monkeypatch.setattr(part, "__getattribute__", watched)
     train_language_model(str(base_directory), chat_data, tmp_path / "out", options)
     assert {field.name for field in fields(part)} <= read
