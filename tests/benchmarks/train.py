@@ -1,11 +1,17 @@
 """Step time and peak memory of training, beside PEFT in a plain loop and in transformers' Trainer.
 
-    python tests/benchmarks/train.py [--device cuda --dtype bfloat16] [--steps 12] [--rounds 3]
+    python tests/benchmarks/train.py [--rows chat] [--device cuda --dtype bfloat16] [--rounds 3]
 
 Every measurement is a process of its own; the three take turns, round after round. All train the
 same rows, rank 16 on all linear layers of SmolLM2-135M, AdamW, gradients clipped. Time is the mean
 of a process's steps after the first two, the median of the rounds. Memory is the largest resident
 set (on a GPU: allocated memory) after the base was loaded.
+
+Rows are 4 a step, each tool in its own batches, PEFT's shuffled and padded as a DataLoader does it:
+
+- ``text``: 32 to 256 random tokens, all learned;
+- ``chat``: the same 48 tokens (a system prompt), a question of 8 to 120 and an answer of 8 to 80
+  tokens, of which the answer alone is learned.
 """
 
 import argparse
@@ -22,26 +28,37 @@ import torch
 
 from loraport.base_model import load_causal_lm
 from loraport.training import LoopOptions, LoraOptions, attach, train
-from loraport.training.batches import Row, RowBatches
+from loraport.training.batches import IGNORED, Row, collate
 from loraport.training.language_model import language_model_loss
 from loraport.training.observer import Silent
 from loraport.training.packing import make_batches
 
-ROWS, SHORTEST, LONGEST, RANK, RATE, WARM = 4, 32, 256, 16, 1e-3, 2
+ROWS, LONGEST, RANK, RATE, WARM = 4, 256, 16, 1e-3, 2
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def rows(steps):
+def rows(kind, steps):
     numbers = np.random.default_rng(0)
-    made = []
+
+    def tokens(shortest, longest):
+        return numbers.integers(3, 40000, numbers.integers(shortest, longest)).tolist()
+
+    system, made = tokens(48, 49), []
     for _ in range(ROWS * steps):
-        tokens = tuple(numbers.integers(3, 40000, numbers.integers(SHORTEST, LONGEST)).tolist())
-        made.append(Row(tokens, tokens))
+        if kind == "text":
+            prompt, answer = [], tokens(32, LONGEST)
+        else:
+            prompt, answer = system + tokens(8, 121), tokens(8, 81)
+        labels = [IGNORED] * len(prompt) + answer
+        made.append(Row(tuple(prompt + answer), tuple(labels)))
     return made
 
 
-def batches(steps):
-    return RowBatches(rows(steps), ROWS, 0, 0)
+def padded(arguments):
+    """Batches of rows in a random order, padded to the longest."""
+    found = rows(arguments.rows, arguments.steps)
+    order = np.random.default_rng(1).permutation(len(found)).reshape(-1, ROWS)
+    return [collate([found[index] for index in part], 0) for part in order]
 
 
 class Clock(Silent):
@@ -66,7 +83,7 @@ class Clock(Silent):
 def loraport(model, arguments, clock):
     attach(model, LoraOptions(rank=RANK, targets=tuple(TARGETS)))
     data = make_batches(
-        model, rows(arguments.steps), ROWS, 0, 0, packing="auto", max_length=LONGEST
+        model, rows(arguments.rows, arguments.steps), ROWS, 0, 0, packing="auto", max_length=LONGEST
     )
     options = LoopOptions(
         learning_rate=RATE, steps=arguments.steps, device=arguments.device, dtype=arguments.dtype
@@ -92,7 +109,7 @@ def peft_loop(model, arguments, clock):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
     rounded = arguments.dtype == "bfloat16"
-    for batch in batches(arguments.steps).epoch(0):
+    for batch in padded(arguments):
         feeds = {name: tensor.to(arguments.device) for name, tensor in inputs(batch).items()}
         with torch.autocast(arguments.device, torch.bfloat16, enabled=rounded):
             loss = model(**feeds, use_cache=False).loss
@@ -134,7 +151,7 @@ def peft_trainer(model, arguments, clock):
         InOrder(
             model=peft_model(model),
             args=options,
-            train_dataset=[inputs(batch) for batch in batches(arguments.steps).epoch(0)],
+            train_dataset=[inputs(batch) for batch in padded(arguments)],
             callbacks=[Ticks()],
         ).train()
 
@@ -163,6 +180,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rows", default="text", choices=["text", "chat"])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", choices=list(PEERS))
@@ -178,7 +196,9 @@ def main():
             if child.returncode:
                 raise SystemExit(f"{title}: {child.stderr.strip().splitlines()[-1]}")
             found[title].append(json.loads(child.stdout.splitlines()[-1]))
-    print(f"SmolLM2-135M, {arguments.device}, {arguments.dtype}, {ROWS} rows a step")
+    print(
+        f"SmolLM2-135M, {arguments.device}, {arguments.dtype}, {ROWS} rows of {arguments.rows} a step"
+    )
     print(f"{'':18} {'ms/step':>8} {'peak MB':>8} {'time to ours':>13} {'memory to ours':>15}")
     medians = {
         title: (
