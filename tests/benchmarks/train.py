@@ -196,9 +196,8 @@ def main():
             if child.returncode:
                 raise SystemExit(f"{title}: {child.stderr.strip().splitlines()[-1]}")
             found[title].append(json.loads(child.stdout.splitlines()[-1]))
-    print(
-        f"SmolLM2-135M, {arguments.device}, {arguments.dtype}, {ROWS} rows of {arguments.rows} a step"
-    )
+    setting = f"{arguments.device}, {arguments.dtype}"
+    print(f"SmolLM2-135M, {setting}, {ROWS} rows of {arguments.rows} a step")
     print(f"{'':18} {'ms/step':>8} {'peak MB':>8} {'time to ours':>13} {'memory to ours':>15}")
     medians = {
         title: (
