@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,10 @@ def _choices(
 @click.option("--together", type=int, default=16,
               help="Most candidates in one pass; halved where memory runs out.")  # fmt: skip
 @click.option("--apart", is_flag=True, help="Train each by itself: --together 1.")
+@click.option("--ray", "address", metavar="ADDRESS",
+              help="Spread the sweep over a Ray cluster: its address, auto, or local.")  # fmt: skip
+@click.option("--workers", type=int, show_default="one on every GPU, or machine",
+              help="With --ray: processes, each with the base in memory.")  # fmt: skip
 @click.option("--keep-all", is_flag=True, help="Keep the adapters of all candidates.")
 @click.option("--resume", is_flag=True, help="Continue a sweep that was stopped.")
 @click.option("--force", is_flag=True, help="Replace DIR; discard an unfinished sweep.")
@@ -84,6 +90,8 @@ def sweep(
     validation: Path | None,
     together: int,
     apart: bool,
+    address: str | None,
+    workers: int | None,
     keep_all: bool,
     resume: bool,
     force: bool,
@@ -104,27 +112,33 @@ def sweep(
 
     from loraport.cli.reports import table_console
     from loraport.sweep.grid import Grid
-    from loraport.sweep.options import SweepOptions
+    from loraport.sweep.options import Spread, SweepOptions
     from loraport.sweep.report import SweepReport, results_table
     from loraport.sweep.run import run_sweep
 
+    if workers is not None and address is None:
+        raise click.UsageError("--workers is for --ray; give --ray local to use this machine alone")
     logging.disable_progress_bar()
     options = SweepOptions(
         grid=Grid(rank, alpha, targets, layers, learning_rate),
         train=options_from(chosen),
         together=1 if apart else together,
         keep_all=keep_all,
+        spread=None if address is None else Spread(address, workers),
     )
-    result = run_sweep(
-        base,
-        data,
-        out,
-        options,
-        validation=validation,
-        resume=resume,
-        force=force,
-        observer=SweepReport(Console(stderr=True)),
-    )
+    report = SweepReport(Console(stderr=True))
+    # Ray prints what its machines report; data alone goes to stdout.
+    with redirect_stdout(sys.stderr):
+        result = run_sweep(
+            base,
+            data,
+            out,
+            options,
+            validation=validation,
+            resume=resume,
+            force=force,
+            observer=report,
+        )
     if as_json:
         click.echo(json.dumps(asdict(result), indent=2))
         return

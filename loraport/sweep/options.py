@@ -10,6 +10,27 @@ from loraport.training.options import TrainOptions
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Over what a sweep is spread.
+
+    Attributes:
+        address: Of a Ray cluster; ``auto`` for the one this machine belongs to, ``local`` to start
+            Ray here and stop it afterwards. Not looked at in a process that uses Ray already.
+        workers: Processes, each with the base in memory and one GPU, or its share of the cores;
+            ``None`` for one on every GPU, or on every machine where there is none.
+    """
+
+    address: str = "local"
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        if self.workers is not None and self.workers < 1:
+            problems.add("workers", "at least 1", str(self.workers))
+        problems.raise_if_any("sweep options cannot be used")
+
+
+@dataclass(frozen=True)
 class SweepOptions:
     """Options of ``loraport sweep``.
 
@@ -20,12 +41,14 @@ class SweepOptions:
         together: Most candidates trained in one pass; halved where memory runs out; 1 for each
             alone.
         keep_all: Keep the adapters of all candidates, not only of the one taken.
+        spread: Train on the workers of a Ray cluster; ``None`` for this process.
     """
 
     grid: Grid = field(default_factory=Grid)
     train: TrainOptions = field(default_factory=TrainOptions)
     together: int = 16
     keep_all: bool = False
+    spread: Spread | None = None
 
     def __post_init__(self) -> None:
         problems = Problems()

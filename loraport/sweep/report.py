@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -41,8 +42,8 @@ class SweepReport(SilentSweep):
         """Say now and then how far it is."""
         del tokens
         if step == self._steps or step % max(1, self._steps // _LINES) == 0:
-            lowest = min(losses.values(), default=float("nan"))
-            self._say(f"step {step}/{self._steps}  lowest training loss {lowest:.4f}")
+            name, loss = min(losses.items(), key=itemgetter(1), default=("", float("nan")))
+            self._say(f"step {step}/{self._steps}  lowest training loss {loss:.4f} ({name})")
 
     def validated(self, *, step: int, losses: Mapping[str, float]) -> None:
         """Say the validation losses."""

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from loraport.sweep.groups import group_trials
 from loraport.sweep.observer import SilentSweep, SweepObserver
 from loraport.sweep.options import SweepOptions
 from loraport.sweep.plot import draw_quality
+from loraport.sweep.spread import Group, Passes, connect
 from loraport.sweep.store import Store
+from loraport.sweep.trial import Trial
 from loraport.sweep.worker import Finished, Setting, Worker
 from loraport.training.lock import only_process
 from loraport.training.text_data import TextData, digest, padding_token, read_data
@@ -162,18 +165,23 @@ def _run(
     store = Store(work, _identity(base, rows, options))
     done = store.finished(trials)
     remaining = [trial for trial in trials if trial.name not in done]
-    groups = group_trials(remaining, options.together)
-    observer.planned(groups=len(groups), trials=len(trials), done=len(done))
-    if groups:
+    with ExitStack() as stack:
+        cluster = None
+        if options.spread and remaining:
+            cluster = stack.enter_context(connect(options.spread, options.train.loop.device))
+        groups = group_trials(remaining, options.together, cluster.workers if cluster else 1)
+        observer.planned(groups=len(groups), trials=len(trials), done=len(done))
         pad = padding_token(tokenizer)
         setting = Setting(base, rows.train, rows.validation, pad, options.train)
-        worker = Worker(setting, trials, observer)
-        for group in groups:
-            checkpoints = store.checkpoints(group)
-            for finished in worker.train(group, checkpoints):
+        if cluster:
+            passes = cluster.train(setting, trials, groups, observer)
+        else:
+            passes = _train_here(setting, trials, groups, store, observer)
+        for group, found in stack.enter_context(closing(passes)):
+            for finished in found:
                 store.add(finished)
                 done[finished.trial.name] = finished
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            shutil.rmtree(store.checkpoints(group), ignore_errors=True)
             observer.group_finished(names=[trial.name for trial in group])
     finished_ones = [done[trial.name] for trial in trials]
     sizes = {f.trial.name: f.adapter.nbytes if f.adapter else 0 for f in finished_ones}
@@ -184,6 +192,21 @@ def _run(
     _write(out, finished_ones, result, keep_all=options.keep_all, force=force)
     shutil.rmtree(work)
     return result
+
+
+def _train_here(
+    setting: Setting,
+    trials: Sequence[Trial],
+    groups: Sequence[Group],
+    store: Store,
+    observer: SweepObserver,
+) -> Passes:
+    """Train groups one after the other in this process."""
+    if not groups:
+        return
+    worker = Worker(setting, trials, observer)
+    for group in groups:
+        yield group, worker.train(group, store.checkpoints(group))
 
 
 def _identity(base: str, rows: TextData, options: SweepOptions) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from loraport.adapter import Adapter
 from loraport.base_model import fingerprint_model
 from loraport.errors import LoraportError, Problems
+from loraport.fingerprint import BaseFingerprint, fingerprint
 from loraport.sweep.alone import train_alone
 from loraport.sweep.groups import halves
 from loraport.sweep.isolation import RowsMixedError
@@ -29,8 +30,6 @@ from loraport.training.targets import select_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from loraport.fingerprint import BaseFingerprint
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,16 @@ class Worker:
         with faults_explained(lambda: f"loading {setting.base}", None):
             device = str(self._placement.device)
             self._model: PreTrainedModel = load_base(setting.base, self._placement, device)
-        _require_targets(self._model, trials)
+        selected = _select_targets(self._model, trials)
         if setting.options.gradient_checkpointing:
             checkpoint_activations(self._model)
-        self._fingerprints: dict[frozenset[str], BaseFingerprint] = {}
+        self._adapted = fingerprint_model(self._model, selected)
         self._rows_mix = False
+
+    def base_fingerprint(self) -> BaseFingerprint:
+        """Return a hash of every parameter of the base, adapted or not."""
+        names = [name for name, _ in self._model.named_parameters()]
+        return fingerprint(names, self._model.get_parameter)
 
     def train(self, trials: Sequence[Trial], work: Path | None = None) -> list[Finished]:
         """Train a group in one pass; where that cannot be, in smaller groups.
@@ -163,30 +167,28 @@ class Worker:
     def _finished(self, trial: Trial, outcome: Outcome) -> Finished:
         if not outcome.modules:
             return Finished(trial, outcome, None)
-        paths = frozenset(outcome.modules)
-        if paths not in self._fingerprints:
-            self._fingerprints[paths] = fingerprint_model(self._model, list(outcome.modules))
         adapter = Adapter(
             modules=dict(outcome.modules),
             base_model=self._setting.base,
-            base_fingerprint=self._fingerprints[paths],
+            base_fingerprint=self._adapted.restricted_to(outcome.modules),
             training={"task_type": "CAUSAL_LM", "lora_dropout": trial.lora.dropout},
         )
         return Finished(trial, replace(outcome, modules=None), adapter)
 
 
-def _require_targets(model: PreTrainedModel, trials: Sequence[Trial]) -> None:
-    """Select the modules of every kind of candidate, and say all that cannot be."""
-    seen, problems = set(), Problems()
+def _select_targets(model: PreTrainedModel, trials: Sequence[Trial]) -> list[str]:
+    """Return the modules that any candidate adapts, or say all that cannot be selected."""
+    seen, selected, problems = set(), dict[str, None](), Problems()
     for trial in trials:
         kind = (trial.lora.targets, trial.lora.layers)
         if kind in seen:
             continue
         seen.add(kind)
         try:
-            select_targets(model, trial.lora)
+            selected |= dict.fromkeys(select_targets(model, trial.lora))
         except LoraportError as error:
             if len({(t.lora.targets, t.lora.layers) for t in trials}) == 1:
                 raise
             problems.add(trial.name, "modules to adapt", str(error).replace("\n", " "))
     problems.raise_if_any("the sweep cannot be run")
+    return list(selected)
