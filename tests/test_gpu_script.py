@@ -1,6 +1,7 @@
 """The GPU script's own logic, tried on the CPU; what it measures is not looked at."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,11 @@ SCRIPT = Path(__file__).parent / "benchmarks" / "gpu.py"
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False
+        [sys.executable, SCRIPT, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -25,16 +30,41 @@ def test_without_a_gpu_it_says_so_and_ends_well():
 
 def test_every_section_gives_its_figures(tiny_base, tmp_path):
     arguments = ("--device", "cpu", "--base", tiny_base, "--steps", 1, "--precisions", "fp32")
-    chosen = "parity,swaps,decode,rows"
-    done = run(*arguments, "--only", chosen, "--json", tmp_path / "figures.json")
+    chosen = "parity,swaps,decode,rows,losses,speed,memory"
+    options = ("--tiny", "--only", chosen, "--json", tmp_path / "figures.json")
+    done = run(*arguments, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["what"]: row for row in json.loads((tmp_path / "figures.json").read_text())}
-    names = ("machine", "parity fp32", "swap, fp32", "decode, fp32, rank 16")
-    assert list(rows) == [*names, "8 rows with 8 adapters, fp32"]
+    assert all(row["figure"] in done.stdout for row in rows.values())
+    beside = [
+        f"training {base}, bf16, rows of 32 to 256, {title}"
+        for base in (tiny_base.name, "tiny")
+        for title in ("PEFT, plain loop", "PEFT, Trainer", "loraport")
+    ]
+    nf4 = "training tiny, NF4, rank 16, one row of 64"
+    assert list(rows) == [
+        "machine",
+        "parity fp32",
+        "parity fp32: rows with adapters of their own",
+        "swap, fp32",
+        "decode, fp32, rank 16",
+        "8 rows with 8 adapters, fp32",
+        "training float32, against float64 on the CPU",
+        "training bfloat16, against float64 on the CPU",
+        *beside,
+        nf4,
+        f"{nf4}, --dry-run",
+        f"{nf4}, PEFT, plain loop",
+    ]
     checks = rows["parity fp32"]["figure"].split()
     assert checks[0] == checks[2]
     assert int(checks[0]) > 15
-    assert all(row["figure"] in done.stdout for row in rows.values())
+
+
+def test_a_base_that_is_not_to_be_had_is_made(tmp_path):
+    done = run("--device", "cpu", "--base", tmp_path / "none", "--tiny", "--only", "losses")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "random weights  # in SmolLM2's shape, for base" in done.stdout
 
 
 def test_a_section_that_fails_hides_no_other_and_shows_in_the_exit_code(tiny_base):
@@ -42,3 +72,17 @@ def test_a_section_that_fails_hides_no_other_and_shows_in_the_exit_code(tiny_bas
     done = run(*arguments, "--only", "swaps,rows")
     assert done.returncode == 1
     assert done.stdout.count("FAILED: LoraportError") == 2
+
+
+def test_without_peft_and_bitsandbytes_it_says_so_and_fails_nowhere(tiny_base, tmp_path):
+    hidden = "import importlib.util as u, sys; find = u.find_spec\n"
+    hidden += "u.find_spec = lambda n, *a: None if n in ('peft', 'bitsandbytes') else find(n, *a)\n"
+    hidden += f"sys.argv[0] = {str(SCRIPT)!r}; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+    hidden += "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = ("--device", "cpu", "--base", tiny_base, "--tiny", "--only", "speed,memory")
+    command = [sys.executable, "-c", hidden, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PEFT not measured: peft is not installed" in done.stdout
+    assert "not measured: bitsandbytes is not installed" in done.stdout
+    assert done.stdout.count("ms a step") == 2

@@ -1,99 +1,144 @@
 """Step time and peak memory of training, beside PEFT in a plain loop and in transformers' Trainer.
 
     python tests/benchmarks/train.py [--rows chat] [--device cuda --dtype bfloat16] [--rounds 3]
+    python tests/benchmarks/train.py --base llama-1b ...      (random weights: see random_llamas.py)
 
 Every measurement is a process of its own; the three take turns, round after round. All train the
-same rows, rank 16 on all linear layers of SmolLM2-135M, AdamW, gradients clipped. Time is the mean
-of a process's steps after the first two, the median of the rounds. Memory is the largest resident
-set (on a GPU: allocated memory) after the base was loaded.
+same rows, rank 16 on all linear layers, AdamW, gradients clipped, on the same frozen base. Time is
+the mean of a process's steps after the first two, the median of the rounds. Memory is the largest
+resident set (on a GPU: allocated memory) after the base was loaded.
 
 Rows are 4 a step, each tool in its own batches, PEFT's shuffled and padded as a DataLoader does it:
 
-- ``text``: 32 to 256 random tokens, all learned;
+- ``text``: 32 to 256 random tokens (``--longest``), all learned;
 - ``chat``: the same 48 tokens (a system prompt), a question of 8 to 120 and an answer of 8 to 80
-  tokens, of which the answer alone is learned.
+  tokens, of which the answer alone is learned;
+- ``long``: one row a step, of ``--longest`` tokens, all learned.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from random_llamas import SHAPES, random_llama
 
 from loraport.base_model import load_causal_lm
 from loraport.training import LoopOptions, LoraOptions, attach, train
 from loraport.training.batches import IGNORED, Row, collate
+from loraport.training.frozen_base import checkpoint_activations
 from loraport.training.language_model import language_model_loss
 from loraport.training.observer import Silent
 from loraport.training.packing import make_batches
 
-ROWS, LONGEST, RANK, RATE, WARM = 4, 256, 16, 1e-3, 2
+ROWS, RANK, RATE = 4, 16, 1e-3
+_LONGEST_CHILD = 600  # seconds
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CHOICES = {
+    "device": ["cpu", "cuda"],
+    "dtype": ["float32", "bfloat16"],
+    "base_dtype": ["float32", "bfloat16", "nf4"],
+    "rows": ["text", "chat", "long"],
+}
 
 
-def rows(kind, steps):
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and on what."""
+
+    base: str = "smollm2"
+    device: str = "cpu"
+    dtype: str = "float32"
+    base_dtype: str = "float32"
+    rows: str = "text"
+    longest: int = 256
+    steps: int = 12
+    warm: int = 2
+    checkpointing: int = 0
+
+    def flags(self):
+        return [f"--{key.replace('_', '-')}={value}" for key, value in asdict(self).items()]
+
+    @property
+    def batch(self):
+        return 1 if self.rows == "long" else ROWS
+
+
+def rows(setting, vocabulary):
     numbers = np.random.default_rng(0)
+    highest = min(40000, vocabulary)
 
     def tokens(shortest, longest):
-        return numbers.integers(3, 40000, numbers.integers(shortest, longest)).tolist()
+        return numbers.integers(3, highest, numbers.integers(shortest, longest)).tolist()
 
     system, made = tokens(48, 49), []
-    for _ in range(ROWS * steps):
-        if kind == "text":
-            prompt, answer = [], tokens(32, LONGEST)
-        else:
+    for _ in range(setting.batch * setting.steps):
+        if setting.rows == "chat":
             prompt, answer = system + tokens(8, 121), tokens(8, 81)
+        else:
+            shortest = setting.longest if setting.rows == "long" else 32
+            prompt, answer = [], tokens(shortest, setting.longest + (setting.rows == "long"))
         labels = [IGNORED] * len(prompt) + answer
         made.append(Row(tuple(prompt + answer), tuple(labels)))
     return made
 
 
-def padded(arguments):
+def padded(model, setting):
     """Batches of rows in a random order, padded to the longest."""
-    found = rows(arguments.rows, arguments.steps)
-    order = np.random.default_rng(1).permutation(len(found)).reshape(-1, ROWS)
+    found = rows(setting, model.config.vocab_size)
+    order = np.random.default_rng(1).permutation(len(found)).reshape(-1, setting.batch)
     return [collate([found[index] for index in part], 0) for part in order]
 
 
 class Clock(Silent):
-    """Notes when steps end."""
+    """Notes when steps end; a GPU is waited for only where that counts."""
 
-    def __init__(self):
-        self.times = []
+    def __init__(self, setting):
+        self.setting, self.times = setting, []
 
     def stepped(self, **_):
         self.tick()
 
     def tick(self):
-        if torch.cuda.is_available():
+        counts = len(self.times) + 1 in (self.setting.warm, self.setting.steps)
+        if counts and self.setting.device == "cuda":
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
 
     def seconds(self):
         """Return the mean of the steps that count."""
-        return (self.times[-1] - self.times[WARM - 1]) / (len(self.times) - WARM)
+        warm = self.setting.warm
+        return (self.times[-1] - self.times[warm - 1]) / (len(self.times) - warm)
 
 
-def loraport(model, arguments, clock):
+def loraport(model, setting, clock):
     attach(model, LoraOptions(rank=RANK, targets=tuple(TARGETS)))
+    if setting.checkpointing:
+        checkpoint_activations(model)
+    found = rows(setting, model.config.vocab_size)
     data = make_batches(
-        model, rows(arguments.rows, arguments.steps), ROWS, 0, 0, packing="auto", max_length=LONGEST
+        model, found, setting.batch, 0, 0, packing="auto", max_length=setting.longest
     )
     options = LoopOptions(
-        learning_rate=RATE, steps=arguments.steps, device=arguments.device, dtype=arguments.dtype
+        learning_rate=RATE, steps=setting.steps, device=setting.device, dtype=setting.dtype
     )
     train(model, data, language_model_loss, options, observer=clock)
 
 
-def peft_model(model):
+def peft_model(model, setting):
     from peft import LoraConfig, get_peft_model
 
+    model.is_loaded_in_4bit = setting.base_dtype == "nf4"  # as transformers marks it
+    if setting.checkpointing:
+        checkpoint_activations(model)
     return get_peft_model(
         model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS)
     ).train()
@@ -104,14 +149,15 @@ def inputs(batch):
     return {"input_ids": batch.tokens, "attention_mask": mask, "labels": batch.labels}
 
 
-def peft_loop(model, arguments, clock):
-    model = peft_model(model)
+def peft_loop(model, setting, clock):
+    batches = padded(model, setting)
+    model = peft_model(model, setting)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
-    rounded = arguments.dtype == "bfloat16"
-    for batch in padded(arguments):
-        feeds = {name: tensor.to(arguments.device) for name, tensor in inputs(batch).items()}
-        with torch.autocast(arguments.device, torch.bfloat16, enabled=rounded):
+    rounded = setting.dtype == "bfloat16"
+    for batch in batches:
+        feeds = {name: tensor.to(setting.device) for name, tensor in inputs(batch).items()}
+        with torch.autocast(setting.device, torch.bfloat16, enabled=rounded):
             loss = model(**feeds, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
@@ -121,7 +167,7 @@ def peft_loop(model, arguments, clock):
         clock.tick()
 
 
-def peft_trainer(model, arguments, clock):
+def peft_trainer(model, setting, clock):
     from torch.utils.data import DataLoader
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -133,10 +179,11 @@ def peft_trainer(model, arguments, clock):
         def get_train_dataloader(self):
             return DataLoader(self.train_dataset, batch_size=None)
 
+    batches = padded(model, setting)
     with tempfile.TemporaryDirectory() as scratch:
         options = TrainingArguments(
             scratch,
-            max_steps=arguments.steps,
+            max_steps=setting.steps,
             per_device_train_batch_size=1,  # a batch of rows that are already side by side
             learning_rate=RATE,
             save_strategy="no",
@@ -144,14 +191,14 @@ def peft_trainer(model, arguments, clock):
             report_to=[],
             disable_tqdm=True,
             remove_unused_columns=False,
-            use_cpu=arguments.device == "cpu",
-            bf16=arguments.dtype == "bfloat16",
-            dataloader_pin_memory=arguments.device != "cpu",
+            use_cpu=setting.device == "cpu",
+            bf16=setting.dtype == "bfloat16",
+            dataloader_pin_memory=setting.device != "cpu",
         )
         InOrder(
-            model=peft_model(model),
+            model=peft_model(model, setting),
             args=options,
-            train_dataset=[inputs(batch) for batch in padded(arguments)],
+            train_dataset=[inputs(batch) for batch in batches],
             callbacks=[Ticks()],
         ).train()
 
@@ -159,53 +206,83 @@ def peft_trainer(model, arguments, clock):
 PEERS = {"PEFT, plain loop": peft_loop, "PEFT, Trainer": peft_trainer, "loraport": loraport}
 
 
-def measure(title, arguments):
-    """Train in this process, and print what it took."""
-    clock = Clock()
-    model = load_causal_lm("smollm2", dtype=torch.float32, device=arguments.device)
-    if arguments.device == "cuda":
+def base_model(setting):
+    if setting.base in SHAPES:
+        return random_llama(setting.base, setting.device, setting.base_dtype)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting.base_dtype]
+    return load_causal_lm(setting.base, dtype=dtype, device=setting.device)
+
+
+def measure(title, setting):
+    """Train in this process, and return what it took."""
+    clock = Clock(setting)
+    model = base_model(setting)
+    if setting.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the largest set so far is forgotten
-    PEERS[title](model, arguments, clock)
-    if arguments.device == "cuda":
+    with contextlib.redirect_stdout(sys.stderr):  # the Trainer has something to say
+        PEERS[title](model, setting, clock)
+    if setting.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         status = Path("/proc/self/status").read_text().splitlines()
         peak = 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    print(json.dumps({"seconds": clock.seconds(), "peak": peak}))
+    return {"seconds": clock.seconds(), "peak": peak}
+
+
+def measure_apart(title, setting):
+    """Train in a process of its own, so that one's memory is not another's."""
+    command = [sys.executable, __file__, *setting.flags(), "--child", title]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_CHILD)
+    if child.returncode:
+        raise RuntimeError(f"{title}: {(child.stderr.strip().splitlines() or ['?'])[-1]}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def compare(setting, titles=tuple(PEERS), rounds=1, apart=True):
+    """Measure peers in turns; return title → median seconds a step and peak bytes.
+
+    Args:
+        setting: What they train.
+        titles: Which peers.
+        rounds: How often.
+        apart: Each in a process of its own; otherwise memory means little.
+
+    Raises:
+        RuntimeError: If one of them fails, with its last line.
+    """
+    found = {title: [] for title in titles}
+    for _ in range(rounds):
+        for title in titles:
+            found[title].append((measure_apart if apart else measure)(title, setting))
+    return {
+        title: tuple(statistics.median(one[key] for one in made) for key in ("seconds", "peak"))
+        for title, made in found.items()
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--rows", default="text", choices=["text", "chat"])
-    parser.add_argument("--steps", type=int, default=12)
+    for field in fields(Setting):
+        flag = f"--{field.name.replace('_', '-')}"
+        chosen = CHOICES.get(field.name)
+        parser.add_argument(flag, default=field.default, type=field.type, choices=chosen)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", choices=list(PEERS))
-    arguments = parser.parse_args()
-    if arguments.child:
-        measure(arguments.child, arguments)
+    values = vars(parser.parse_args())
+    rounds, child = values.pop("rounds"), values.pop("child")
+    setting = Setting(**values)
+    if child:
+        print(json.dumps(measure(child, setting)))
         return
-    found = {title: [] for title in PEERS}
-    for _ in range(arguments.rounds):
-        for title in PEERS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--child", title]
-            child = subprocess.run(command, capture_output=True, text=True)
-            if child.returncode:
-                raise SystemExit(f"{title}: {child.stderr.strip().splitlines()[-1]}")
-            found[title].append(json.loads(child.stdout.splitlines()[-1]))
-    setting = f"{arguments.device}, {arguments.dtype}"
-    print(f"SmolLM2-135M, {setting}, {ROWS} rows of {arguments.rows} a step")
+    try:
+        medians = compare(setting, rounds=rounds)
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
+    kind = f"{setting.device}, {setting.dtype}, base in {setting.base_dtype}"
+    print(f"{setting.base}, {kind}, {setting.batch} rows of {setting.rows} a step")
     print(f"{'':18} {'ms/step':>8} {'peak MB':>8} {'time to ours':>13} {'memory to ours':>15}")
-    medians = {
-        title: (
-            statistics.median(one["seconds"] for one in made),
-            statistics.median(one["peak"] for one in made),
-        )
-        for title, made in found.items()
-    }
     own_time, own_peak = medians["loraport"]
     for title, (step, peak) in medians.items():
         ratios = f"{own_time / step:13.3f} {own_peak / peak:15.3f}"

@@ -1,0 +1,1 @@
+"""The parts of `gpu.py`, one file for each kind of figure."""

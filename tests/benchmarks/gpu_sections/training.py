@@ -1,0 +1,134 @@
+"""Training: losses against float64 on the CPU, step time beside PEFT, the memory of 7B in NF4."""
+
+import copy
+import importlib.util
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from random_llamas import config_of
+from torch.nn import functional as F
+from train import PEERS, RANK, TARGETS, Setting, compare
+
+from gpu_sections.place import Place, Row
+from loraport.training import LoopOptions, LoraOptions, TrainOptions, attach, train
+from loraport.training.dry_run import dry_run
+
+# How far a step's loss may be from float64's: 24 bits of mantissa (TF32 off), or 8.
+_BOUNDS = {"float32": 1e-3, "bfloat16": 5e-2}
+OURS, LOOP = "loraport", "PEFT, plain loop"
+
+
+def losses(place: Place) -> Iterator[Row]:
+    """A few steps of a tiny model, each against the same step in float64 on the CPU."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config_of("tiny"))
+    tokens = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(3))
+
+    def told(model: LlamaForCausalLM, device: str, dtype: str) -> list[float]:
+        attach(model, LoraOptions(rank=4))
+        options = LoopOptions(steps=6, learning_rate=0.03, device=device, dtype=dtype)
+        return [loss for _, loss in train(model, [tokens] * 6, next_token_loss, options).losses]
+
+    expected = told(copy.deepcopy(model).double(), "cpu", "float32")
+    for dtype, bound in _BOUNDS.items():
+        got = told(copy.deepcopy(model), place.device, dtype)
+        far = max(abs(mine - other) for mine, other in zip(got, expected, strict=True))
+        learnt = expected[0] - expected[-1]
+        figure = f"losses of 6 steps at most {far:.2g} from float64, which learns {learnt:.2g}"
+        if not far <= bound < learnt / 2:
+            figure = f"FAILED {figure}"
+        yield Row(f"training {dtype}, against float64 on the CPU", figure, f"allowed {bound:g}")
+
+
+def next_token_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross entropy, from all logits."""
+    logits = model(input_ids=tokens).logits.float()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def speed(place: Place) -> Iterator[Row]:
+    """Step time and peak memory beside PEFT, bfloat16, in processes of their own."""
+    titles = peers()
+    if LOOP not in titles:
+        yield Row("training beside PEFT", "PEFT not measured: peft is not installed")
+    narrow = {"device": place.device, "dtype": "bfloat16", "base_dtype": "bfloat16"}
+    for base in (place.base, "tiny" if place.tiny else "llama-1b"):
+        sizes = {"steps": 4} if place.tiny else {"steps": 40, "warm": 10, "longest": 1024}
+        setting = Setting(base=base, **narrow, **sizes)
+        found = compare(setting, titles, apart=not place.tiny)
+        own_time, own_peak = found[OURS]
+        for title, (seconds, peak) in found.items():
+            figure = f"{1e3 * seconds:.1f} ms a step, peak {peak / 1e9:.2f} GB"
+            if title != OURS:
+                ratios = (
+                    f"{own_time / seconds:.3f} of the time, {own_peak / peak:.3f} of the memory"
+                )
+                figure += f"; loraport: {ratios}"
+            what = f"training {Path(base).name}, bf16, rows of 32 to {setting.longest}"
+            yield Row(f"{what}, {title}", figure)
+
+
+def memory(place: Place) -> Iterator[Row]:
+    """One long row through 7B in NF4, with checkpointing: the peak, and what was predicted."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield Row("training in NF4", "not measured: bitsandbytes is not installed")
+        return
+    shape, length = ("tiny", 64) if place.tiny else ("llama-7b", 2048)
+    setting = Setting(
+        base=shape,
+        device=place.device,
+        dtype="bfloat16",
+        base_dtype="nf4",
+        rows="long",
+        longest=length,
+        steps=3,
+        warm=1,
+        checkpointing=1,
+    )
+    predicted = predicted_peak(setting)
+    titles = tuple(title for title in peers() if title in (OURS, LOOP))
+    found = compare(setting, titles)
+    title = f"training {shape}, NF4, rank {RANK}, one row of {length}"
+    seconds, peak = found[OURS]
+    fits = ", ".join(
+        f"{'under' if peak < size else 'OVER'} {size / 1e9:g} GB" for size in (16e9, 10e9)
+    )
+    figure = f"peak {peak / 1e9:.2f} GB ({fits}), {seconds:.2f} s a step"
+    yield Row(title, figure if peak < 16e9 else f"FAILED {figure}")
+    yield Row(
+        f"{title}, --dry-run",
+        f"predicts {predicted / 1e9:.2f} GB, {predicted / peak:.3f} of the peak",
+    )
+    if LOOP in found:
+        seconds, peer = found[LOOP]
+        figure = f"peak {peer / 1e9:.2f} GB, {seconds:.2f} s a step; loraport: {peak / peer:.3f}"
+        yield Row(f"{title}, {LOOP}", f"{figure} of the memory")
+    else:
+        yield Row(f"{title}, {LOOP}", "not measured: peft is not installed")
+
+
+def predicted_peak(setting: Setting) -> int:
+    """Return what ``loraport train --dry-run`` says of the same run."""
+    options = TrainOptions(
+        lora=LoraOptions(rank=RANK, targets=tuple(TARGETS)),
+        loop=LoopOptions(device=setting.device, dtype=setting.dtype),
+        batch_size=setting.batch,
+        max_length=setting.longest,
+        gradient_checkpointing=bool(setting.checkpointing),
+        base_dtype=setting.base_dtype,
+    )
+    config = config_of(setting.base)
+    config.architectures = ["LlamaForCausalLM"]
+    with tempfile.TemporaryDirectory() as directory:
+        config.save_pretrained(directory)
+        return dry_run(str(Path(directory)), options).prediction.total
+
+
+def peers() -> tuple[str, ...]:
+    """Return who can be measured here."""
+    there = importlib.util.find_spec("peft") is not None
+    return tuple(title for title in PEERS if there or title == OURS)

@@ -1,0 +1,118 @@
+"""Language models with random weights in the shapes of real ones: made in place, nothing is read.
+
+A step takes as long and as much memory with random weights as with trained ones. Weights are drawn
+layer by layer on the device, and quantized there at once, so that making a model never takes more
+memory than having it.
+"""
+
+import torch
+from torch import nn
+
+from loraport.training.quantized_base import quantize_linears
+
+# As in the models' own config.json.
+SHAPES = {
+    "tiny": {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "llama-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "llama-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+    },
+}
+
+
+def config_of(shape):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**SHAPES[shape])
+
+
+def random_llama(shape, device, storage="float32", deviation=0.02):
+    """Return a Llama in evaluation mode.
+
+    Args:
+        shape: One of `SHAPES`.
+        device: Where its weights are drawn.
+        storage: ``float32``, ``bfloat16`` or ``nf4`` (what is not quantized is bfloat16 then).
+        deviation: Of the weights.
+    """
+    from transformers import LlamaForCausalLM
+
+    config = config_of(shape)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.to(torch.float32 if storage == "float32" else torch.bfloat16)
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        _draw(layer, device, deviation)
+        if storage == "nf4":
+            quantize_linears(layer, "nf4", torch.device(device))
+    # Its frequencies are computed, not drawn.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    for part in (model.model.embed_tokens, model.model.norm, model.lm_head):
+        _draw(part, device, deviation)
+    model.tie_weights()
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    return model.eval()
+
+
+def save_random_base(shape, directory):
+    """Save a model with a tokenizer of single bytes; return the directory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    bytewise.add_special_tokens(["<s>", "</s>"])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, **special)
+    # As wide as a trained model's weights: adapters then change the outputs about as much.
+    model = random_llama(shape, "cpu", deviation=0.06)
+    for name in ("bos", "eos", "pad"):
+        setattr(model.config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@torch.no_grad()
+def _draw(part, device, deviation):
+    part.to_empty(device=device)
+    for parameter in part.parameters():
+        if parameter.dim() == 1:
+            nn.init.ones_(parameter)
+        else:
+            parameter.normal_(std=deviation)
