@@ -130,6 +130,10 @@ def run_sweep(
     with only_process(out):
         try:
             return _run(base, data, out, options, validation, resume, force, observer)
+        except KeyboardInterrupt:
+            if (work := _work(out)).exists():
+                observer.note(f"{work} keeps what was finished: continue with --resume")
+            raise
         finally:
             observer.finished()
 
@@ -145,7 +149,7 @@ def _run(
     observer: SweepObserver,
 ) -> SweepResult:
     trials = options.grid.trials(options.train.lora)
-    work = out.with_name(f"{out.name}.sweep")
+    work = _work(out)
     refuse_existing(out, force=force)
     if work.exists() and not (resume or force):
         raise LoraportError(
@@ -192,6 +196,10 @@ def _run(
     _write(out, finished_ones, result, keep_all=options.keep_all, force=force)
     shutil.rmtree(work)
     return result
+
+
+def _work(out: Path) -> Path:
+    return out.with_name(f"{out.name}.sweep")
 
 
 def _train_here(

@@ -24,7 +24,7 @@ Group = tuple[Trial, ...]
 Passes = Generator[tuple[Group, list[Finished]], None, None]
 
 # Seconds: between looks at the workers; until a wait is explained; to reach a cluster.
-_POLL, _PATIENCE, _REACH = 0.5, 30.0, 5.0
+_POLL, _PATIENCE, _REACH = 0.2, 30.0, 5.0
 _LIVES = 2  # workers that may die of one group, or one after the other while they load
 
 
@@ -36,11 +36,13 @@ class Cluster:
         workers: How many.
         cpus: Cores of each.
         gpus: GPUs of each: 1 or 0.
+        lasting: Whether Ray is used on afterwards, so that workers have to be ended one by one.
     """
 
     workers: int
     cpus: int
     gpus: int
+    lasting: bool = False
 
     def train(
         self,
@@ -92,8 +94,9 @@ class Cluster:
                     if request.signal_number is not None:
                         raise Stopped(request.signal_number)
         finally:
-            for hand in hands:
-                hand.end()
+            if self.lasting:
+                for hand in hands:
+                    hand.end()
 
 
 class _Hand:
@@ -163,7 +166,7 @@ class _Deal:
         self._observer = observer
         self._base = base
         self._first: Loaded | None = None
-        self._deaths: Counter[Group] = Counter()
+        self._deaths: Counter[str] = Counter()  # by the names of what was trained
         self._impatient_at = time.monotonic() + _PATIENCE
 
     def passes(self) -> Iterator[tuple[Group, list[Finished] | None]]:
@@ -214,15 +217,15 @@ class _Deal:
 
     def _died(self, hand: _Hand, error: Exception) -> None:
         """Start a worker again whose process died; its group waits for the next that is free."""
-        group = hand.group
-        if group:
-            self._deaths[group] += 1
-            self._waiting.appendleft(group)
+        names = ", ".join(trial.name for trial in hand.group)
+        if names:
+            self._deaths[names] += 1
+            self._waiting.appendleft(hand.group)
         else:
             hand.deaths += 1
-        during = f"training {', '.join(trial.name for trial in group)}" if group else "loading"
+        during = f"training {names}" if names else "loading"
         died = f"a worker of the sweep died while {during}: {_reason(error)}"
-        if max(hand.deaths, self._deaths[group] if group else 0) >= _LIVES:
+        if max(hand.deaths, self._deaths[names]) >= _LIVES:
             raise LoraportError(
                 f"{died}; the one before it too: if memory ran out, lower --together or "
                 "--batch-size; candidates that were finished are kept: continue with --resume"
@@ -296,7 +299,8 @@ def connect(spread: Spread, device: str) -> Iterator[Cluster]:
     try:
         if ours:
             _init(spread.address)
-        yield _cluster([node for node in ray.nodes() if node["Alive"]], spread, device)
+        found = _cluster([node for node in ray.nodes() if node["Alive"]], spread, device)
+        yield replace(found, lasting=not ours)
     finally:
         if ours:
             ray.shutdown()
@@ -348,10 +352,11 @@ def _require(workers: int, found: int, what: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Return the line of Ray's report that says why a process died."""
+    """Return the sentence of Ray's report that says why a process died."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # What went wrong when it started is at the end of a traceback.
-    return (lines[-1] if "creation task" in lines[0] else lines[0]).rstrip(".")
+    # Of an actor's the end is worth reading: a fact, or the end of a traceback.
+    line = lines[-1] if lines[0].startswith("The actor died") else lines[0]
+    return line.removeprefix("The actor is dead because ").split(". ")[0].rstrip(".")
 
 
 def _renamed(done: Finished, base: str) -> Finished:
