@@ -1,0 +1,184 @@
+"""Time and peak memory of a sweep of eight candidates that train together, beside eight runs.
+
+    python tests/benchmarks/sweep.py [--rows text] [--device cuda --dtype bfloat16] [--rounds 3]
+
+Ranks 4 to 32 and two learning rates on all linear layers of SmolLM2-135M, AdamW, gradients clipped:
+together in one pass (what `loraport sweep` does), one after the other as `loraport train` does it,
+and one after the other with PEFT in a plain loop. All train one epoch of the same rows, 4 a step
+(see train.py), each tool in its own batches. Every measurement is a process of its own that loads
+the base once; time counts from there until the last candidate is trained, memory is the largest
+resident set (on a GPU: allocated memory) since then.
+
+What the candidates learned is compared too: together they end at the losses they reach alone.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from itertools import product
+from pathlib import Path
+
+import torch
+from train import CHOICES, TARGETS, Setting, base_model, inputs, padded, rows  # the sibling
+
+from loraport.sweep.loss import grouped_language_model_loss
+from loraport.sweep.together import train_together
+from loraport.sweep.trial import Trial
+from loraport.training import LoopOptions, LoraOptions, attach, train
+from loraport.training.inject import detach
+from loraport.training.language_model import language_model_loss
+from loraport.training.packing import make_batches
+
+RANKS, RATES = (4, 8, 16, 32), (1e-3, 3e-3)
+TRIALS = [
+    Trial(f"r{rank} {rate:g}", LoraOptions(rank=rank, targets=tuple(TARGETS)), rate)
+    for rank, rate in product(RANKS, RATES)
+]
+_SAME = 1e-3  # of a loss: in float32 sums are in another order; bfloat16 rounds that away, too
+_SAME_ROUNDED = 2e-2
+
+
+def batches(model, setting):
+    found = rows(setting, model.config.vocab_size)
+    return make_batches(
+        model, found, setting.batch, 0, 0, packing="auto", max_length=setting.longest
+    )
+
+
+def loop(setting, rate=0.0):
+    return LoopOptions(
+        learning_rate=rate, steps=setting.steps, device=setting.device, dtype=setting.dtype
+    )
+
+
+def together(model, setting):
+    """Return every candidate's last training loss."""
+    found = train_together(
+        model, TRIALS, batches(model, setting), grouped_language_model_loss, loop(setting)
+    )
+    return [outcome.losses[-1][1] for outcome in found.values()]
+
+
+def one_by_one(model, setting):
+    losses = []
+    for trial in TRIALS:
+        attach(model, trial.lora)
+        options = loop(setting, trial.learning_rate)
+        result = train(model, batches(model, setting), language_model_loss, options)
+        losses.append(result.losses[-1][1])
+        detach(model)
+    return losses
+
+
+def peft_one_by_one(model, setting):
+    return [peft_run(model, setting, trial) for trial in TRIALS]
+
+
+def peft_run(model, setting, trial):
+    from peft import LoraConfig, get_peft_model
+
+    rank = trial.lora.rank
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS)
+    adapted = get_peft_model(model, config).train()
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=trial.learning_rate, weight_decay=0, fused=True)
+    for batch in padded(model, setting):
+        feeds = {name: tensor.to(setting.device) for name, tensor in inputs(batch).items()}
+        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.dtype == "bfloat16"):
+            loss = adapted(**feeds, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        last = loss.item()
+    adapted.unload()
+    return last
+
+
+PEERS = {
+    "PEFT, 8 runs": peft_one_by_one,
+    "loraport, 8 runs": one_by_one,
+    "loraport, together": together,
+}
+OURS, ALONE = "loraport, together", "loraport, 8 runs"
+
+
+def measure(title, setting):
+    """Train in this process, and return what it took and what was learned."""
+    model = base_model(setting)
+    if setting.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the largest set so far is forgotten
+    start = time.perf_counter()
+    losses = PEERS[title](model, setting)
+    if setting.device == "cuda":
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        status = Path("/proc/self/status").read_text().splitlines()
+        peak = 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    return {"seconds": time.perf_counter() - start, "peak": peak, "losses": losses}
+
+
+def measure_apart(title, setting):
+    command = [sys.executable, __file__, *setting.flags(), "--child", title]
+    child = subprocess.run(command, capture_output=True, text=True)
+    if child.returncode:
+        raise SystemExit(f"{title}: {(child.stderr.strip().splitlines() or ['?'])[-1]}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def require_same(found, setting):
+    """Refuse figures of a sweep that learns something else; return how far apart it is."""
+    one, other = (found[title][-1]["losses"] for title in (OURS, ALONE))
+    apart = max(abs(a - b) / b for a, b in zip(one, other, strict=True))
+    if not apart <= (_SAME if setting.dtype == "float32" else _SAME_ROUNDED):
+        raise SystemExit(f"together {one}, alone {other}: expected the same losses")
+    if not max(other) - min(other) > 10 * apart * max(other):
+        raise SystemExit(f"the candidates' losses {other}: expected some that differ")
+    return apart
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    defaults = {"rows": "chat", "steps": 3}
+    for field in fields(Setting):
+        flag, chosen = f"--{field.name.replace('_', '-')}", CHOICES.get(field.name)
+        default = defaults.get(field.name, field.default)
+        parser.add_argument(flag, default=default, type=field.type, choices=chosen)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--child", choices=list(PEERS))
+    values = vars(parser.parse_args())
+    rounds, child = values.pop("rounds"), values.pop("child")
+    setting = Setting(**values)
+    if child:
+        print(json.dumps(measure(child, setting)))
+        return
+    found = {title: [] for title in PEERS}
+    for _ in range(rounds):
+        for title in PEERS:
+            found[title].append(measure_apart(title, setting))
+    apart = require_same(found, setting)
+    print(
+        f"{setting.base}, {setting.device}, {setting.dtype}, {len(TRIALS)} candidates, "
+        f"{setting.steps} steps of {setting.batch} rows of {setting.rows}; last losses together "
+        f"and alone at most {apart:.1e} apart"
+    )
+    print(f"{'':20} {'s':>7} {'peak MB':>8} {'time to ours':>13} {'memory to ours':>15}")
+    medians = {
+        title: [statistics.median(one[key] for one in made) for key in ("seconds", "peak")]
+        for title, made in found.items()
+    }
+    own_time, own_peak = medians[OURS]
+    for title, (seconds, peak) in medians.items():
+        ratios = f"{own_time / seconds:13.3f} {own_peak / peak:15.3f}"
+        print(f"{title:20} {seconds:7.1f} {peak / 1e6:8.0f} {ratios}")
+
+
+if __name__ == "__main__":
+    main()
