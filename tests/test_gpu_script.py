@@ -74,7 +74,7 @@ def test_a_section_that_fails_hides_no_other_and_shows_in_the_exit_code(tiny_bas
     assert done.stdout.count("FAILED: LoraportError") == 2
 
 
-def test_without_peft_and_bitsandbytes_it_says_so_and_fails_nowhere(tiny_base, tmp_path):
+def test_without_peft_and_bitsandbytes_it_says_so_and_fails_nowhere(tiny_base):
     hidden = "import importlib.util as u, sys; find = u.find_spec\n"
     hidden += "u.find_spec = lambda n, *a: None if n in ('peft', 'bitsandbytes') else find(n, *a)\n"
     hidden += f"sys.argv[0] = {str(SCRIPT)!r}; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,7 +41,9 @@ def float_weight(layer: LoraLayer) -> torch.Tensor:
     if type(module.weight).__name__ == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        weight = dequantize_4bit(weight.data, module.weight.quant_state)
+        exact = copy.copy(module.weight.quant_state)
+        exact.dtype = torch.float32
+        weight = dequantize_4bit(weight.data, exact)
     elif type(module.weight).__name__ == "Int8Params":
         # Until the first forward pass the numbers and scales are the weight's, then the state's.
         scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB

@@ -12,18 +12,14 @@ import torch
 
 from loraport.base_model import model_without_weights, read_model_config, resolve_base
 from loraport.errors import LoraportError
-from loraport.training.activations import activations
-from loraport.training.chunked_loss import chunk_size
 from loraport.training.devices import Placement, choose_placement
 from loraport.training.memory_plan import KeptMemory, kept_memory
 from loraport.training.options import TrainOptions
 from loraport.training.output_head import output_head
+from loraport.training.step_memory import StepMemory, step_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_LOGIT_COPIES = 3  # the logits of a chunk in float32, their softmax, their gradient
-_BACKWARD_COPIES = 4  # gradients of a layer's widest tensors that live at once
 
 
 @dataclass(frozen=True)
@@ -31,20 +27,18 @@ class Prediction:
     """Bytes that a run takes at its peak, on one device.
 
     Attributes:
-        kept: What stays for the whole run.
-        activations: What autograd keeps of a full batch of the longest rows allowed.
-        temporary: The largest temporary tensors: logits of the loss's chunk or gradients of a
-            layer, and a dequantized weight. An estimate.
+        kept: What does not change from step to step.
+        step: What a step takes beside it on a full batch of the longest rows allowed; the
+            gradients are in it.
     """
 
     kept: KeptMemory
-    activations: int
-    temporary: int
+    step: StepMemory
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.kept.total + self.activations + self.temporary
+        return self.kept.beside_steps + self.step.peak
 
 
 @dataclass(frozen=True)
@@ -113,30 +107,12 @@ def predict(
     Raises:
         LoraportError: If nothing can be adapted or the model cannot be traced.
     """
-    shape = options.batch_size, options.max_length
     dtype = _base_dtype(directory, options.base_dtype, placement)
     model.to(dtype)
     kept = kept_memory(
         model, options.lora, options.base_dtype, dtype, optimizer=options.loop.optimizer
     )
-    whole = activations(model, options.lora, placement.dtype, shape, checkpointed=0)
-    held = whole.kept
-    if options.gradient_checkpointing:
-        number = options.checkpointed_layers
-        rest = activations(model, options.lora, placement.dtype, shape, checkpointed=number)
-        layers = max(1, int(getattr(model.config, "num_hidden_layers", 1)))
-        # What is kept while the last checkpointed layer is computed again.
-        held = rest.kept + whole.kept // layers
-    head = output_head(model)
-    assert head is not None
-    vocabulary, width = head.weight.shape  # type: ignore[misc]
-    tokens = shape[0] * shape[1]
-    chunk = min(chunk_size(vocabulary), tokens)
-    temporary = max(_LOGIT_COPIES * chunk * vocabulary * 4, _BACKWARD_COPIES * whole.largest)
-    if options.base_dtype in ("nf4", "int8"):
-        temporary += max(p.numel() for p in model.parameters()) * placement.dtype.itemsize
-    # The loss keeps the gradient of its hidden states.
-    return Prediction(kept, held + tokens * int(width) * 4, temporary)
+    return Prediction(kept, step_memory(model, options, placement))
 
 
 def available_memory(device: torch.device) -> int:

@@ -53,19 +53,22 @@ def narrow(model: nn.Module, storage: str, placement: Placement) -> None:
         LoraportError: If bitsandbytes is needed and not installed.
     """
     if storage in QUANTIZED:
-        quantize_linears(model, cast(Quantization, storage), placement.device)
+        quantize_linears(model, cast(Quantization, storage), placement.device, placement.dtype)
     if storage == "bfloat16" or (storage in QUANTIZED and placement.dtype is torch.bfloat16):
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def checkpoint_activations(model: PreTrainedModel, layers: int | None = None) -> None:
+def checkpoint_activations(
+    model: PreTrainedModel, layers: int | None = None, *, keep_random_state: bool = True
+) -> None:
     """Compute activations again in the backward pass instead of keeping them.
 
     Args:
         model: Changed in place.
         layers: Only in so many of its layers, the first ones; ``None`` for all.
+        keep_random_state: Drop out the same the second time.
 
     Raises:
         LoraportError: If the model does not support it, or has fewer layers.
@@ -78,7 +81,7 @@ def checkpoint_activations(model: PreTrainedModel, layers: int | None = None) ->
     # transformers renamed it; the older name warns where the newer one exists.
     newer = getattr(model, "activation_checkpointing_enable", None)
     enable = newer or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "preserve_rng_state": keep_random_state})
     if layers is None:
         return
     from transformers.modeling_layers import GradientCheckpointingLayer

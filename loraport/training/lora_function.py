@@ -9,6 +9,7 @@ token. ``W`` is frozen: it gets no gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,13 +109,13 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
         dtype: torch.dtype,
     ) -> torch.Tensor:
+        ctx.scaling, ctx.shape, ctx.x_dtype = scaling, x.shape, x.dtype
         rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [n, in]
         hidden = F.linear(rows, a.to(dtype)).mul_(scaling)  # [n, r]
         y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))  # [n, out]
         y.addmm_(hidden, b.to(dtype).T)
         ctx.save_for_backward(rows, hidden, weight, a, b)
-        ctx.scaling, ctx.shape, ctx.x_dtype = scaling, x.shape, x.dtype
-        return y.view(*x.shape[:-1], -1)
+        return _shaped(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable
@@ -147,7 +148,7 @@ class _AddLowRank(torch.autograd.Function):
         y = torch.addmm(base.reshape(-1, base.shape[-1]), hidden, b.to(base.dtype).T)
         ctx.save_for_backward(rows, hidden, a, b)
         ctx.scaling, ctx.shape, ctx.x_dtype = scaling, x.shape, x.dtype
-        return y.view(base.shape)
+        return _shaped(y, base.shape)
 
     @staticmethod
     @once_differentiable
@@ -161,6 +162,15 @@ class _AddLowRank(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_x = (narrow @ a.to(flat.dtype)).view(ctx.shape).to(ctx.x_dtype)
         return gradient, grad_x, grad_a, grad_b, None
+
+
+def _shaped(result: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return a result that nothing else holds in another shape.
+
+    Not as a view: autograd lets a model change in place what a node returns, but no view of it.
+    """
+    shaped: torch.Tensor = torch.ops.aten._unsafe_view.default(result, list(shape))
+    return shaped
 
 
 def _low_rank_gradients(

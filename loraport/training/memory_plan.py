@@ -38,7 +38,12 @@ class KeptMemory:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.base + self.adapter + self.gradients + self.optimizer
+        return self.beside_steps + self.gradients
+
+    @property
+    def beside_steps(self) -> int:
+        """What is there between steps: all but the gradients."""
+        return self.base + self.adapter + self.optimizer
 
 
 def kept_memory(

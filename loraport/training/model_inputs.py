@@ -53,6 +53,17 @@ def shortcuts(model: nn.Module) -> Shortcuts:
     return _measured[model]
 
 
+def assume_shortcuts(model: nn.Module, found: Shortcuts) -> None:
+    """Tell what a model's short cuts are, where it has no weights to measure them with."""
+    _measured[model] = found
+
+
+def attention_window(model: nn.Module) -> int:
+    """Return the length up to which every token may attend to all before it."""
+    sizes = [_setting(model, name) for name in ("sliding_window", "attention_chunk_size")]
+    return min([size for size in sizes if size] or [1 << 62])
+
+
 def model_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
     """Return a model's arguments for a batch.
 
@@ -113,7 +124,7 @@ def _measure(model: nn.Module) -> Shortcuts:
             # It does not take such arguments: then it is used as it wants to be.
             return Shortcuts(False, False, 0)
     expected = torch.cat([apart[0], apart[1, 3:]])  # the beginning is there once
-    return Shortcuts(padding, _near(laid, expected, mixed), _window(model))
+    return Shortcuts(padding, _near(laid, expected, mixed), attention_window(model))
 
 
 def _near(got: torch.Tensor, expected: torch.Tensor, wrong: torch.Tensor) -> bool:
@@ -122,12 +133,6 @@ def _near(got: torch.Tensor, expected: torch.Tensor, wrong: torch.Tensor) -> boo
         return False
     off, control = (got - expected).float().norm(), (wrong - expected).float().norm()
     return bool(off <= _APART * control)
-
-
-def _window(model: nn.Module) -> int:
-    """Return the length up to which every token may attend to all before it."""
-    sizes = [_setting(model, name) for name in ("sliding_window", "attention_chunk_size")]
-    return min([size for size in sizes if size] or [1 << 62])
 
 
 def _setting(model: nn.Module, name: str) -> int | None:

@@ -41,6 +41,11 @@ def logit_transform(model: nn.Module, head: nn.Module) -> LogitTransform | None:
     return _measured[model]
 
 
+def assume_transform(model: nn.Module, transform: LogitTransform) -> None:
+    """Tell what a model does to its head's result, where it has no weights to measure it with."""
+    _measured[model] = transform
+
+
 def _measure(model: nn.Module, head: nn.Module) -> LogitTransform | None:
     known: torch.Tensor | None = None
 

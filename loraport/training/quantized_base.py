@@ -13,7 +13,9 @@ from loraport.training.output_head import output_head
 Quantization = Literal["nf4", "int8"]
 
 
-def quantize_linears(model: nn.Module, kind: Quantization, device: torch.device) -> None:
+def quantize_linears(
+    model: nn.Module, kind: Quantization, device: torch.device, dtype: torch.dtype | None = None
+) -> None:
     """Quantize all linear layers but the output head, one after the other; the model stays so.
 
     What is left keeps its dtype. NF4 has blocks of 64 and quantized scales (Dettmers et al. 2023,
@@ -24,6 +26,8 @@ def quantize_linears(model: nn.Module, kind: Quantization, device: torch.device)
         model: Any module, without LoRA layers.
         kind: ``"nf4"`` or ``"int8"``.
         device: Where the quantized weights go; products are in the dtype of their input.
+        dtype: What NF4 weights are dequantized to for the backward pass: that of the products,
+            so that none is made in float32 first; what they were before where ``None``.
 
     Raises:
         LoraportError: If bitsandbytes is not installed.
@@ -33,10 +37,16 @@ def quantize_linears(model: nn.Module, kind: Quantization, device: torch.device)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if type(child) is nn.Linear and child is not kept:
-                parent._modules[name] = _quantized(library, child, kind, device)
+                parent._modules[name] = _quantized(library, child, kind, device, dtype)
 
 
-def _quantized(library: Any, linear: nn.Linear, kind: Quantization, device: torch.device) -> Any:
+def _quantized(
+    library: Any,
+    linear: nn.Linear,
+    kind: Quantization,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> Any:
     sizes = (linear.in_features, linear.out_features, linear.bias is not None)
     weight = linear.weight.data
     layer: Any
@@ -57,4 +67,7 @@ def _quantized(library: Any, linear: nn.Linear, kind: Quantization, device: torc
     layer.support_avx512bf16_for_cpu = False
     layer.bias = linear.bias
     layer.train(linear.training)
-    return layer.to(device)
+    layer = layer.to(device)
+    if kind == "nf4" and dtype is not None:
+        layer.weight.quant_state.dtype = dtype
+    return layer

@@ -117,10 +117,10 @@ def memory_table(found: DryRun) -> Table:
     for name, count in {
         "base, frozen": kept.base,
         "adapter": kept.adapter,
-        "gradients": kept.gradients,
         "optimizer": kept.optimizer,
-        "activations of a full batch": found.prediction.activations,
-        "temporary, about": found.prediction.temporary,
+        "a step at its peak": found.prediction.step.peak,
+        "  activations of a full batch": found.prediction.step.activations,
+        "  gradients": kept.gradients,
     }.items():
         table.add_row(name, f"{count / 1e9:.3f}")
     table.add_section()

@@ -8,6 +8,7 @@ memory than having it.
 import torch
 from torch import nn
 
+from loraport.parity.prompts import PROMPTS
 from loraport.training.quantized_base import quantize_linears
 
 # As in the models' own config.json.
@@ -88,17 +89,22 @@ def random_llama(shape, device, storage="float32", deviation=0.02):
 
 
 def save_random_base(shape, directory):
-    """Save a model with a tokenizer of single bytes; return the directory."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """Save a model with a tokenizer that knows the prompts of the parity protocol."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytewise = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    bytewise.add_special_tokens(["<s>", "</s>"])
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SHAPES["tiny"]["vocab_size"] if shape == "tiny" else 2000,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    pairs.train_from_iterator(PROMPTS * 2, trainer)
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, **special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, **special)
     # As wide as a trained model's weights: adapters then change the outputs about as much.
     model = random_llama(shape, "cpu", deviation=0.06)
     for name in ("bos", "eos", "pad"):

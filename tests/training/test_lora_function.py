@@ -67,6 +67,21 @@ def test_an_input_without_gradient_gets_none_and_a_transposed_weight_does():
     assert weight.grad is None
 
 
+@pytest.mark.parametrize("function", [lora_linear, add_low_rank])
+def test_a_model_may_change_the_output_in_place(function):
+    x, weight, bias, a, b = parts()
+    base = F.linear(x, weight, bias)
+    arguments = (x, weight, bias) if function is lora_linear else (base, x)
+    y = function(*arguments, a, b, 1.5)
+    y *= 2
+    y.sin().sum().backward()
+    other = parts()
+    beside = 2 * plain(*other, 1.5)
+    beside.sin().sum().backward()
+    for mine, expected in ((x, other[0]), (a, other[3]), (b, other[4])):
+        torch.testing.assert_close(mine.grad, expected.grad, **TOLERANCE)
+
+
 def kept_bytes(function, *leave_out):
     """Bytes that autograd keeps for the backward pass, each storage counted once."""
     kept = {}
