@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraport.bundle.slots import Slot, SlotTable
-from loraport.checkpoint import Checkpoint
 from loraport.errors import LoraportError, Problems
 from loraport.naming import weight_name
+from loraport.runtime.packed_file import read_whole
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,8 @@ def read_packed(file: Path, table: SlotTable) -> dict[str, torch.Tensor]:
     Raises:
         LoraportError: Naming every tensor that has no slot or does not fit it.
     """
-    checkpoint = Checkpoint(file)
-    shapes = {name: checkpoint.info(name).shape for name in checkpoint}
+    tensors = read_whole(file)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = Problems()
     known = set(table.inputs())
     for name in shapes.keys() - known:
@@ -58,7 +58,7 @@ def read_packed(file: Path, table: SlotTable) -> dict[str, torch.Tensor]:
         if got != replacement.shape:
             problems.add(replacement.input, f"{list(replacement.shape)}", f"{list(got)}")
     problems.raise_if_any(f"{file} does not fit the bundle's slots")
-    return {name: checkpoint.load(name) for name in checkpoint}
+    return tensors
 
 
 def _check_slot(slot: Slot, shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> None:

@@ -1,0 +1,65 @@
+"""Packed adapters read in one stretch, against safetensors' own reader."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loraport.errors import LoraportError
+from loraport.runtime.packed_file import read_whole
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file with every dtype, odd sizes and an empty tensor."""
+    random = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{number}.{dtype}": (torch.randn(3, 5 + number, generator=random) * 9).to(dtype)
+        for number, dtype in enumerate(DTYPES)
+    }
+    tensors["empty"] = torch.empty(0, 7)
+    save_file(tensors, tmp_path / "one.safetensors")
+    return tmp_path / "one.safetensors"
+
+
+def test_tensors_are_those_of_safetensors(file):
+    expected, got = load_file(file), read_whole(file)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype
+        assert torch.equal(got[name], tensor), name
+    assert not torch.equal(got["1.torch.float32"], got["1.torch.float32"].flip(0))
+
+
+def test_the_file_may_be_cut_short_afterwards(file):
+    expected, got = load_file(file), read_whole(file)
+    kept = {name: tensor.clone() for name, tensor in expected.items()}
+    del expected
+    os.truncate(file, 10)
+    assert all(torch.equal(got[name], tensor) for name, tensor in kept.items())
+
+
+def test_tensors_begin_where_vector_instructions_like_it(file):
+    assert min(tensor.data_ptr() for tensor in read_whole(file).values() if len(tensor)) % 64 == 0
+
+
+def test_dtypes_that_torch_lacks_are_named(tmp_path):
+    save_file({"a": torch.ones(2), "b": torch.ones(4).to(torch.float8_e5m2)}, tmp_path / "f8")
+    with pytest.raises(LoraportError, match=r"  - b: expected one of .*BF16.*, got F8_E5M2"):
+        read_whole(tmp_path / "f8")
+
+
+def test_a_file_that_shrinks_while_it_is_read(file, monkeypatch):
+    from loraport.runtime import packed_file
+
+    class Shrinking(packed_file.Checkpoint):
+        def __init__(self, path):
+            super().__init__(path)
+            os.truncate(path, path.stat().st_size - 1)
+
+    monkeypatch.setattr(packed_file, "Checkpoint", Shrinking)
+    with pytest.raises(LoraportError, match=r"one\.safetensors: expected \d+ bytes of tensors"):
+        read_whole(file)
