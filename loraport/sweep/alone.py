@@ -11,7 +11,6 @@ from loraport.sweep.loss import grouped_language_model_loss
 from loraport.sweep.observer import SweepObserver
 from loraport.sweep.trial import Outcome, Trial
 from loraport.sweep.validation import row_losses
-from loraport.training.batches import RowBatches
 from loraport.training.devices import choose_placement
 from loraport.training.faults import NotFiniteError
 from loraport.training.inject import attach, detach, lora_layers, lora_module
@@ -19,15 +18,16 @@ from loraport.training.language_model import language_model_loss
 from loraport.training.loop import train
 from loraport.training.options import LoopOptions
 from loraport.training.schedule import total_steps
+from loraport.training.stream import EpochBatches
 
 
 def train_alone(
     model: nn.Module,
     trial: Trial,
-    batches: RowBatches,
+    batches: EpochBatches,
     options: LoopOptions,
     *,
-    validation: RowBatches,
+    validation: EpochBatches,
     work: Path | None,
     observer: SweepObserver,
 ) -> Outcome:

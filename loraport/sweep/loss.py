@@ -11,6 +11,7 @@ from torch import nn
 
 from loraport.sweep.layers import CandidatesLayer
 from loraport.training.batches import IGNORED, TokenBatch
+from loraport.training.end_to_end import SegmentedBatch
 from loraport.training.language_model import cross_entropy_at, logits_at
 from loraport.training.output_head import output_head
 
@@ -19,7 +20,8 @@ class RowLosses(NamedTuple):
     """Sums of losses by candidate and row.
 
     Attributes:
-        totals: ``[count, rows]``, sums with a gradient.
+        totals: ``[count, rows]``, sums with a gradient; rows in the batch's order, also where
+            several lie in one sequence.
         weights: ``[rows]``, how many losses each sums; the same for every candidate.
         tokens: What throughput counts, of one candidate.
     """
@@ -38,10 +40,10 @@ def grouped_language_model_loss(model: nn.Module, batch: TokenBatch, count: int)
 
     Args:
         model: A causal language model whose rows are grouped by candidate.
-        batch: One candidate's batch, ``[rows, length]``.
+        batch: One candidate's batch, ``[batch, length]``: rows padded, or end to end.
         count: Candidates.
     """
-    labels = batch.labels[:, 1:]  # [rows, length - 1]
+    labels = batch.labels[:, 1:]  # [batch, length - 1]
     counted = labels != IGNORED
     targets = labels[counted].repeat(count)  # [count * n]
     repeated = repeat(batch, count)
@@ -54,12 +56,34 @@ def grouped_language_model_loss(model: nn.Module, batch: TokenBatch, count: int)
     else:
         losses = cross_entropy_at(model, repeated, positions, targets, "none")
     losses = losses.view(count, -1)
-    row = counted.nonzero()[:, 0]  # [n]
-    totals = losses.new_zeros(count, len(labels)).index_add(1, row, losses)
-    return RowLosses(totals, counted.sum(dim=1), batch.tokens.numel())
+    row, number = _rows(batch, counted)  # [n]
+    totals = losses.new_zeros(count, number).index_add(1, row, losses)
+    return RowLosses(totals, torch.bincount(row, minlength=number), batch.tokens.numel())
+
+
+def _rows(batch: TokenBatch, counted: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return the row of every label that counts, and how many rows there are.
+
+    Args:
+        batch: ``[batch, length]``.
+        counted: ``[batch, length - 1]`` bool, the labels that count, without the first.
+    """
+    if not isinstance(batch, SegmentedBatch) or batch.segments is None:
+        return counted.nonzero()[:, 0], len(counted)
+    each = batch.segments.amax(dim=1)  # rows of each sequence: they are numbered from 1
+    ends = each.cumsum(dim=0)
+    numbers = batch.segments - 1 + (ends - each)[:, None]
+    return numbers[:, 1:][counted], int(ends[-1])
 
 
 def repeat(batch: TokenBatch, count: int) -> TokenBatch:
     """Return a batch ``count`` times over, one after the other."""
-    mask = None if batch.mask is None else batch.mask.repeat(count, 1)
-    return TokenBatch(batch.tokens.repeat(count, 1), mask, batch.labels.repeat(count, 1))
+
+    def times(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.repeat(count, 1)
+
+    tokens, labels = batch.tokens.repeat(count, 1), batch.labels.repeat(count, 1)
+    if isinstance(batch, SegmentedBatch):
+        places, segments = times(batch.positions), times(batch.segments)
+        return SegmentedBatch(tokens, None, labels, positions=places, segments=segments)
+    return TokenBatch(tokens, times(batch.mask), labels)

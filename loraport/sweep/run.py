@@ -176,7 +176,7 @@ def _run(
         groups = group_trials(remaining, options.together, cluster.workers if cluster else 1)
         observer.planned(groups=len(groups), trials=len(trials), done=len(done))
         pad = padding_token(tokenizer)
-        setting = Setting(base, rows.train, rows.validation, pad, options.train)
+        setting = Setting(base, rows.train, rows.validation, pad, rows.length, options.train)
         if cluster:
             passes = cluster.train(setting, trials, groups, observer)
         else:

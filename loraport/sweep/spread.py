@@ -226,9 +226,10 @@ class _Deal:
         during = f"training {names}" if names else "loading"
         died = f"a worker of the sweep died while {during}: {_reason(error)}"
         if max(hand.deaths, self._deaths[names]) >= _LIVES:
+            memory = "; if memory ran out, lower --together or --batch-size" if names else ""
             raise LoraportError(
-                f"{died}; the one before it too: if memory ran out, lower --together or "
-                "--batch-size; candidates that were finished are kept: continue with --resume"
+                f"{died}; the one before it too{memory}; candidates that were finished are kept: "
+                "continue with --resume"
             ) from error
         self._observer.note(f"{died}; another is started")
         hand.end()
@@ -316,16 +317,19 @@ def _init(address: str) -> None:
         if address not in ("auto", "local"):
             _require_reachable(address)
         ray.init(**where, log_to_driver=False, logging_level="error")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise LoraportError(
             f"--ray {address}: expected the address of a Ray cluster that runs (HOST:PORT, or auto "
-            f"for the one this machine belongs to), or local, got: {error}"
+            f"for the one this machine belongs to), or local, got: {error}; if the cluster wants a "
+            "token, set RAY_AUTH_MODE=token"
         ) from error
 
 
 def _require_reachable(address: str) -> None:
     """Find out at once what Ray would find out after minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if "://" in address:
+        raise ValueError("one for clients; run the sweep on a machine of the cluster")
+    host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdecimal()):
         raise ValueError("no HOST:PORT")
     socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH).close()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from loraport.adapter import Adapter
 from loraport.base_model import fingerprint_model
@@ -21,11 +22,13 @@ from loraport.sweep.loss import grouped_language_model_loss
 from loraport.sweep.observer import SilentSweep, SweepObserver
 from loraport.sweep.together import train_together
 from loraport.sweep.trial import Outcome, Trial
-from loraport.training.batches import Row, RowBatches
+from loraport.training.batches import Row
 from loraport.training.devices import choose_placement
 from loraport.training.faults import MemoryRanOutError, faults_explained
 from loraport.training.frozen_base import checkpoint_activations, load_base
 from loraport.training.options import TrainOptions
+from loraport.training.packing import make_batches
+from loraport.training.stream import EpochBatches
 from loraport.training.targets import select_targets
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ class Setting:
         train: Training rows.
         validation: Held-out rows.
         pad: Token id to pad with.
+        length: Tokens of a row at most.
         options: How to train.
     """
 
@@ -48,15 +52,19 @@ class Setting:
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
     pad: int
+    length: int
     options: TrainOptions
 
-    def batches(self) -> tuple[RowBatches, RowBatches]:
+    def batches(self, model: nn.Module) -> tuple[EpochBatches, EpochBatches]:
         """Return batches to train on and to validate with, as ``loraport train`` has them."""
-        size, seed = self.options.batch_size, self.options.loop.seed
-        return (
-            RowBatches(self.train, size, self.pad, seed),
-            RowBatches(self.validation, size, self.pad, None),
-        )
+
+        def batches(rows: tuple[Row, ...], seed: int | None) -> EpochBatches:
+            size, packing = self.options.batch_size, self.options.packing
+            return make_batches(
+                model, rows, size, self.pad, seed, packing=packing, max_length=self.length
+            )
+
+        return batches(self.train, self.options.loop.seed), batches(self.validation, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +144,7 @@ class Worker:
 
     def _one_pass(self, trials: Sequence[Trial], work: Path | None) -> list[Finished]:
         names = [trial.name for trial in trials]
-        batches, validation = self._setting.batches()
+        batches, validation = self._setting.batches(self._model)
         loop = self._setting.options.loop
         if len(trials) == 1:
             outcomes = [

@@ -11,8 +11,10 @@ from loraport.sweep.observer import SilentSweep
 from loraport.sweep.together import train_together
 from loraport.sweep.trial import Trial
 from loraport.training import LoopOptions, LoraOptions, attach, lora_layers, train
-from loraport.training.batches import RowBatches
+from loraport.training.batches import IGNORED, Row, RowBatches, collate
+from loraport.training.end_to_end import SegmentedBatch, lay_end_to_end
 from loraport.training.language_model import language_model_loss
+from loraport.training.packing import make_batches
 
 SOME = ("q_proj", "v_proj", "down_proj")
 TRIALS = (
@@ -45,9 +47,9 @@ def together(model, trials, rows, options=OPTIONS, loss=grouped_language_model_l
     return train_together(model, trials, training, loss, options, validation=validation, **more)
 
 
-def alone(model, trial, rows, options=OPTIONS):
+def alone(model, trial, rows, options=OPTIONS, made=None):
     """Losses, validations and the layers that `train` leaves."""
-    training, validation = batches(rows)
+    training, validation = made or batches(rows)
     attach(model, trial.lora)
     result = train(
         model,
@@ -108,6 +110,54 @@ def test_each_candidate_equals_its_training_alone(make_llama, rows, trials, opti
                 left, right = one.modules[path], other.modules[path]
                 delta = (each.lora_B @ each.lora_A * each.scaling for each in (left, right))
                 assert left.kind != "linear" or torch.sub(*delta).abs().max() > 1e-3
+
+
+def test_rows_end_to_end_train_what_padded_rows_train(make_llama, rows):
+    """Against each alone: the same batches, and padded ones that float32 norms round otherwise."""
+    beginning = (9, 8, 7, 6)
+    longer = tuple(
+        Row(beginning + row.tokens, (IGNORED,) * len(beginning) + row.labels) for row in rows
+    )
+    options = replace(OPTIONS, early_stopping=99)
+
+    def laid(model):
+        return tuple(
+            make_batches(model, part, 3, 0, seed, packing="auto", max_length=64)
+            for part, seed in ((longer[:10], 5), (longer[10:], None))
+        )
+
+    model = make_llama().double()
+    training, validation = laid(model)
+    assert isinstance(next(iter(validation.epoch(0))), SegmentedBatch)
+    outcomes = train_together(
+        model, TRIALS, training, grouped_language_model_loss, options, validation=validation
+    )
+    padded = together(make_llama().double(), TRIALS, longer, options)
+    for trial in TRIALS:
+        model = make_llama().double()
+        result, layers = alone(model, trial, longer, options, laid(model))
+        outcome, other = outcomes[trial.name], padded[trial.name]
+        close(outcome.losses, result.losses, 1e-10)
+        close(outcome.validations, result.validations, 1e-10)
+        close(outcome.losses, other.losses, 1e-6)
+        assert outcome.row_weights == other.row_weights
+        assert outcome.row_losses == pytest.approx(other.row_losses, rel=1e-6)
+        assert len(set(outcome.row_losses)) == 4
+        for path, module in outcome.modules.items():
+            lora_a, lora_b = (matrix.detach() for matrix in layers[path].matrices())
+            torch.testing.assert_close(module.lora_A, lora_a, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(module.lora_B, lora_b, rtol=1e-7, atol=1e-9)
+
+
+def test_rows_of_several_sequences_keep_their_order(make_llama, rows):
+    """Two sequences of two and three rows."""
+    model = make_llama().double()
+    batch = lay_end_to_end([rows[:2], rows[2:5]], 0)
+    found = grouped_language_model_loss(model, batch, 2)
+    expected = grouped_language_model_loss(model, collate(rows[:5], 0), 2)
+    torch.testing.assert_close(found.totals, expected.totals, rtol=1e-10, atol=0)
+    assert found.weights.tolist() == expected.weights.tolist()
+    assert (found.totals[:, 1:] - found.totals[:, :-1]).abs().min() > 1e-3
 
 
 def spoiled(row, at_call):
