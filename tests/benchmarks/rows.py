@@ -1,10 +1,12 @@
 """Eight rows with eight different adapters beside eight rows with one, in one run.
 
-    python tests/benchmarks/rows.py [--precision int4] [--rank 16] [--steps 40] [--profile]
+    python tests/benchmarks/rows.py [--precision int4] [--rank 16] [--rounds 5] [--profile]
 
-A step of each variant in turn, medians compared: one token after a prompt of 64 (decode), and the
-prompt itself (prefill). First every row is compared with a run of its own, and must differ from a
-run with its neighbour's adapter. Adapters are random, rank R on all linear layers.
+One token after a prompt of 64 (decode), and the prompt itself (prefill). What has a session of its
+own is measured in a process of its own; the processes take turns, round after round, and ratios are
+taken within a round. With one adapter, with eight and one by one are runs of one session, in turns.
+First every row is compared with a run of its own, and must differ from a run with its neighbour's
+adapter. Adapters are random, rank R on all linear layers.
 """
 
 import argparse
@@ -12,14 +14,15 @@ import json
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from decode import random_adapter  # the sibling benchmarks
-from timing import medians
+from timing import child, medians, print_ratios
 
 from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.exporters.genai_builder import build_with_genai
@@ -36,6 +39,10 @@ from loraport.runtime.session import open_session
 ROWS, PROMPT = 8, 64
 STRENGTH = 8
 PROFILED_STEPS = 3
+DECODE, PREFILL = f"decode after {PROMPT} tokens", f"prefill of {PROMPT} tokens"
+ONE, EIGHT, ALONE = "one adapter", "eight adapters", "eight runs, one by one"
+PLAIN, ORDINARY = "graph without slots", "one adapter, slots not per row"
+SESSIONS = (PLAIN, ORDINARY, ONE)
 Inputs = Mapping[str, Any]
 
 
@@ -124,22 +131,39 @@ def verify(bundle: Path, names: Sequence[str], inputs: Inputs) -> str:
     )
 
 
-def variants(
-    plain: Lane, ordinary: Runtime | None, runtime: Runtime, names: Sequence[str], inputs: Inputs
-) -> dict[str, Callable[[], Any]]:
-    """Return what is timed: title → a run that ends with logits in numpy's hands."""
-    several, single = runtime.rows(names), runtime.rows(names[:1])
-    alone = [(runtime.lane(name), row(inputs, number)) for number, name in enumerate(names)]
-    made: dict[str, Callable[[], Any]] = {
-        "graph without slots": lambda: logits(plain, inputs),
-        "one adapter": lambda: logits(single, inputs, names[:1] * ROWS),
-        "eight adapters": lambda: logits(several, inputs, names),
-        "eight runs, one by one": lambda: [logits(lane, one) for lane, one in alone],
-    }
-    if ordinary is not None:
-        lane = ordinary.lane(names[0])
-        made["one adapter, slots not per row"] = lambda: logits(lane, inputs)
-    return made
+def measure(what: str, directory: Path, bundle: Path, names: Sequence[str], steps: int) -> Any:
+    """Return phase → title → median seconds, of one session in this process.
+
+    Args:
+        what: One of `SESSIONS`.
+        directory: Where its graph is.
+        bundle: A bundle, for the names of the inputs.
+        names: The adapters.
+        steps: Of decode; an eighth of prefill.
+    """
+    runtime = Runtime(bundle if what == PLAIN else directory, check=False)
+    if what == PLAIN:
+        runtime.session = open_session(directory / MODEL_FILE)  # the other goes, with its threads
+        lane = Lane(runtime.session, None, "cpu")
+    else:
+        lane = runtime.lane(names[0])
+    prompt = prompts(runtime)
+    decode = next_token(runtime, prompt, lane.run(prompt))
+    found = {}
+    for phase, inputs in ((DECODE, decode), (PREFILL, prompt)):
+        timed = {what: partial(logits, lane, inputs)}
+        if what == ONE:
+            one, eight = runtime.rows(names[:1]), runtime.rows(names)
+            alone = [(runtime.lane(name), row(inputs, i)) for i, name in enumerate(names)]
+            timed = {
+                ONE: partial(logits, one, inputs, names[:1] * ROWS),
+                EIGHT: partial(logits, eight, inputs, names),
+                ALONE: lambda alone=alone: [logits(lane, own) for lane, own in alone],
+            }
+        count = steps if phase == DECODE else max(steps // 8, 2)
+        times = medians(count, *timed.values(), warm=2 if phase == DECODE else 0)
+        found[phase] = dict(zip(timed, times, strict=True))
+    return found
 
 
 def logits(lane: Lane | Rows, inputs: Inputs, adapters: Sequence[str] = ()) -> Any:
@@ -187,49 +211,55 @@ def node_kinds(file: Path) -> dict[str, tuple[float, float]]:
     }
 
 
-def report(title: str, times: Mapping[str, float]) -> None:
-    reference = times["one adapter"]
-    print(f"{title:34} {'ms':>9} {'ratio':>6}")
-    for name, seconds in times.items():
-        print(f"{name:34} {1e3 * seconds:9.2f} {seconds / reference:6.3f}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "int4"])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=40, help="of decode; an eighth of prefill")
+    parser.add_argument("--steps", type=int, default=24, help="of decode; an eighth of prefill")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bundle", type=Path, help="with --per-row; exported here if not there")
     parser.add_argument("--ordinary", type=Path, help="the same without --per-row, to time too")
     parser.add_argument("--plain", type=Path, help="the builder's own graph; built here if none")
     parser.add_argument("--profile", action="store_true", help="tell where the time goes, too")
+    parser.add_argument("--child", nargs=3, metavar=("SESSION", "DIRECTORY", "NAMES"))
     arguments = parser.parse_args()
+    if arguments.child:
+        what, directory, names = arguments.child
+        own = (Path(directory), arguments.bundle, names.split(","), arguments.steps)
+        print(json.dumps(measure(what, *own)))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         bundle = arguments.bundle or Path(scratch) / "bundle"
         names = rows_bundle(bundle, arguments.precision, arguments.rank)
+        places = {ONE: bundle}
         if arguments.ordinary is not None:
+            places[ORDINARY] = arguments.ordinary
             with_adapters(arguments.ordinary, arguments.rank)
-        built = arguments.plain or Path(scratch) / "plain"
+        places[PLAIN] = arguments.plain or Path(scratch) / "plain"
         if arguments.plain is None:
-            built.mkdir()
+            places[PLAIN].mkdir()
             base = resolve_base("smollm2")
-            build_with_genai(base, built, precision=arguments.precision, provider="cpu")
-        plain = Lane(open_session(built / MODEL_FILE), None, "cpu")
+            build_with_genai(base, places[PLAIN], precision=arguments.precision, provider="cpu")
         runtime = Runtime(bundle, check=False)
-        ordinary = Runtime(arguments.ordinary, check=False) if arguments.ordinary else None
-        prefill = prompts(runtime)
-        decode = next_token(runtime, prefill, runtime.rows(names).run(prefill, names))
+        prompt = prompts(runtime)
+        decode = next_token(runtime, prompt, runtime.rows(names).run(prompt, names))
+        del runtime
         print(f"SmolLM2-135M {arguments.precision}, {ROWS} rows, rank {arguments.rank}", flush=True)
-        for title, inputs, steps in (
-            (f"decode after {PROMPT} tokens", decode, arguments.steps),
-            (f"prefill of {PROMPT} tokens", prefill, max(arguments.steps // 8, 3)),
-        ):
-            print(f"{title}: {verify(bundle, names, inputs)}")
-            timed = variants(plain, ordinary, runtime, names, inputs)
-            found = medians(steps, *timed.values(), warm=1)
-            report(title, dict(zip(timed, found, strict=True)))
+        for phase, inputs in ((DECODE, decode), (PREFILL, prompt)):
+            print(f"{phase}: {verify(bundle, names, inputs)}", flush=True)
             if arguments.profile:
                 profile(bundle, names, inputs, Path(scratch))
+        rounds: dict[str, list[dict[str, float]]] = {DECODE: [], PREFILL: []}
+        options = ("--bundle", str(bundle), "--steps", str(arguments.steps), "--child")
+        for _ in range(arguments.rounds):
+            found = [
+                child(__file__, *options, what, str(place), ",".join(names))
+                for what, place in places.items()
+            ]
+            for phase, each in rounds.items():
+                each.append({title: t for one in found for title, t in one[phase].items()})
+    for phase, each in rounds.items():
+        print_ratios(phase, each, reference=ONE)
 
 
 if __name__ == "__main__":

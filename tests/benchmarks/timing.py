@@ -1,9 +1,12 @@
 """Timing of things that are compared with each other: in turns, so that what else the machine does
 falls on all of them alike."""
 
+import json
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -24,3 +27,35 @@ def medians(count: int, *actions: Callable[[], Any], warm: int = 2) -> list[floa
             action()
             times.append(time.perf_counter() - start)
     return [statistics.median(times) for times in found]
+
+
+def child(script: str, *arguments: str) -> Any:
+    """Run a benchmark as a process of its own; return what its last line says in JSON."""
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise SystemExit(f"{' '.join(arguments)}: {lines[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_ratios(
+    heading: str, rounds: list[Mapping[str, float]], reference: str, digits: int = 2
+) -> None:
+    """Print each title's median milliseconds, and the median of its ratios within a round.
+
+    Quartiles of the ratios stand beside, where there are several rounds.
+    """
+    width = max(len(heading), *(len(title) for title in rounds[0]))
+    print(f"{heading:{width}} {'ms':>9} {'ratio':>7}")
+    for title in rounds[0]:
+        times = [one[title] for one in rounds]
+        ratios = [one[title] / one[reference] for one in rounds]
+        spread = ""
+        if len(rounds) > 1 and title != reference:
+            low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            spread = f"  ({low:.3f} to {high:.3f})"
+        print(
+            f"{title:{width}} {1e3 * statistics.median(times):9.{digits}f} "
+            f"{statistics.median(ratios):7.3f}{spread}"
+        )
