@@ -21,6 +21,7 @@ from loraport.runtime.resident import (
     as_numpy,
     as_value,
     blend_packed,
+    empty_slots,
     make_resident,
     read_packed,
 )
@@ -44,12 +45,14 @@ class Lane:
         resident: ResidentAdapter | None,
         device: str,
         controls: Iterable[Control] = (),
+        empty: Mapping[str, Any] | None = None,
     ) -> None:
         self._session = session
         self._resident = resident  # kept alive: the binding only points at its memory
+        self._empty = empty or {}  # kept alive likewise
         self._device = device
         self._binding = session.io_binding()
-        slots = resident.values if resident is not None else {}
+        slots = {**self._empty, **(resident.values if resident is not None else {})}
         for name, value in slots.items():
             self._binding.bind_ortvalue_input(name, value)
         self._inputs = {entry.name for entry in session.get_inputs()}
@@ -171,6 +174,7 @@ class Runtime:
             threads=threads,
             float32_activations=float32_activations,
         )
+        self._empty = empty_slots(self.manifest.slots, provider)
         self._packed: dict[str, Mapping[str, Any]] = {}
         self._resident: dict[tuple[tuple[str, float], ...], ResidentAdapter] = {}
         self._lock = threading.Lock()
@@ -185,7 +189,8 @@ class Runtime:
         """Read the manifest again: adapters added since are known, replaced ones take effect.
 
         Raises:
-            LoraportError: If a file that is new is damaged, or the graph is another one.
+            LoraportError: If a file that is new and that this class reads is damaged, or the graph
+                is another one.
         """
         known, manifest = self.manifest, read_manifest(self.directory)
         new = {path: sha for path, sha in manifest.files.items() if known.files.get(path) != sha}
@@ -195,7 +200,11 @@ class Runtime:
                 "bundle again"
             )
         if self._check:
-            check_files(replace(manifest, files=new), self.directory)
+            others = {entry.file for entry in manifest.adapters.values()}
+            others |= {case.file for case in manifest.golden.values()}
+            others -= {entry.tensors for entry in manifest.adapters.values()}
+            read = {path: sha for path, sha in new.items() if path not in others}
+            check_files(replace(manifest, files=read), self.directory)
         with self._lock:
             self.manifest = manifest
             for name, entry in known.adapters.items():
@@ -242,7 +251,9 @@ class Runtime:
 
     def lane(self, selection: Selection = None) -> Lane:
         """Return a new lane for a selection, to be used by one thread at a time."""
-        return Lane(self.session, self.load(selection), self.provider, self.manifest.slots.controls)
+        controls = self.manifest.slots.controls
+        resident = self.load(selection)
+        return Lane(self.session, resident, self.provider, controls, self._empty)
 
     def rows(self, selections: Mapping[str, Selection] | Iterable[str]) -> Rows:
         """Make adapters resident side by side, for batches with another adapter in every row.

@@ -174,6 +174,17 @@ class TestSwaps:
             runtime.refresh()
         assert runtime.adapters == ["a", "b"]
 
+    def test_refresh_leaves_what_other_runtimes_read_to_them(self, own_bundle, adapter_b, prompts):
+        runtime = Runtime(own_bundle, threads=1)
+        add_adapters(own_bundle, {"late": read_adapter(adapter_b)})
+        flip_byte(own_bundle / "adapters" / "late.onnx_adapter")
+        runtime.refresh()
+        got, a, b = (logits(runtime, prompts[0], name) for name in ("late", "a", "b"))
+        assert np.array_equal(got, b)
+        assert not np.array_equal(got, a)
+        with pytest.raises(LoraportError, match=r"adapters/late\.onnx_adapter: expected sha256"):
+            Runtime(own_bundle)
+
 
 class TestThreads:
     def test_different_adapters_at_once_equal_one_at_a_time(self, runtime, prompts):
