@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot, SlotTable
 from loraport.errors import LoraportError, Problems
 from loraport.naming import weight_name
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+_NUMPY_DTYPES = {"FLOAT": np.float32, "FLOAT16": np.float16, "DOUBLE": np.float64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +189,26 @@ def make_resident(tensors: Mapping[str, torch.Tensor], device: str) -> ResidentA
         values[name] = value
         owners.append(array)
     return ResidentAdapter(values, sum(array.nbytes for array in owners), tuple(owners))
+
+
+def empty_slots(table: SlotTable, device: str) -> dict[str, Any]:
+    """Return rank-0 tensors for slots that no adapter fills: less work than the graph's rank 1.
+
+    Only for linear layers on the CPU, whose kernels take empty matrices; none where rows have
+    adapters of their own, whose columns are counted.
+
+    Returns:
+        Graph input → ``onnxruntime.OrtValue``.
+    """
+    if device != "cpu" or table.per_row:
+        return {}
+    empty = {}
+    for slot, _, entry in table.low_rank_inputs():
+        dtype = _NUMPY_DTYPES.get(slot.dtype)
+        if slot.kind is ModuleKind.LINEAR and dtype is not None and entry.rank_axis is not None:
+            shape = [0 if isinstance(size, str) else size for size in entry.shape]
+            empty[entry.name] = as_value(np.zeros(shape, dtype), device)[0]
+    return empty
 
 
 def as_value(array: np.ndarray, device: str) -> tuple[Any, np.ndarray]:

@@ -50,6 +50,8 @@ def open_session(
     options = onnxruntime.SessionOptions()
     # The runtime warns of every overridable initializer; slots are overridable on purpose.
     options.log_severity_level = _NOTHING_BUT_FATAL
+    # Patterns are kept per set of input shapes, which a decoder never repeats.
+    options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
     if profile is not None:

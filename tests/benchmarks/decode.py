@@ -1,13 +1,19 @@
 """Decode speed of a slotted SmolLM2 beside the same graph without slots, in one run.
 
-    python tests/benchmarks/decode.py [--precision int4] [--rank 16] [--steps 200]
+    python tests/benchmarks/decode.py [--precision int4] [--rank 16] [--rounds 9]
 
-Steps of the variants alternate, so that what else the machine does falls on all of them alike;
-medians are compared. Adapters are random, rank R on all linear layers.
+Each measurement is a process of its own with one session: where its weights happen to lie in
+memory moves a whole session by several per cent, and the threads of a second session would get in
+the way. The variants take turns, round after round; a process's figure is the median of its steps,
+a ratio is taken within a round, and the median of the rounds is printed, with the quartiles beside
+it. "twice" is the plain graph against itself: what the method cannot tell apart. Adapters are
+random, rank R on all linear layers.
 """
 
 import argparse
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +31,13 @@ from loraport.runtime.generation import first_step_inputs, read_decoder
 from loraport.runtime.session import open_session
 
 PROMPT = list(range(100, 164))
+WARM = 10  # steps
+PLAIN, TWICE, IDLE, ACTIVE = (
+    "graph without slots",
+    "the same, twice",
+    "slots, no adapter",
+    "adapter",
+)
 
 
 def random_adapter(runtime: Runtime, rank: int, seed: int) -> Adapter:
@@ -67,43 +80,65 @@ class Decoding:
         self._length += 1
 
 
+def measure(variant: str, bundle: Path, plain: Path, name: str, steps: int) -> float:
+    """Return the median seconds of a step, in this process."""
+    runtime = Runtime(bundle, check=False)
+    if variant in (PLAIN, TWICE):
+        runtime.session = open_session(plain / MODEL_FILE)  # the other one goes, with its threads
+        lane = Lane(runtime.session, None, "cpu")
+    else:
+        lane = runtime.lane(name if variant == ACTIVE else None)
+    decoding = Decoding(lane, runtime)
+    for number in range(WARM + steps):
+        decoding.step(timed=number >= WARM)
+    return statistics.median(decoding.seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "int4"])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--bundle", type=Path, help="use this bundle instead of exporting")
+    parser.add_argument("--plain", type=Path, help="and this folder's graph without slots")
+    parser.add_argument("--child", choices=[PLAIN, TWICE, IDLE, ACTIVE])
     arguments = parser.parse_args()
+    name = f"bench{arguments.rank}"
+    if arguments.child:
+        bundle, plain = arguments.bundle, arguments.plain
+        print(measure(arguments.child, bundle, plain, name, arguments.steps))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         from converters.onnx import ExportOptions
 
         bundle = arguments.bundle or Path(scratch) / "bundle"
         if arguments.bundle is None:
             export_base("smollm2", bundle, ExportOptions(precision=arguments.precision))
-        plain = Path(scratch) / "plain"
-        plain.mkdir()
-        base = resolve_base("smollm2")
-        build_with_genai(base, plain, precision=arguments.precision, provider="cpu")
+        plain = arguments.plain or Path(scratch) / "plain"
+        if arguments.plain is None:
+            plain.mkdir()
+            base = resolve_base("smollm2")
+            build_with_genai(base, plain, precision=arguments.precision, provider="cpu")
         runtime = Runtime(bundle, check=False)
-        name = f"bench{arguments.rank}"
         if name not in runtime.adapters:
             add_adapters(bundle, {name: random_adapter(runtime, arguments.rank, 0)})
-        runtime.refresh()
-        without = Lane(open_session(plain / MODEL_FILE), None, "cpu")
-        variants = {
-            "graph without slots": Decoding(without, runtime),
-            "slots, no adapter": Decoding(runtime.lane(None), runtime),
-            f"adapter, rank {arguments.rank}": Decoding(runtime.lane(name), runtime),
-        }
-        for _ in range(arguments.steps):
-            for variant in variants.values():
-                variant.step()
-    reference = statistics.median(variants["graph without slots"].seconds)
+        del runtime
+        given = ["--bundle", str(bundle), "--plain", str(plain), "--rank", str(arguments.rank)]
+        command = [sys.executable, __file__, *given, "--steps", str(arguments.steps), "--child"]
+        found: dict[str, list[float]] = {PLAIN: [], IDLE: [], ACTIVE: [], TWICE: []}
+        for number in range(arguments.rounds):
+            for variant in list(found)[:: 1 if number % 2 else -1]:
+                done = subprocess.run([*command, variant], check=True, capture_output=True)
+                found[variant].append(float(done.stdout))
     print(f"SmolLM2-135M {arguments.precision}, decode after {len(PROMPT)} tokens")
-    print(f"{'variant':24} {'ms/token':>9} {'ratio':>6}")
-    for title, variant in variants.items():
-        median = statistics.median(variant.seconds)
-        print(f"{title:24} {1e3 * median:9.2f} {median / reference:6.3f}")
+    print(f"{'variant':24} {'ms/token':>9} {'ratio':>6}  quartiles")
+    for variant, seconds in found.items():
+        title = f"{variant}, rank {arguments.rank}" if variant == ACTIVE else variant
+        ratios = [mine / other for mine, other in zip(seconds, found[PLAIN], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        milliseconds = 1e3 * statistics.median(seconds)
+        print(f"{title:24} {milliseconds:9.2f} {middle:6.3f}  {low:.3f} to {high:.3f}")
 
 
 if __name__ == "__main__":

@@ -37,12 +37,14 @@ class Controls:
         graph: The graph, changed in place.
         strength: There is a strength.
         per_row: Every row can have its own adapter.
+        flat_dimensions: Names of dimensions that count the positions of all rows, end to end.
         made: What was put in so far.
     """
 
     graph: ir.Graph
     strength: bool
     per_row: bool
+    flat_dimensions: frozenset[str] = frozenset()
     made: list[Control] = field(default_factory=list)
     _values: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
 
@@ -61,13 +63,16 @@ class Controls:
         if x.shape is None:
             return False
         batches = {str(value.shape[0]) for value in self.graph.inputs if value.shape}
-        if str(x.shape[0]) in batches:
+        if str(x.shape[0]) in batches or self._is_flat(x):
             return True
         producer = x.producer()
         flattened = len(x.shape) == 2 and producer is not None and producer.op_type == "Reshape"
         if not flattened or producer is None or producer.inputs[0] is None:
             return False
         return self._keeps_rows(producer.inputs[0])
+
+    def _is_flat(self, x: ir.Value) -> bool:
+        return x.shape is not None and len(x.shape) == 2 and str(x.shape[0]) in self.flat_dimensions
 
     def on_hidden(self, chain: NodeChain, slot: Slot, site: Site, hidden: ir.Value) -> ir.Value:
         """Return ``x A`` as the controls change it.
@@ -99,35 +104,56 @@ class Controls:
         rank = len(site.x.shape) + (slot.kind is ModuleKind.EMBEDDING)
         zero = self._zero(site.dtype)
         if rank == 2:
-            # Rows of a matrix are the batch's rows one after the other, each as many times as it
-            # has positions.
-            own = self._own(slot, 3, conv=False)
-            width = chain.add("width", "Shape", [hidden], {"start": ir.AttrInt64("start", 1)})
-            rows = self._shared("rows", "Shape", [self._ids()], ir.DataType.INT64)
-            free = self._constant("free", np.array([-1]))
-            by_row = chain.add(
-                "by_row", "Concat", [rows, free, width], {"axis": ir.AttrInt64("axis", 0)}
-            )
-            apart = chain.add("apart", "Reshape", [hidden, by_row])
-            masked = chain.add("lane", "Where", [own, apart, zero])
-            flat = chain.add("flat", "Concat", [free, width], {"axis": ir.AttrInt64("axis", 0)})
-            return chain.add("together", "Reshape", [masked, flat])
+            return chain.add("lane", "Where", [self._own_of_rows(slot, site.x), hidden, zero])
         own = self._own(slot, rank, conv=slot.kind is ModuleKind.CONV)
         return chain.add("lane", "Where", [own, hidden, zero])
 
     def _own(self, slot: Slot, rank: int, *, conv: bool) -> ir.Value:
         """Return which columns are a row's: ``[batch, 1, ..., r]`` or ``[batch, r, 1, ...]``."""
         members = len(slot.members)
-        ids_axes = np.arange(1, rank)
-        lanes_axes = np.arange(1, rank - 1) if conv else None
         key = f"{members}.{rank}{'.conv' if conv else ''}"
-        shape = self._constant(f"ids_axes.{rank}", ids_axes)
-        ids = self._shared(f"ids.{rank}", "Unsqueeze", [self._ids(), shape], ir.DataType.INT64)
+        ids = self._standing(self._ids(), f"ids.{rank}", rank - 1, ir.DataType.INT64)
         lanes = self._lanes(members)
-        if lanes_axes is not None and len(lanes_axes):
-            axes = self._constant(f"lanes_axes.{rank}", lanes_axes)
-            lanes = self._shared(f"lanes.{key}", "Unsqueeze", [lanes, axes], ir.DataType.INT64)
+        if conv:
+            lanes = self._standing(lanes, f"lanes.{key}", rank - 2, ir.DataType.INT64)
         return self._shared(f"own.{key}", "Equal", [ids, lanes], ir.DataType.BOOL)
+
+    def _own_of_rows(self, slot: Slot, x: ir.Value) -> ir.Value:
+        """Return which columns are a row's, for each row of a matrix: ``[rows, r]``.
+
+        The matrix holds the batch's rows one after the other, each as many times as it has
+        positions.
+        """
+        members = len(slot.members)
+        place = str(x.shape[0]) if self._is_flat(x) and x.shape is not None else str(x.name)
+        key = ("own", place, members)
+        if key not in self._values:
+            chain = NodeChain(f"lora_controls/{place}/{members}", ir.DataType.INT64)
+            ids = self._standing(self._ids(), "ids.2", 1, ir.DataType.INT64)
+            first = chain.constant("first", np.array([0]))
+            rows = chain.add("rows", "Gather", [chain.add("shape", "Shape", [x]), first])
+            batch = self._shared("batch", "Shape", [self._ids()], ir.DataType.INT64)
+            positions = chain.add("positions", "Div", [rows, batch])
+            axis = {"axis": ir.AttrInt64("axis", 0)}
+            sizes = chain.add("sizes", "Concat", [batch, positions], axis)
+            spread = chain.add("spread", "Expand", [ids, sizes])
+            column = chain.constant("column", np.array([-1, 1]))
+            by_row = chain.add("by_row", "Reshape", [spread, column])
+            own = chain.add("own", "Equal", [by_row, self._lanes(members)])
+            own.type = ir.TensorType(ir.DataType.BOOL)
+            producer = x.producer()
+            assert producer is not None
+            owner = self.graph if producer.graph is None else producer.graph
+            owner.insert_after(producer, chain.nodes)
+            self._values[key] = own
+        return self._values[key]
+
+    def _standing(self, vector: ir.Value, name: str, ones: int, dtype: ir.DataType) -> ir.Value:
+        """Return a vector as ``[length, 1, ...]``, with so many dimensions of 1."""
+        if not ones:
+            return vector
+        shape = self._constant(f"standing.{ones}", np.array([-1] + [1] * ones))
+        return self._shared(name, "Reshape", [vector, shape], dtype)
 
     def _factor(self, slot: Slot, site: Site) -> ir.Value:
         """Return the strength, of each column where there are lanes."""
@@ -141,10 +167,8 @@ class Controls:
         )
         if slot.kind is ModuleKind.CONV:
             dims = len(slot.kernel)
-            axes = self._constant(f"strength_axes.{dims}", np.arange(1, 1 + dims))
-            factor = self._shared(
-                f"strengths.{members}.{kind}.{dims}", "Unsqueeze", [factor, axes], site.dtype
-            )
+            name = f"strengths.{members}.{kind}.{dims}"
+            factor = self._standing(factor, name, dims, site.dtype)
         return factor
 
     def _index(self, members: int) -> ir.Value:

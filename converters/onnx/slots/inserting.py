@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from converters.onnx.graph.flattening import flatten_rows
 from converters.onnx.graph.site import Site
 from converters.onnx.modules.holders import Holders
 from converters.onnx.modules.matching import Match, Matcher, SiteMatcher, Unmatched
@@ -127,6 +128,7 @@ def insert_slots(
     inputs: dict[str, dict[str, ir.Value]] = {}
     unslotted: dict[str, str] = {}
     reasons: list[str] = []
+    chosen: list[tuple[ir.Node, Match]] = []
     for node in list(model.graph.all_nodes()):
         site = find_site(node)
         if site is None or not options.serves(site.kind):
@@ -139,6 +141,11 @@ def insert_slots(
         if any(excluded.values()):
             unslotted.update({path: reason for path, reason in excluded.items() if reason})
             continue
+        chosen.append((node, matched))
+    controls.flat_dimensions = flatten_rows(model.graph, [node for node, _ in chosen])
+    for node, matched in chosen:
+        site = find_site(node)  # anew: its values may be rows now
+        assert site is not None
         slot = _slot(site, matched, options)
         if (reason := controls.why_not(slot, site)) is not None:
             unslotted.update({module.path: reason for module in matched})

@@ -2,7 +2,7 @@
 
 How ``x A`` and ``B`` are computed depends on the kind of module:
 
-- linear: two ``MatMul``;
+- linear: two ``MatMul``, the second with the sum in one ``Gemm`` where values are matrices;
 - embedding: the rows of ``A`` that the tokens name, then a ``MatMul``;
 - convolution: the base's convolution with the kernel ``A``, then a 1×1 one.
 
@@ -49,22 +49,20 @@ def add_slot_nodes(
     chain = NodeChain(f"{slot.name}.lora/{site.node.name or site.y.name}", site.dtype)
     readers = list(site.y.uses())
     own_bias = _take_bias_out(site) if slot.gain else None
-    only_low_rank = not slot.gain and not slot.bias
-    change = _low_rank(chain, slot, site, inputs, controls if only_low_rank else None)
-    strength = controls.factor(site.dtype) if controls.strength else None
-    if slot.bias:
-        change = chain.add("bias", "Add", [change, _over_output(chain, slot, inputs["bias"])])
-    y = site.y
-    if slot.gain:
-        gained = chain.add("gain", "Mul", [y, _over_output(chain, slot, inputs["gain"])])
-        if strength is None:
-            y = gained
+    if controls.strength and (slot.gain or slot.bias):
+        result = _scaled_as_a_whole(chain, slot, site, inputs, controls)
+    else:
+        y = site.y
+        if slot.gain:
+            y = chain.add("gain", "Mul", [y, _over_output(chain, slot, inputs["gain"])])
+        hidden = controls.on_hidden(chain, slot, site, _hidden(chain, slot, site, inputs))
+        if _is_matrix(slot, site):
+            result = chain.add("B", "Gemm", [hidden, inputs["lora_B"], y])
         else:
-            moved = chain.add("moved", "Sub", [gained, y])
-            change = chain.add("change", "Add", [moved, change])
-    if strength is not None and not only_low_rank:
-        change = chain.add("strength", "Mul", [change, strength])
-    result = chain.add("Add", "Add", [y, change])
+            result = chain.add("Add", "Add", [y, _widened(chain, slot, inputs, hidden)])
+        if slot.bias:
+            bias = _over_output(chain, slot, inputs["bias"])
+            result = chain.add("bias", "Add", [result, bias])
     if own_bias is not None:
         own = _over_output(chain, slot, own_bias)
         result = chain.add("own_bias", "Add", [result, own])
@@ -83,37 +81,61 @@ def add_slot_nodes(
     owner.insert_after(last, chain.nodes)
 
 
-def _low_rank(
+def _scaled_as_a_whole(
     chain: NodeChain,
     slot: Slot,
     site: Site,
     inputs: Mapping[str, ir.Value],
-    controls: Controls | None,
+    controls: Controls,
 ) -> ir.Value:
-    """Return ``(x A) B``; what the controls do goes on the narrow side."""
-    a, b = inputs["lora_A"], inputs["lora_B"]
+    """Return ``y`` with a change that a gain or bias is part of, times the strength."""
+    y = site.y
+    change = _widened(chain, slot, inputs, _hidden(chain, slot, site, inputs))
+    if slot.bias:
+        change = chain.add("bias", "Add", [change, _over_output(chain, slot, inputs["bias"])])
+    if slot.gain:
+        gained = chain.add("gain", "Mul", [y, _over_output(chain, slot, inputs["gain"])])
+        moved = chain.add("moved", "Sub", [gained, y])
+        change = chain.add("change", "Add", [moved, change])
+    change = chain.add("strength", "Mul", [change, controls.factor(site.dtype)])
+    return chain.add("Add", "Add", [y, change])
+
+
+def _is_matrix(slot: Slot, site: Site) -> bool:
+    """Tell whether a linear module's values are ``[rows, features]``."""
+    shape = site.x.shape
+    return slot.kind is ModuleKind.LINEAR and shape is not None and len(shape) == 2
+
+
+def _hidden(chain: NodeChain, slot: Slot, site: Site, inputs: Mapping[str, ir.Value]) -> ir.Value:
+    """Return ``x A``."""
+    a = inputs["lora_A"]
     if slot.kind is ModuleKind.EMBEDDING:
-        hidden = chain.add("A", "Gather", [a, site.x], {"axis": ir.AttrInt64("axis", 0)})
-    elif slot.kind is ModuleKind.CONV:
+        return chain.add("A", "Gather", [a, site.x], {"axis": ir.AttrInt64("axis", 0)})
+    if slot.kind is ModuleKind.CONV:
         taken = {
             name: attribute
             for name in _CONV_ATTRIBUTES
             if (attribute := site.node.attributes.get(name)) is not None
         }
-        hidden = chain.add("A", "Conv", [site.x, a], taken)
-    else:
-        hidden = chain.add("A", "MatMul", [site.x, a])
-    if controls is not None:
-        hidden = controls.on_hidden(chain, slot, site, hidden)
-    return chain.add("B", "Conv" if slot.kind is ModuleKind.CONV else "MatMul", [hidden, b])
+        return chain.add("A", "Conv", [site.x, a], taken)
+    return chain.add("A", "MatMul", [site.x, a])
+
+
+def _widened(
+    chain: NodeChain, slot: Slot, inputs: Mapping[str, ir.Value], hidden: ir.Value
+) -> ir.Value:
+    """Return ``(x A) B``."""
+    operator = "Conv" if slot.kind is ModuleKind.CONV else "MatMul"
+    return chain.add("B", operator, [hidden, inputs["lora_B"]])
 
 
 def _over_output(chain: NodeChain, slot: Slot, vector: ir.Value) -> ir.Value:
     """Shape a vector ``[out]`` so that it broadcasts over the output."""
     if slot.kind is not ModuleKind.CONV:
         return vector
-    axes = chain.constant(f"{vector.name}/axes", np.arange(1, 1 + len(slot.kernel)))
-    return chain.add(f"{vector.name}/shaped", "Unsqueeze", [vector, axes])
+    shape = chain.constant(f"{vector.name}/shape", np.array([-1] + [1] * len(slot.kernel)))
+    return chain.add(f"{vector.name}/shaped", "Reshape", [vector, shape])
 
 
 def _take_bias_out(site: Site) -> ir.Value | None:
