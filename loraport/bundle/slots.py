@@ -14,6 +14,7 @@ from loraport.naming import slot_a, slot_b, slot_bias, slot_gain
 
 STRENGTH_INPUT = "lora_strength"
 ADAPTER_IDS_INPUT = "adapter_ids"
+BASE = -1  # the adapter id of a row without adapter
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,11 @@ class ControlRole(StrEnum):
 
     - ``strength``: FLOAT ``[1]``, or one per lane ``[lanes]``; the factor on updates, 1 by default.
     - ``adapter_ids``: INT64 ``[batch]``; the lane of each row, -1 for the base; 0 by default.
-    - ``lanes``: INT64 ``[r]``; the lane that each column of ``A`` belongs to, in the slots with as
-      many members as the control says; 0 by default.
+    - ``lanes``: INT64 ``[r]``; the lane that each column of ``A`` belongs to, in the slots of
+      embeddings and convolutions with as many members as the control says; 0 by default.
+
+    With ``adapter_ids``, slots of linear modules take whole adapters one after the other: ``A``
+    ``[lanes * in, r]`` and ``B`` ``[lanes * r, out]``, all with as many lanes.
     """
 
     STRENGTH = "strength"

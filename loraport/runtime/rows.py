@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loraport.bundle.slots import ADAPTER_IDS_INPUT, ControlRole, SlotTable
+from loraport.adapter import ModuleKind
+from loraport.bundle.slots import (
+    ADAPTER_IDS_INPUT,
+    BASE,
+    Control,
+    ControlRole,
+    Slot,
+    SlotTable,
+)
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
@@ -16,16 +24,13 @@ if TYPE_CHECKING:
 
     from loraport.runtime.model import Lane
 
-BASE = -1
+_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64"}
 
 
 def stack_packed(
     lanes: Sequence[Mapping[str, torch.Tensor]], table: SlotTable
 ) -> dict[str, torch.Tensor]:
-    """Lay several packed adapters side by side.
-
-    Slots of as many modules share one input that says whose each column is, so within them a
-    lane has the same columns everywhere: its largest rank, filled up with zeros.
+    """Lay several packed adapters together, as `ControlRole` says.
 
     Args:
         lanes: Packed tensors of each lane.
@@ -37,23 +42,63 @@ def stack_packed(
     Raises:
         LoraportError: If the bundle was exported without ``--per-row``.
     """
-    import torch
-
     if not table.per_row:
         raise LoraportError(
             "adapters per row: expected a bundle with adapter_ids, got one without; export it "
             "again with --per-row"
         )
+    stacked: dict[str, torch.Tensor] = {}
+    for slot in table.slots:
+        if slot.kind is ModuleKind.LINEAR:
+            stacked |= _one_after_the_other(lanes, slot)
+    others = [slot for slot in table.slots if slot.kind is not ModuleKind.LINEAR]
+    return stacked | _side_by_side(lanes, others, table.controls)
+
+
+def _one_after_the_other(
+    lanes: Sequence[Mapping[str, torch.Tensor]], slot: Slot
+) -> dict[str, torch.Tensor]:
+    """Return ``A`` ``[lanes * in, r]`` and ``B`` ``[lanes * r, out]`` with the largest rank.
+
+    A slot that no lane fills has as many lanes, too: the graph counts them once for all.
+    """
+    import torch
+
+    found = [tensors.get(slot.input_a) for tensors in lanes]
+    ranks = [a.shape[1] if a is not None else 0 for a in found]
+    rank = max([1, *ranks])
+    dtype = next((a.dtype for a in found if a is not None), getattr(torch, _DTYPES[slot.dtype]))
+    a = torch.zeros(len(lanes), slot.in_features, rank, dtype=dtype)
+    b = torch.zeros(len(lanes), rank, slot.out_features, dtype=dtype)
+    for number, (tensors, own) in enumerate(zip(lanes, ranks, strict=True)):
+        if own:
+            a[number, :, :own] = tensors[slot.input_a]
+            b[number, :own] = tensors[slot.input_b]
+    return {slot.input_a: a.flatten(0, 1), slot.input_b: b.flatten(0, 1)}
+
+
+def _side_by_side(
+    lanes: Sequence[Mapping[str, torch.Tensor]],
+    slots: Sequence[Slot],
+    controls: Sequence[Control],
+) -> dict[str, torch.Tensor]:
+    """Return the columns of all lanes, and whose each is.
+
+    Slots of as many modules share one input that says it, so within them a lane has the same
+    columns everywhere: its largest rank, filled up with zeros.
+    """
+    import torch
+
     empty: list[int] = [0] * len(lanes)
     ranks: dict[int, list[int]] = defaultdict(empty.copy)
-    for slot in table.slots:
+    for slot in slots:
         axis = slot.inputs()["lora_A"].rank_axis or 0
         widest = ranks[len(slot.members)]
         for number, tensors in enumerate(lanes):
             if slot.input_a in tensors:
                 widest[number] = max(widest[number], tensors[slot.input_a].shape[axis])
     stacked: dict[str, torch.Tensor] = {}
-    for slot in table.slots:
+    for slot in slots:
         widest = ranks[len(slot.members)]
         if not any(slot.input_a in tensors for tensors in lanes):
             continue
@@ -70,7 +115,7 @@ def stack_packed(
                     whole.narrow(axis, start, part.shape[axis]).copy_(part)
                 start += width
             stacked[entry.name] = whole
-    for control in table.controls:
+    for control in controls:
         columns = ranks.get(control.members, [])
         if control.role is ControlRole.LANES and any(columns):
             numbers = [lane for lane, width in enumerate(columns) for _ in range(width)]

@@ -34,23 +34,18 @@ class _Region:
     exits: list[ir.Value]
 
 
-def flatten_rows(graph: ir.Graph, slotted: Collection[ir.Node]) -> frozenset[str]:
+def flatten_rows(graph: ir.Graph, slotted: Collection[ir.Node]) -> None:
     """Put regions of a graph on rows, in place.
 
     Args:
         graph: The graph; the bodies of its control flow stay as they are.
         slotted: Operators that will have a slot.
-
-    Returns:
-        Names of the dimensions that count the rows of all sequences of the batch.
     """
     wanted = {id(node) for node in slotted}
-    names = set()
     for region in _regions(graph):
         saved = sum(id(member.node) in wanted for member in region.members)
         if saved > len(region.entries) + len(region.exits):
-            names.add(_flatten(graph, region))
-    return frozenset(names)
+            _flatten(graph, region)
 
 
 def _regions(graph: ir.Graph) -> Iterable[_Region]:
@@ -94,7 +89,7 @@ def _region(members: list[RowWise]) -> _Region:
     return _Region(members, list(entries.values()), exits)
 
 
-def _flatten(graph: ir.Graph, region: _Region) -> str:
+def _flatten(graph: ir.Graph, region: _Region) -> None:
     place = {id(node): number for number, node in enumerate(graph)}
     first = min(region.entries, key=lambda value: place.get(id(value.producer()), -1))
     leading = leading_of(first)
@@ -113,7 +108,6 @@ def _flatten(graph: ir.Graph, region: _Region) -> str:
     for member in region.members:
         for value in member.outputs:
             value.shape = _flat(value, rows, leading)
-    return rows
 
 
 def _sizes(graph: ir.Graph, value: ir.Value) -> ir.Value:

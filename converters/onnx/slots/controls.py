@@ -1,16 +1,21 @@
 """Inputs that say how adapters are used in a run: a strength, and the adapter of each row.
 
-With ``per_row``, several adapters are resident side by side, as lanes: ``A`` holds the columns
-of all of them, ``B`` the rows, and the input ``lora_lanes.K`` says whose each column is (in the
-slots of ``K`` modules, which have ``K`` times the rank). Per row of the batch, all of ``x A`` but
-the columns of its own lane becomes zero before ``B``; so one product serves all rows, no weights
-are gathered or copied, and a row without adapter is the base bit for bit.
+With ``per_row``, several adapters are resident as lanes, one after the other in the same inputs,
+and ``adapter_ids`` ``[batch]`` says whose each row is; -1 is the base, bit for bit.
 
-With a strength, what is left is multiplied by it: by one number, or by its lane's.
+- Linear modules: ``A`` ``[lanes * in, r]`` and ``B`` ``[lanes * r, out]`` hold whole adapters. Each
+  row's own are gathered, ``[batch, in, r]`` and ``[batch, r, out]``, and two batched products do no
+  more arithmetic than each row needs.
+- Embeddings and convolutions: ``A`` holds the columns of all lanes side by side, ``B`` the rows,
+  and ``lora_lanes.K`` says whose each column is (in the slots of ``K`` modules, which have ``K``
+  times the rank). Of each row's ``x A``, all columns but its own become zero before ``B``.
+
+With a strength, ``x A`` is multiplied by it: by one number, or by its lane's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +26,7 @@ from converters.onnx.graph.site import Site
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import (
     ADAPTER_IDS_INPUT,
+    BASE,
     STRENGTH_INPUT,
     Control,
     ControlRole,
@@ -37,14 +43,12 @@ class Controls:
         graph: The graph, changed in place.
         strength: There is a strength.
         per_row: Every row can have its own adapter.
-        flat_dimensions: Names of dimensions that count the positions of all rows, end to end.
         made: What was put in so far.
     """
 
     graph: ir.Graph
     strength: bool
     per_row: bool
-    flat_dimensions: frozenset[str] = frozenset()
     made: list[Control] = field(default_factory=list)
     _values: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
 
@@ -63,7 +67,7 @@ class Controls:
         if x.shape is None:
             return False
         batches = {str(value.shape[0]) for value in self.graph.inputs if value.shape}
-        if str(x.shape[0]) in batches or self._is_flat(x):
+        if str(x.shape[0]) in batches:
             return True
         producer = x.producer()
         flattened = len(x.shape) == 2 and producer is not None and producer.op_type == "Reshape"
@@ -71,11 +75,39 @@ class Controls:
             return False
         return self._keeps_rows(producer.inputs[0])
 
-    def _is_flat(self, x: ir.Value) -> bool:
-        return x.shape is not None and len(x.shape) == 2 and str(x.shape[0]) in self.flat_dimensions
+    def own_change(
+        self, chain: NodeChain, slot: Slot, site: Site, inputs: Mapping[str, ir.Value]
+    ) -> ir.Value:
+        """Return ``(x A) B`` of a linear module with each row's own ``A`` and ``B``.
+
+        Args:
+            chain: Where nodes go.
+            slot: The slot.
+            site: Its place.
+            inputs: Role -> graph input.
+        """
+        x, matrices = site.x, 3
+        as_they_are = x.shape is not None and len(x.shape) == matrices
+        if not as_they_are:
+            x = chain.add("rows", "Reshape", [x, self._sizes("rows", [slot.in_features])])
+        sizes = {"lora_A": [slot.in_features, -1], "lora_B": [-1, slot.out_features]}
+        own = {}
+        for role, shape in sizes.items():
+            lanes = self._sizes("lanes", shape, inputs["lora_A"], slot.in_features)
+            whole = chain.add(f"{role}/lanes", "Reshape", [inputs[role], lanes])
+            axis = {"axis": ir.AttrInt64("axis", 0)}
+            own[role] = chain.add(f"{role}/own", "Gather", [whole, self._lane_of_rows()], axis)
+        hidden = chain.add("A", "MatMul", [x, own["lora_A"]])
+        hidden = chain.add("lane", "Where", [self._adapted(), hidden, self._zero(site.dtype)])
+        if self.strength:
+            hidden = chain.add("strength", "Mul", [hidden, self._factor_of_rows(site.dtype)])
+        change = chain.add("B", "MatMul", [hidden, own["lora_B"]])
+        if as_they_are:
+            return change
+        return chain.add("together", "Reshape", [change, chain.add("y", "Shape", [site.y])])
 
     def on_hidden(self, chain: NodeChain, slot: Slot, site: Site, hidden: ir.Value) -> ir.Value:
-        """Return ``x A`` as the controls change it.
+        """Return ``x A`` as the controls change it, where `own_change` is not for it.
 
         Args:
             chain: Where nodes go.
@@ -103,8 +135,6 @@ class Controls:
         # An embedding's input is tokens: its output has a dimension more.
         rank = len(site.x.shape) + (slot.kind is ModuleKind.EMBEDDING)
         zero = self._zero(site.dtype)
-        if rank == 2:
-            return chain.add("lane", "Where", [self._own_of_rows(slot, site.x), hidden, zero])
         own = self._own(slot, rank, conv=slot.kind is ModuleKind.CONV)
         return chain.add("lane", "Where", [own, hidden, zero])
 
@@ -117,36 +147,6 @@ class Controls:
         if conv:
             lanes = self._standing(lanes, f"lanes.{key}", rank - 2, ir.DataType.INT64)
         return self._shared(f"own.{key}", "Equal", [ids, lanes], ir.DataType.BOOL)
-
-    def _own_of_rows(self, slot: Slot, x: ir.Value) -> ir.Value:
-        """Return which columns are a row's, for each row of a matrix: ``[rows, r]``.
-
-        The matrix holds the batch's rows one after the other, each as many times as it has
-        positions.
-        """
-        members = len(slot.members)
-        place = str(x.shape[0]) if self._is_flat(x) and x.shape is not None else str(x.name)
-        key = ("own", place, members)
-        if key not in self._values:
-            chain = NodeChain(f"lora_controls/{place}/{members}", ir.DataType.INT64)
-            ids = self._standing(self._ids(), "ids.2", 1, ir.DataType.INT64)
-            first = chain.constant("first", np.array([0]))
-            rows = chain.add("rows", "Gather", [chain.add("shape", "Shape", [x]), first])
-            batch = self._shared("batch", "Shape", [self._ids()], ir.DataType.INT64)
-            positions = chain.add("positions", "Div", [rows, batch])
-            axis = {"axis": ir.AttrInt64("axis", 0)}
-            sizes = chain.add("sizes", "Concat", [batch, positions], axis)
-            spread = chain.add("spread", "Expand", [ids, sizes])
-            column = chain.constant("column", np.array([-1, 1]))
-            by_row = chain.add("by_row", "Reshape", [spread, column])
-            own = chain.add("own", "Equal", [by_row, self._lanes(members)])
-            own.type = ir.TensorType(ir.DataType.BOOL)
-            producer = x.producer()
-            assert producer is not None
-            owner = self.graph if producer.graph is None else producer.graph
-            owner.insert_after(producer, chain.nodes)
-            self._values[key] = own
-        return self._values[key]
 
     def _standing(self, vector: ir.Value, name: str, ones: int, dtype: ir.DataType) -> ir.Value:
         """Return a vector as ``[length, 1, ...]``, with so many dimensions of 1."""
@@ -177,6 +177,54 @@ class Controls:
         count = self._shared("strength_count", "Shape", [strengths], ir.DataType.INT64)
         lanes = self._lanes(members)
         return self._shared(f"strength_of.{members}", "Mod", [lanes, count], ir.DataType.INT64)
+
+    def _lane_of_rows(self) -> ir.Value:
+        """Return each row's lane, 0 for those without."""
+        return self._shared(
+            "lane_of_rows",
+            "Where",
+            [self._is_adapted(), self._ids(), self._constant("none", np.array([0]))],
+            ir.DataType.INT64,
+        )
+
+    def _is_adapted(self) -> ir.Value:
+        ids, none = self._ids(), self._constant("base", np.array([BASE]))
+        return self._shared("is_adapted", "Greater", [ids, none], ir.DataType.BOOL)
+
+    def _adapted(self) -> ir.Value:
+        """Return which rows have an adapter, ``[batch, 1, 1]``."""
+        return self._standing(self._is_adapted(), "adapted", 2, ir.DataType.BOOL)
+
+    def _factor_of_rows(self, dtype: ir.DataType) -> ir.Value:
+        """Return each row's strength ``[batch, 1, 1]``."""
+        strengths = self.factor(dtype)
+        count = self._shared("strength_count", "Shape", [strengths], ir.DataType.INT64)
+        place = self._shared(
+            "strength_of_rows", "Mod", [self._lane_of_rows(), count], ir.DataType.INT64
+        )
+        name = f"strengths_of_rows.{dtype.name}"
+        chosen = self._shared(name, "Gather", [strengths, place], dtype)
+        return self._standing(chosen, f"{name}/standing", 2, dtype)
+
+    def _sizes(
+        self, kind: str, rest: list[int], a: ir.Value | None = None, features: int = 0
+    ) -> ir.Value:
+        """Return a shape that begins with the number of rows, or of the lanes in an ``A``."""
+        if a is None:
+            first = self._shared("row_count", "Shape", [self._ids()], ir.DataType.INT64)
+            rest = [-1, *rest]
+        else:
+            int64 = ir.DataType.INT64
+            shape = self._shared("lane_shape", "Shape", [a], int64)
+            length = self._shared(
+                "lane_rows", "Gather", [shape, self._constant("none", np.array([0]))], int64
+            )
+            each = self._constant(f"features.{features}", np.array([features]))
+            first = self._shared("lane_count", "Div", [length, each], int64)
+        tail = self._constant("sizes." + ".".join(map(str, rest)), np.array(rest))
+        return self._shared(
+            f"{kind}.{'.'.join(map(str, rest))}", "Concat", [first, tail], ir.DataType.INT64, axis=0
+        )
 
     def _ids(self) -> ir.Value:
         return self._control(ADAPTER_IDS_INPUT, ControlRole.ADAPTER_IDS, "adapter_rows")

@@ -142,7 +142,8 @@ def insert_slots(
             unslotted.update({path: reason for path, reason in excluded.items() if reason})
             continue
         chosen.append((node, matched))
-    controls.flat_dimensions = flatten_rows(model.graph, [node for node, _ in chosen])
+    if not options.per_row:
+        flatten_rows(model.graph, [node for node, _ in chosen])
     for node, matched in chosen:
         site = find_site(node)  # anew: its values may be rows now
         assert site is not None
@@ -151,7 +152,7 @@ def insert_slots(
             unslotted.update({module.path: reason for module in matched})
             continue
         if slot.name not in table:
-            inputs[slot.name] = _add_inputs(model.graph, slot, site)
+            inputs[slot.name] = _add_inputs(model.graph, slot, site, lanes=options.per_row)
             table[slot.name] = slot
         if slot != table[slot.name]:
             raise LoraportError(
@@ -222,8 +223,14 @@ def _slot(site: Site, modules: Match, options: SlotOptions) -> Slot:
     )
 
 
-def _add_inputs(graph: ir.Graph, slot: Slot, site: Site) -> dict[str, ir.Value]:
-    return {role: _overridable(graph, entry, site.dtype) for role, entry in slot.inputs().items()}
+def _add_inputs(graph: ir.Graph, slot: Slot, site: Site, *, lanes: bool) -> dict[str, ir.Value]:
+    found = {}
+    for role, entry in slot.inputs().items():
+        value = _overridable(graph, entry, site.dtype)
+        if lanes and slot.kind is ModuleKind.LINEAR:  # as long as there are lanes
+            value.shape = ir.Shape([f"{entry.name}.lanes", entry.shape[1]])
+        found[role] = value
+    return found
 
 
 def _overridable(graph: ir.Graph, entry: SlotInput, dtype: ir.DataType) -> ir.Value:

@@ -55,11 +55,7 @@ def add_slot_nodes(
         y = site.y
         if slot.gain:
             y = chain.add("gain", "Mul", [y, _over_output(chain, slot, inputs["gain"])])
-        hidden = controls.on_hidden(chain, slot, site, _hidden(chain, slot, site, inputs))
-        if _is_matrix(slot, site):
-            result = chain.add("B", "Gemm", [hidden, inputs["lora_B"], y])
-        else:
-            result = chain.add("Add", "Add", [y, _widened(chain, slot, inputs, hidden)])
+        result = _changed(chain, slot, site, inputs, controls, y)
         if slot.bias:
             bias = _over_output(chain, slot, inputs["bias"])
             result = chain.add("bias", "Add", [result, bias])
@@ -79,6 +75,23 @@ def add_slot_nodes(
         if output is site.y:
             outputs[index] = result
     owner.insert_after(last, chain.nodes)
+
+
+def _changed(
+    chain: NodeChain,
+    slot: Slot,
+    site: Site,
+    inputs: Mapping[str, ir.Value],
+    controls: Controls,
+    y: ir.Value,
+) -> ir.Value:
+    """Return ``y + (x A) B``, where rows may have adapters and lanes a strength."""
+    if controls.per_row and slot.kind is ModuleKind.LINEAR:
+        return chain.add("Add", "Add", [y, controls.own_change(chain, slot, site, inputs)])
+    hidden = controls.on_hidden(chain, slot, site, _hidden(chain, slot, site, inputs))
+    if _is_matrix(slot, site):
+        return chain.add("B", "Gemm", [hidden, inputs["lora_B"], y])
+    return chain.add("Add", "Add", [y, _widened(chain, slot, inputs, hidden)])
 
 
 def _scaled_as_a_whole(
