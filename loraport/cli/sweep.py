@@ -67,7 +67,7 @@ def _choices(
 @click.option("--lr", "--learning-rate", "learning_rate", default="1e-3,3e-3", callback=_numbers,
               help="Peak learning rates to try.")  # fmt: skip
 @click.option("--validation", type=click.Path(path_type=Path), help="Held-out rows (JSONL).")
-@click.option("--together", type=int, default=16,
+@click.option("--together", type=int, show_default="16; on a CPU, as many as make it faster",
               help="Most candidates in one pass; halved where memory runs out.")  # fmt: skip
 @click.option("--apart", is_flag=True, help="Train each by itself: --together 1.")
 @click.option("--ray", "address", metavar="ADDRESS",
@@ -88,7 +88,7 @@ def sweep(
     layers: tuple[str, ...],
     learning_rate: tuple[float, ...],
     validation: Path | None,
-    together: int,
+    together: int | None,
     apart: bool,
     address: str | None,
     workers: int | None,

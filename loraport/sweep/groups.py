@@ -6,6 +6,27 @@ from collections.abc import Sequence
 
 from loraport.sweep.trial import Trial
 
+# On a CPU a product takes as long as its arithmetic from some hundred tokens on: with 8 candidates
+# together, each takes 0.55 of its time alone at 32 tokens, 0.86 at 128, 1.0 at 512 (SmolLM2-135M).
+_TOGETHER, _TOKENS_ON_CPU = 16, 1024
+
+
+def most_together(device: str, tokens: float) -> int:
+    """Return how many candidates train in one pass where nobody says.
+
+    On a CPU no more than can make it faster, as each takes its own memory.
+
+    Args:
+        device: Type of the device.
+        tokens: Of one candidate's batch.
+
+    >>> most_together("cuda", 2000), most_together("cpu", 100), most_together("cpu", 2000)
+    (16, 10, 1)
+    """
+    if device != "cpu":
+        return _TOGETHER
+    return max(1, min(_TOGETHER, int(_TOKENS_ON_CPU / max(tokens, 1))))
+
 
 def group_trials(
     trials: Sequence[Trial], together: int, workers: int = 1

@@ -39,19 +39,19 @@ class SweepOptions:
         train: What all candidates share; its own rank, alpha, targets, layers and learning rate
             are not looked at.
         together: Most candidates trained in one pass; halved where memory runs out; 1 for each
-            alone.
+            alone, ``None`` for as many as `loraport.sweep.groups.most_together` says.
         keep_all: Keep the adapters of all candidates, not only of the one taken.
         spread: Train on the workers of a Ray cluster; ``None`` for this process.
     """
 
     grid: Grid = field(default_factory=Grid)
     train: TrainOptions = field(default_factory=TrainOptions)
-    together: int = 16
+    together: int | None = None
     keep_all: bool = False
     spread: Spread | None = None
 
     def __post_init__(self) -> None:
         problems = Problems()
-        if self.together < 1:
+        if self.together is not None and self.together < 1:
             problems.add("together", "at least 1", str(self.together))
         problems.raise_if_any("sweep options cannot be used")

@@ -16,14 +16,15 @@ from loraport.errors import LoraportError
 from loraport.output import new_directory, refuse_existing
 from loraport.peft_layout.write import peft_contents, save_contents
 from loraport.sweep.choose import Choice, choose
-from loraport.sweep.groups import group_trials
+from loraport.sweep.groups import group_trials, most_together
 from loraport.sweep.observer import SilentSweep, SweepObserver
 from loraport.sweep.options import SweepOptions
 from loraport.sweep.plot import draw_quality
-from loraport.sweep.spread import Group, Passes, connect
+from loraport.sweep.spread import Cluster, Group, Passes, connect
 from loraport.sweep.store import Store
 from loraport.sweep.trial import Trial
 from loraport.sweep.worker import Finished, Setting, Worker
+from loraport.training.devices import choose_placement
 from loraport.training.lock import only_process
 from loraport.training.text_data import TextData, digest, padding_token, read_data
 
@@ -173,7 +174,8 @@ def _run(
         cluster = None
         if options.spread and remaining:
             cluster = stack.enter_context(connect(options.spread, options.train.loop.device))
-        groups = group_trials(remaining, options.together, cluster.workers if cluster else 1)
+        together = options.together or most_together(*_pass(rows, options, cluster))
+        groups = group_trials(remaining, together, cluster.workers if cluster else 1)
         observer.planned(groups=len(groups), trials=len(trials), done=len(done))
         pad = padding_token(tokenizer)
         setting = Setting(base, rows.train, rows.validation, pad, rows.length, options.train)
@@ -196,6 +198,15 @@ def _run(
     _write(out, finished_ones, result, keep_all=options.keep_all, force=force)
     shutil.rmtree(work)
     return result
+
+
+def _pass(rows: TextData, options: SweepOptions, cluster: Cluster | None) -> tuple[str, float]:
+    """Return the type of device that trains, and about how many tokens a candidate's batch has."""
+    loop = options.train.loop
+    on_gpu = "cuda" if cluster and cluster.gpus else ""
+    device = on_gpu or choose_placement("cpu" if cluster else loop.device, loop.dtype).device.type
+    mean = sum(len(row.tokens) for row in rows.train) / max(1, len(rows.train))
+    return device, mean * options.train.batch_size
 
 
 def _work(out: Path) -> Path:

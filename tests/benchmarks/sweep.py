@@ -49,7 +49,7 @@ def batches(model, setting):
     )
 
 
-def loop(setting, rate=0.0):
+def loop(setting, rate):
     return LoopOptions(
         learning_rate=rate, steps=setting.steps, device=setting.device, dtype=setting.dtype
     )
@@ -57,9 +57,9 @@ def loop(setting, rate=0.0):
 
 def together(model, setting):
     """Return every candidate's last training loss."""
-    found = train_together(
-        model, TRIALS, batches(model, setting), grouped_language_model_loss, loop(setting)
-    )
+    options = loop(setting, RATES[0])  # each candidate has its own rate
+    data = batches(model, setting)
+    found = train_together(model, TRIALS, data, grouped_language_model_loss, options)
     return [outcome.losses[-1][1] for outcome in found.values()]
 
 

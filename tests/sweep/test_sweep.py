@@ -69,6 +69,15 @@ def test_a_stopped_sweep_does_not_train_again(tiny_base, data, tmp_path, monkeyp
     assert "4 candidates, 2 finished before" in shown.stderr
 
 
+def test_a_cpu_gets_no_more_in_one_pass_than_makes_it_faster(tiny_base, write_jsonl, tmp_path):
+    long = write_jsonl([{"text": f"{n} red green blue grey" * 20} for n in range(17)])
+    few = (tiny_base, long, "--rank", "2,4", "--steps", 1, "--device", "cpu", "--max-length", 64)
+    for rows, more, passes in ((16, (), 4), (2, (), 1), (16, ("--together", 4), 1)):
+        out = ("-o", tmp_path / f"{rows}{len(more)}", "--batch-size", rows)
+        shown = run(*few, *out, *more)
+        assert f"4 candidates, 0 finished before; passes to train: {passes}\n" in shown.stderr
+
+
 def test_bad_values(tiny_base, data, tmp_path):
     out = ("-o", tmp_path / "out")
     shown = run(tiny_base, data, *out, "--rank", "four", code=2)
