@@ -34,6 +34,15 @@ def test_tensors_are_those_of_safetensors(file):
     assert not torch.equal(got["1.torch.float32"], got["1.torch.float32"].flip(0))
 
 
+def test_parts_read_at_once_are_put_together(file, monkeypatch):
+    from loraport.runtime import packed_file
+
+    monkeypatch.setattr(packed_file, "_LEAST_PART", 7)
+    monkeypatch.setattr(packed_file.os, "cpu_count", lambda: 3)
+    expected, got = load_file(file), read_whole(file)
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
 def test_the_file_may_be_cut_short_afterwards(file):
     expected, got = load_file(file), read_whole(file)
     kept = {name: tensor.clone() for name, tensor in expected.items()}
