@@ -81,6 +81,7 @@ def switches(runtime: Runtime, names: tuple[str, str], repeats: int) -> dict[str
     name, other = names
     file = runtime.directory / runtime.manifest.adapters[name].tensors
     whole = runtime.manifest
+
     def unload() -> None:
         runtime.unload(name)
 
