@@ -7,13 +7,15 @@ together in one pass (what `loraport sweep` does), one after the other as `lorap
 and one after the other with PEFT in a plain loop. All train one epoch of the same rows, 4 a step
 (see train.py), each tool in its own batches. Every measurement is a process of its own that loads
 the base once; time counts from there until the last candidate is trained, memory is the largest
-resident set (on a GPU: allocated memory) since then.
+resident set (on a GPU: allocated memory) since then. "CPU s" is the time of all cores, which says
+more than the clock where a machine has other things to do.
 
 What the candidates learned is compared too: together they end at the losses they reach alone.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -114,7 +116,7 @@ def measure(title, setting):
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the largest set so far is forgotten
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     losses = PEERS[title](model, setting)
     if setting.device == "cuda":
         torch.cuda.synchronize()
@@ -122,12 +124,15 @@ def measure(title, setting):
     else:
         status = Path("/proc/self/status").read_text().splitlines()
         peak = 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    return {"seconds": time.perf_counter() - start, "peak": peak, "losses": losses}
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {"seconds": seconds, "cpu": cpu, "peak": peak, "losses": losses}
 
 
 def measure_apart(title, setting):
     command = [sys.executable, __file__, *setting.flags(), "--child", title]
-    child = subprocess.run(command, capture_output=True, text=True)
+    # As the command line has it: threads that wait do not spin.
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    child = subprocess.run(command, capture_output=True, text=True, env=environment)
     if child.returncode:
         raise SystemExit(f"{title}: {(child.stderr.strip().splitlines() or ['?'])[-1]}")
     return json.loads(child.stdout.splitlines()[-1])
@@ -169,15 +174,16 @@ def main():
         f"{setting.steps} steps of {setting.batch} rows of {setting.rows}; last losses together "
         f"and alone at most {apart:.1e} apart"
     )
-    print(f"{'':20} {'s':>7} {'peak MB':>8} {'time to ours':>13} {'memory to ours':>15}")
+    print(f"{'':20} {'s':>7} {'CPU s':>7} {'peak MB':>8}   ours to it: time, CPU time, memory")
     medians = {
-        title: [statistics.median(one[key] for one in made) for key in ("seconds", "peak")]
+        title: [statistics.median(one[key] for one in made) for key in ("seconds", "cpu", "peak")]
         for title, made in found.items()
     }
-    own_time, own_peak = medians[OURS]
-    for title, (seconds, peak) in medians.items():
-        ratios = f"{own_time / seconds:13.3f} {own_peak / peak:15.3f}"
-        print(f"{title:20} {seconds:7.1f} {peak / 1e6:8.0f} {ratios}")
+    for title, figures in medians.items():
+        seconds, cpu, peak = figures
+        ratios = (ours / its for ours, its in zip(medians[OURS], figures, strict=True))
+        shown = " ".join(f"{ratio:6.3f}" for ratio in ratios)
+        print(f"{title:20} {seconds:7.1f} {cpu:7.1f} {peak / 1e6:8.0f}   {shown}")
 
 
 if __name__ == "__main__":
