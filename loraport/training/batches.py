@@ -41,17 +41,30 @@ class TokenBatch:
         mask: ``[batch, length]`` int64, 0 on padding; ``None`` where nothing is padded.
         labels: ``[batch, length]`` int64, `IGNORED` where the loss does not count.
         lines: The rows' lines in their data file, as far as they are known.
+        places: What `learned` gives, where it is known.
     """
 
     tokens: torch.Tensor
     mask: torch.Tensor | None
     labels: torch.Tensor
     lines: tuple[int, ...] = ()
+    places: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
         """Return the batch on a device."""
         mask = None if self.mask is None else self.mask.to(device)
-        return TokenBatch(self.tokens.to(device), mask, self.labels.to(device), self.lines)
+        labels, places = self.labels.to(device), self.learned().to(device)
+        return TokenBatch(self.tokens.to(device), mask, labels, self.lines, places)
+
+    def learned(self) -> torch.Tensor:
+        """Return where the next token counts, ``[n]``: indices into ``[batch, length - 1]``.
+
+        How many there are decides shapes, so a GPU would be waited for: `to` counts before it
+        copies.
+        """
+        if self.places is not None:
+            return self.places
+        return (self.labels[:, 1:].flatten() != IGNORED).nonzero().flatten()
 
 
 class RowBatches:

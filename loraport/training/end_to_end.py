@@ -41,6 +41,7 @@ class SegmentedBatch(TokenBatch):
             mask=None,
             labels=self.labels.to(device),
             lines=self.lines,
+            places=self.learned().to(device),
             positions=self.positions.to(device),
             segments=self.segments.to(device),
         )
@@ -99,7 +100,7 @@ def lay_end_to_end(sequences: Sequence[Sequence[Row]], pad: int) -> SegmentedBat
         tensors.append(stacked)
     tokens, labels, positions, segments = tensors
     lines = tuple(row.line for rows in sequences for row in rows if row.line)
-    return SegmentedBatch(tokens, None, labels, lines, positions, segments)
+    return SegmentedBatch(tokens, None, labels, lines, positions=positions, segments=segments)
 
 
 def _sequence(rows: Sequence[Row]) -> tuple[list[int], list[int], list[int], list[int]]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loraport.training.batches import IGNORED, TokenBatch
+from loraport.training.batches import TokenBatch
 from loraport.training.chunked_loss import Reduction, linear_cross_entropy, module_cross_entropy
 from loraport.training.loss import LossSum
 from loraport.training.model_inputs import model_inputs
@@ -28,7 +28,7 @@ def language_model_loss(model: nn.Module, batch: TokenBatch) -> LossSum:
         batch: Tokens ``[batch, length]``.
     """
     targets = batch.labels[:, 1:].flatten()
-    counted = (targets != IGNORED).nonzero().flatten()  # [n]
+    counted = batch.learned()  # [n]
     total = cross_entropy_at(model, batch, counted, targets[counted])
     return LossSum(total, counted.numel(), batch.tokens.numel())
 

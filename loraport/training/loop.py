@@ -261,16 +261,18 @@ class _Run:
         self.processes.sum_gradients(self.parameters.values())
         if step == 1:
             self._note_unused()
-        total_of_all, weight, counted = self.processes.sums(float(total), weight, tokens)
+        weight, counted = self.processes.sums(weight, tokens)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        torch._foreach_mul_(gradients, 1 / weight)
+        clip = self.options.clip or math.inf
+        found = nn.utils.clip_grad_norm_(self.parameters.values(), clip)
+        # Read together: this is where a GPU is waited for, once a step.
+        own_total, norm = torch.stack([total, found.to(total)]).tolist()
+        (total_of_all,) = self.processes.sums(own_total)
         value, tokens = total_of_all / weight, int(counted)
         if not math.isfinite(value):
             group = [batch for part in self.processes.from_all(group) for batch in part]
         require_finite(value, "loss", step, group, self.work)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        torch._foreach_mul_(gradients, 1 / weight)
-        norm = float(
-            nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip or math.inf)
-        )
         require_finite(norm, "gradient norm", step, group, self.work)
         rate = learning_rate(step, self.steps, self.options.learning_rate, self.options.warmup)
         set_learning_rate(self.optimizer, rate)

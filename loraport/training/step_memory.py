@@ -138,7 +138,7 @@ def _full_batch(options: TrainOptions, device: torch.device) -> TokenBatch:
     if options.packing != "fill":
         return TokenBatch(tokens, None, labels)
     positions, segments = torch.zeros_like(tokens), torch.zeros_like(tokens)
-    return SegmentedBatch(tokens, None, labels, (), positions, segments)
+    return SegmentedBatch(tokens, None, labels, positions=positions, segments=segments)
 
 
 def _configured_transform(model: PreTrainedModel) -> LogitTransform:

@@ -243,10 +243,12 @@ def _memory_savers(options: TrainOptions) -> str:
         savers.append(f"--batch-size {size // 2} --accumulate {accumulate} (the same step)")
     if not options.gradient_checkpointing:
         savers.append("--gradient-checkpointing")
+    if options.base_dtype not in QUANTIZED:
+        savers.append("--base-dtype nf4")
     if length > 2:
         savers.append(f"--max-length {max(2, length // 2)}")
     savers.append(f"--rank {max(1, options.lora.rank // 2)}" if options.lora.rank > 1 else "")
-    return ", ".join([*filter(None, savers), "or a smaller base"])
+    return ", ".join([*filter(None, savers), "or a smaller base (--dry-run says what each takes)"])
 
 
 def _refuse_idle_processes(options: TrainOptions, processes: Processes) -> None:
