@@ -16,6 +16,7 @@ from loraport.errors import LoraportError
 from loraport.output import new_directory, refuse_existing
 from loraport.peft_layout.write import peft_contents, save_contents
 from loraport.training.batches import Row
+from loraport.training.compiled import compiled_layers
 from loraport.training.curve import draw_losses
 from loraport.training.devices import choose_placement
 from loraport.training.faults import MemoryRanOutError, faults_explained
@@ -150,7 +151,7 @@ def _train(
             _refuse_outputs(out, work, force=force)
         resolve_base(base)  # a download or conversion that the others then find
     processes.wait()
-    _refuse_idle_processes(options, processes)
+    _refuse_for_processes(options, processes)
     tokenizer = load_tokenizer(base)
     rows = read_data(base, data, validation, tokenizer, options, observer)
     identity = _identity(rows, options)
@@ -170,6 +171,8 @@ def _train(
             # An adapter belongs to the base as it is published, not as it is stored here.
             fingerprint = fingerprint_model(model, list(select_targets(model, options.lora)))
             narrow(model, options.base_dtype, placement)
+            if not sharded:
+                model.to(placement.device)  # whole: quantized layers are there already
     attach(model, options.lora)
     if options.gradient_checkpointing:
         checkpoint_activations(model, options.checkpointed_layers)
@@ -186,19 +189,23 @@ def _train(
             max_length=rows.length,
         )
 
+    data_batches = batches(rows.train, options.loop.seed)
+    held_out = batches(rows.validation, None) if rows.validation else None
     started = time.monotonic()
-    result = train(
-        model,
-        batches(rows.train, options.loop.seed),
-        language_model_loss,
-        options.loop,
-        validation=batches(rows.validation, None) if rows.validation else None,
-        work=work,
-        resume=resume,
-        identity=identity,
-        observer=observer,
-        base_fingerprint=fingerprint,
-    )
+    compiled = compiled_layers(model) if options.compile else contextlib.nullcontext()
+    with compiled:
+        result = train(
+            model,
+            data_batches,
+            language_model_loss,
+            options.loop,
+            validation=held_out,
+            work=work,
+            resume=resume,
+            identity=identity,
+            observer=observer,
+            base_fingerprint=fingerprint,
+        )
     facts = {"task_type": "CAUSAL_LM", "lora_dropout": options.lora.dropout}
     adapter = adapter_of(
         model, base_model=base, base_fingerprint=result.base_fingerprint, training=facts
@@ -251,7 +258,12 @@ def _memory_savers(options: TrainOptions) -> str:
     return ", ".join([*filter(None, savers), "or a smaller base (--dry-run says what each takes)"])
 
 
-def _refuse_idle_processes(options: TrainOptions, processes: Processes) -> None:
+def _refuse_for_processes(options: TrainOptions, processes: Processes) -> None:
+    if options.compile and options.loop.shard_base and processes.size > 1:
+        raise LoraportError(
+            "--compile: expected a base that every process has whole, got --shard-base; leave "
+            "out one of them"
+        )
     if options.batch_size < processes.size:
         raise LoraportError(
             f"--batch-size {options.batch_size}: expected at least a row for each of "

@@ -34,6 +34,7 @@ from random_llamas import SHAPES, random_llama
 from loraport.base_model import load_causal_lm
 from loraport.training import LoopOptions, LoraOptions, attach, train
 from loraport.training.batches import IGNORED, Row, collate
+from loraport.training.compiled import compiled_layers
 from loraport.training.frozen_base import checkpoint_activations
 from loraport.training.language_model import language_model_loss
 from loraport.training.observer import Silent
@@ -63,6 +64,7 @@ class Setting:
     steps: int = 12
     warm: int = 2
     checkpointing: int = 0
+    compile: int = 0  # of loraport's alone
 
     def flags(self):
         return [f"--{key.replace('_', '-')}={value}" for key, value in asdict(self).items()]
@@ -130,7 +132,8 @@ def loraport(model, setting, clock):
     options = LoopOptions(
         learning_rate=RATE, steps=setting.steps, device=setting.device, dtype=setting.dtype
     )
-    train(model, data, language_model_loss, options, observer=clock)
+    with compiled_layers(model) if setting.compile else contextlib.nullcontext():
+        train(model, data, language_model_loss, options, observer=clock)
 
 
 def peft_model(model, setting):

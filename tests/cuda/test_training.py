@@ -56,6 +56,21 @@ def test_losses_are_those_of_float64_on_the_cpu(llama, base, dtype, bound, use_d
     assert next(llama.parameters()).is_cuda
 
 
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
+@pytest.mark.parametrize("options", [LoraOptions(rank=4), LoraOptions(rank=4, use_dora=True)])
+def test_compiled_layers_have_the_same_losses(llama, options):
+    from loraport.training.compiled import compiled_layers
+
+    attach(plain := copy.deepcopy(llama), options)
+    expected = train(plain, batches(), lm_loss, loop(dtype="float32")).losses
+    attach(llama, options)
+    with compiled_layers(llama):
+        got = train(llama, batches(), lm_loss, loop(dtype="float32")).losses
+    for (_, mine), (_, other) in zip(got, expected, strict=True):
+        assert mine == pytest.approx(other, abs=1e-3)  # 24-bit mantissas, sums in another order
+    assert expected[0][1] - expected[-1][1] > 2e-3
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "paged-adamw-8bit"])
 def test_a_run_resumed_equals_one_never_stopped(llama, optimizer, tmp_path):
     if optimizer != "adamw":

@@ -56,6 +56,7 @@ def test_every_option_can_be_given():
             "adamw-8bit",
             "--checkpointed-layers",
             "16",
+            "--compile",
         ),
     )
     assert options == TrainOptions(
@@ -97,6 +98,7 @@ def test_every_option_can_be_given():
         validation_share=0.5,
         gradient_checkpointing=True,
         checkpointed_layers=16,
+        compile=True,
         packing="fill",
         base_dtype="nf4",
     )

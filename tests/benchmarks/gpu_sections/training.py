@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -70,6 +71,12 @@ def speed(place: Place) -> Iterator[Row]:
                 figure += f"; loraport: {ratios}"
             what = f"training {Path(base).name}, bf16, rows of 32 to {setting.longest}"
             yield Row(f"{what}, {title}", figure)
+        if place.tiny:
+            return  # compiling takes its time, and is tested elsewhere
+        ((seconds, peak),) = compare(replace(setting, compile=1), (OURS,)).values()
+        figure = f"{1e3 * seconds:.1f} ms a step, peak {peak / 1e9:.2f} GB"
+        ratios = f"{seconds / own_time:.3f} of the time without"
+        yield Row(f"{what}, {OURS} --compile", f"{figure}; {ratios}")
 
 
 def memory(place: Place) -> Iterator[Row]:
