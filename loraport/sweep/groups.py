@@ -8,7 +8,7 @@ from loraport.sweep.trial import Trial
 
 # On a CPU a product takes as long as its arithmetic from some hundred tokens on: with 8 candidates
 # together, each takes 0.55 of its time alone at 32 tokens, 0.86 at 128, 1.0 at 512 (SmolLM2-135M).
-_TOGETHER, _TOKENS_ON_CPU = 16, 1024
+_TOGETHER, _TOKENS_ON_CPU = 16, 512
 
 
 def most_together(device: str, tokens: float) -> int:
@@ -21,7 +21,7 @@ def most_together(device: str, tokens: float) -> int:
         tokens: Of one candidate's batch.
 
     >>> most_together("cuda", 2000), most_together("cpu", 100), most_together("cpu", 2000)
-    (16, 10, 1)
+    (16, 5, 1)
     """
     if device != "cpu":
         return _TOGETHER

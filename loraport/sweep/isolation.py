@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
+from torch import nn
 
 from loraport.errors import LoraportError
 from loraport.sweep.layers import Attached
@@ -21,6 +23,9 @@ class RowsMixedError(LoraportError):
 _TOLERANCE = 1e-3
 _STRENGTH = 0.1
 
+# Model → module paths whose layers keep rows apart.
+_proved: weakref.WeakKeyDictionary[nn.Module, set[frozenset[str]]] = weakref.WeakKeyDictionary()
+
 
 @torch.no_grad()
 def require_rows_apart(
@@ -29,7 +34,7 @@ def require_rows_apart(
     """Change one candidate and see that the losses of another stay as they were.
 
     A model that mixes the rows of a batch, or passes them to its layers in another order, cannot
-    hold several candidates in a batch.
+    hold several candidates in a batch. What was proved is remembered with the model.
 
     Args:
         attached: The model; left as it was, with nobody present.
@@ -41,7 +46,9 @@ def require_rows_apart(
         RowsMixedError: If the rows mix.
     """
     names = list(attached.members)
-    if len(names) < 2:
+    adapted = frozenset(path for layers in attached.members.values() for path in layers)
+    proved = _proved.setdefault(attached.model, set())
+    if len(names) < 2 or adapted in proved:
         return
     # The changed one's rows come first, the other's after them.
     changed = max(names, key=lambda name: len(attached.members[name]))
@@ -70,3 +77,4 @@ def require_rows_apart(
             "the model: expected rows that do not depend on each other, got one that mixes them; "
             "its candidates have to train one by one: --together 1"
         )
+    proved.add(adapted)

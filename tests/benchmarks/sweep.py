@@ -1,16 +1,18 @@
 """Time and peak memory of a sweep of eight candidates that train together, beside eight runs.
 
-    python tests/benchmarks/sweep.py [--rows text] [--device cuda --dtype bfloat16] [--rounds 3]
+    python tests/benchmarks/sweep.py [--device cuda --dtype bfloat16] [--rounds 3]
+    python tests/benchmarks/sweep.py --rows chat --steps 3 [--together 8]
 
 Ranks 4 to 32 and two learning rates on all linear layers of SmolLM2-135M, AdamW, gradients clipped:
-together in one pass (what `loraport sweep` does), one after the other as `loraport train` does it,
-and one after the other with PEFT in a plain loop. All train one epoch of the same rows, 4 a step
-(see train.py), each tool in its own batches. Every measurement is a process of its own that loads
-the base once; time counts from there until the last candidate is trained, memory is the largest
-resident set (on a GPU: allocated memory) since then. "CPU s" is the time of all cores, which says
-more than the clock where a machine has other things to do.
+as `loraport sweep` trains them (on a GPU all in one pass, on a CPU as many as make it faster, or
+``--together``), one after the other as `loraport train` does it, and one after the other with PEFT
+in a plain loop. All train one epoch of the same rows, 4 a step (see train.py; short ones of 32 to
+47 tokens unless told otherwise), each tool in its own batches. Every measurement is a process of
+its own that loads the base once; time counts from there until the last candidate is trained, memory
+is the largest resident set (on a GPU: allocated memory) since then. "CPU s" is the time of all
+cores, which says more than the clock where a machine has other things to do.
 
-What the candidates learned is compared too: together they end at the losses they reach alone.
+What the candidates learned is compared too: in the sweep they end at the losses they reach alone.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from pathlib import Path
 import torch
 from train import CHOICES, TARGETS, Setting, base_model, inputs, padded, rows  # the sibling
 
+from loraport.sweep.groups import group_trials, most_together
 from loraport.sweep.loss import grouped_language_model_loss
 from loraport.sweep.together import train_together
 from loraport.sweep.trial import Trial
@@ -57,26 +60,40 @@ def loop(setting, rate):
     )
 
 
-def together(model, setting):
+def passes(model, setting, together):
+    """Divide the candidates as `loraport sweep` does."""
+    made = rows(setting, model.config.vocab_size)
+    tokens = setting.batch * sum(len(row.tokens) for row in made) / len(made)
+    return group_trials(TRIALS, together or most_together(setting.device, tokens))
+
+
+def sweep(model, setting, together):
     """Return every candidate's last training loss."""
-    options = loop(setting, RATES[0])  # each candidate has its own rate
-    data = batches(model, setting)
-    found = train_together(model, TRIALS, data, grouped_language_model_loss, options)
-    return [outcome.losses[-1][1] for outcome in found.values()]
-
-
-def one_by_one(model, setting):
     losses = []
-    for trial in TRIALS:
-        attach(model, trial.lora)
-        options = loop(setting, trial.learning_rate)
-        result = train(model, batches(model, setting), language_model_loss, options)
-        losses.append(result.losses[-1][1])
-        detach(model)
+    for group in passes(model, setting, together):
+        if len(group) == 1:
+            losses.append(one_run(model, setting, group[0]))
+            continue
+        options = loop(setting, RATES[0])  # each candidate has its own rate
+        data = batches(model, setting)
+        found = train_together(model, group, data, grouped_language_model_loss, options)
+        losses += [outcome.losses[-1][1] for outcome in found.values()]
     return losses
 
 
-def peft_one_by_one(model, setting):
+def one_by_one(model, setting, _):
+    return [one_run(model, setting, trial) for trial in TRIALS]
+
+
+def one_run(model, setting, trial):
+    attach(model, trial.lora)
+    options = loop(setting, trial.learning_rate)
+    result = train(model, batches(model, setting), language_model_loss, options)
+    detach(model)
+    return result.losses[-1][1]
+
+
+def peft_one_by_one(model, setting, _):
     return [peft_run(model, setting, trial) for trial in TRIALS]
 
 
@@ -104,12 +121,12 @@ def peft_run(model, setting, trial):
 PEERS = {
     "PEFT, 8 runs": peft_one_by_one,
     "loraport, 8 runs": one_by_one,
-    "loraport, together": together,
+    "loraport, sweep": sweep,
 }
-OURS, ALONE = "loraport, together", "loraport, 8 runs"
+OURS, ALONE = "loraport, sweep", "loraport, 8 runs"
 
 
-def measure(title, setting):
+def measure(title, setting, together):
     """Train in this process, and return what it took and what was learned."""
     model = base_model(setting)
     if setting.device == "cuda":
@@ -117,7 +134,7 @@ def measure(title, setting):
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the largest set so far is forgotten
     start, cpu = time.perf_counter(), time.process_time()
-    losses = PEERS[title](model, setting)
+    losses = PEERS[title](model, setting, together)
     if setting.device == "cuda":
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
@@ -128,8 +145,9 @@ def measure(title, setting):
     return {"seconds": seconds, "cpu": cpu, "peak": peak, "losses": losses}
 
 
-def measure_apart(title, setting):
+def measure_apart(title, setting, together):
     command = [sys.executable, __file__, *setting.flags(), "--child", title]
+    command += [f"--together={together}"] if together else []
     # As the command line has it: threads that wait do not spin.
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     child = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -143,7 +161,7 @@ def require_same(found, setting):
     one, other = (found[title][-1]["losses"] for title in (OURS, ALONE))
     apart = max(abs(a - b) / b for a, b in zip(one, other, strict=True))
     if not apart <= (_SAME if setting.dtype == "float32" else _SAME_ROUNDED):
-        raise SystemExit(f"together {one}, alone {other}: expected the same losses")
+        raise SystemExit(f"in the sweep {one}, alone {other}: expected the same losses")
     if not max(other) - min(other) > 10 * apart * max(other):
         raise SystemExit(f"the candidates' losses {other}: expected some that differ")
     return apart
@@ -151,28 +169,29 @@ def require_same(found, setting):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    defaults = {"rows": "chat", "steps": 3}
+    defaults = {"longest": 48, "steps": 8}
     for field in fields(Setting):
         flag, chosen = f"--{field.name.replace('_', '-')}", CHOICES.get(field.name)
         default = defaults.get(field.name, field.default)
         parser.add_argument(flag, default=default, type=field.type, choices=chosen)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--together", type=int, help="most candidates in one pass")
     parser.add_argument("--child", choices=list(PEERS))
     values = vars(parser.parse_args())
-    rounds, child = values.pop("rounds"), values.pop("child")
+    rounds, child, most = (values.pop(name) for name in ("rounds", "child", "together"))
     setting = Setting(**values)
     if child:
-        print(json.dumps(measure(child, setting)))
+        print(json.dumps(measure(child, setting, most)))
         return
     found = {title: [] for title in PEERS}
     for _ in range(rounds):
         for title in PEERS:
-            found[title].append(measure_apart(title, setting))
+            found[title].append(measure_apart(title, setting, most))
     apart = require_same(found, setting)
     print(
         f"{setting.base}, {setting.device}, {setting.dtype}, {len(TRIALS)} candidates, "
-        f"{setting.steps} steps of {setting.batch} rows of {setting.rows}; last losses together "
-        f"and alone at most {apart:.1e} apart"
+        f"{setting.steps} steps of {setting.batch} rows of {setting.rows}; last losses in the "
+        f"sweep and alone at most {apart:.1e} apart"
     )
     print(f"{'':20} {'s':>7} {'CPU s':>7} {'peak MB':>8}   ours to it: time, CPU time, memory")
     medians = {
