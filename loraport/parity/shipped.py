@@ -12,20 +12,18 @@ from typing import Any
 import numpy as np
 
 from loraport.bundle.base_values import BaseValues
+from loraport.bundle.golden import golden_reason
 from loraport.bundle.manifest import REQUIRED_MODEL_FILE
 from loraport.bundle.replay import replay
 from loraport.errors import LoraportError
 from loraport.parity.check import Check
 from loraport.parity.metrics import compare, worst
 from loraport.parity.tolerances import Tolerance
-from loraport.runtime import Runtime
+from loraport.runtime import Lane, Runtime
+from loraport.runtime.resident import read_packed
 from loraport.runtime.session import open_session
+from loraport.runtime.values import FLOATS, as_numpy, numpy_of
 
-_NUMPY_TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-}
 _SHOWN = 5
 
 
@@ -34,9 +32,10 @@ def same_in_both_files(runtime: Runtime, name: str) -> Check:
     import onnxruntime
 
     title = f"adapter {name}: .onnx_adapter = .safetensors"
-    file = runtime.directory / runtime.manifest.require_adapter(name).file
-    resident = runtime.load(name)
-    expected = resident.values if resident is not None else {}
+    entry = runtime.manifest.require_adapter(name)
+    file = runtime.directory / entry.file
+    packed = read_packed(runtime.directory / entry.tensors, runtime.manifest.slots)
+    expected = {key: numpy_of(tensor) for key, tensor in packed.items()}
     try:
         contents = onnxruntime.AdapterFormat.read_adapter(str(file))
         got: Mapping[str, Any] = contents.get_parameters()
@@ -72,39 +71,39 @@ def required_graph(
         detail = f"its inputs are not the model's and the slots': {_listed(sorted(strange))}"
         return Check(title, False, detail)
     base_values = BaseValues(runtime.directory)
-    neutral = {slot.input: base_values[slot.input].numpy() for slot in slots.replacements}
+    neutral = {slot.input: numpy_of(base_values[slot.input]) for slot in slots.replacements}
     neutral |= {
-        entry.name: np.full(
-            entry.neutral_shape, entry.neutral, _NUMPY_TYPES[entries[entry.name].type]
-        )
+        entry.name: np.full(entry.neutral_shape, entry.neutral, FLOATS[entries[entry.name].type])
         for _, _, entry in slots.low_rank_inputs()
     }
     comparisons = []
     for name in (None, *names):
         resident = runtime.load(name)
-        filled = {key: value.numpy() for key, value in resident.values.items()} if resident else {}
-        got = session.run(list(outputs), {**inputs, **neutral, **filled})
+        filled = resident.values if resident else {}
+        got = Lane(session, None, runtime.provider).run({**inputs, **neutral, **filled}, outputs)
         expected = runtime.run(inputs, name, outputs)
-        comparisons += [compare(expected[key], g) for key, g in zip(outputs, got, strict=True)]
+        comparisons += [compare(expected[key], got[key]) for key in outputs]
     found = worst(comparisons)
     return Check(title, found.within(tolerance), "", found)
 
 
 def golden_cases(runtime: Runtime) -> Check:
-    """Replay the bundle's golden cases."""
+    """Replay the bundle's golden cases, or say why it can have none."""
     try:
         results = replay(runtime)
     except LoraportError as error:
         return Check("golden cases", False, str(error))
     wrong = [f"{r.name}: max abs {r.max_abs:.3g}" for r in results if not r.passed]
     if not results:
-        return Check("golden cases", False, "the manifest lists none")
+        reason = golden_reason(runtime.directory)
+        listed = reason and f"none: {reason}"
+        return Check("golden cases", bool(reason), listed or "the manifest lists none")
     seen = f"{len(results)} cases within {runtime.manifest.tolerance:g}"
     return Check("golden cases", not wrong, _listed(wrong) or seen)
 
 
-def _same(expected: Mapping[str, Any], got: Mapping[str, Any], key: str) -> bool:
-    ours, theirs = expected[key].numpy(), got[key].numpy()
+def _same(expected: Mapping[str, np.ndarray], got: Mapping[str, Any], key: str) -> bool:
+    ours, theirs = expected[key], as_numpy(got[key])
     alike = ours.dtype == theirs.dtype and ours.shape == theirs.shape
     return bool(alike and ours.tobytes() == theirs.tobytes())
 

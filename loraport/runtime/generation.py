@@ -12,9 +12,9 @@ import numpy as np
 
 from loraport.errors import LoraportError
 from loraport.runtime.model import Runtime, Selection
+from loraport.runtime.values import FLOATS
 
 GENAI_CONFIG = "genai_config.json"
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def first_step_inputs(
         for pattern in decoder.past:
             name = pattern % layer
             if name in names:
-                dtype = _NUMPY_TYPES.get(names[name])
+                dtype = FLOATS.get(names[name])
                 if dtype is None:
                     raise LoraportError(f"input {name}: cannot be fed as {names[name]} from numpy")
                 inputs[name] = np.zeros(decoder.cache_shape, dtype)

@@ -18,8 +18,6 @@ from loraport.bundle.slots import Control
 from loraport.errors import LoraportError, Problems
 from loraport.runtime.resident import (
     ResidentAdapter,
-    as_numpy,
-    as_value,
     blend_packed,
     empty_slots,
     make_resident,
@@ -27,6 +25,7 @@ from loraport.runtime.resident import (
 )
 from loraport.runtime.rows import Rows, stack_packed
 from loraport.runtime.session import open_session
+from loraport.runtime.values import as_numpy, as_value
 
 # One adapter by name, several with strengths, or the base.
 Selection = str | Mapping[str, float] | None
@@ -76,21 +75,37 @@ class Lane:
         Raises:
             LoraportError: If an input is missing, unknown or refused by the model.
         """
+        return self._run(inputs, outputs, self._device)
+
+    def run(
+        self, inputs: Mapping[str, Any], outputs: Iterable[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run once; see `run_on_device`. The outputs are arrays on the CPU.
+
+        What is bfloat16 in the graph has the dtype ``ml_dtypes.bfloat16``.
+        """
+        values = self._run(inputs, outputs, "cpu")
+        return {name: as_numpy(value) for name, value in values.items()}
+
+    def _run(
+        self, inputs: Mapping[str, Any], outputs: Iterable[str] | None, device: str
+    ) -> dict[str, Any]:
         self._check_inputs(inputs)
         binding = self._binding
         names = list(outputs) if outputs is not None else self._outputs
         binding.clear_binding_outputs()
         controls = self._bind_controls(inputs)
+        given = []  # lives until the run has ended
         try:
             for name, value in inputs.items():
                 if name in controls:
                     continue
                 if isinstance(value, np.ndarray):
-                    binding.bind_cpu_input(name, np.ascontiguousarray(value))
-                else:
-                    binding.bind_ortvalue_input(name, value)
+                    value, array = as_value(value, "cpu")
+                    given.append(array)
+                binding.bind_ortvalue_input(name, value)
             for name in names:
-                binding.bind_output(name, self._device)
+                binding.bind_output(name, device)
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises classes of its own without a common base
             first = str(error).strip().splitlines()[0]
@@ -99,13 +114,6 @@ class Lane:
         # A resting lane keeps no outputs; the caller's values live on their own.
         binding.clear_binding_outputs()
         return values
-
-    def run(
-        self, inputs: Mapping[str, Any], outputs: Iterable[str] | None = None
-    ) -> dict[str, np.ndarray]:
-        """Run once; see `run_on_device`. The outputs are arrays on the CPU."""
-        values = self.run_on_device(inputs, outputs)
-        return {name: as_numpy(value) for name, value in values.items()}
 
     def _bind_controls(self, inputs: Mapping[str, Any]) -> set[str]:
         """Bind the controls among the inputs; return their names.

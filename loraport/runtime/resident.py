@@ -11,14 +11,14 @@ import numpy as np
 
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot, SlotTable
-from loraport.errors import LoraportError, Problems
+from loraport.errors import Problems
 from loraport.naming import weight_name
 from loraport.runtime.packed_file import read_whole
+from loraport.runtime.values import as_value, numpy_of
 
 if TYPE_CHECKING:
     import torch
 
-_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _NUMPY_DTYPES = {"FLOAT": np.float32, "FLOAT16": np.float16, "DOUBLE": np.float64}
 
 
@@ -172,21 +172,9 @@ def make_resident(tensors: Mapping[str, torch.Tensor], device: str) -> ResidentA
         tensors: Graph input → tensor.
         device: ``"cpu"`` or ``"cuda"``.
     """
-    import onnxruntime
-    import torch
-
     values, owners = {}, []
     for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.dtype == torch.bfloat16:
-            array = tensor.view(torch.int16).numpy()
-            value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
-            if device != "cpu":
-                raise LoraportError("bfloat16 adapters: expected the CPU provider, got " + device)
-        else:
-            array = tensor.numpy()
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
-        values[name] = value
+        values[name], array = as_value(numpy_of(tensor.cpu()), device)
         owners.append(array)
     return ResidentAdapter(values, sum(array.nbytes for array in owners), tuple(owners))
 
@@ -209,15 +197,3 @@ def empty_slots(table: SlotTable, device: str) -> dict[str, Any]:
             shape = [0 if isinstance(size, str) else size for size in entry.shape]
             empty[entry.name] = as_value(np.zeros(shape, dtype), device)[0]
     return empty
-
-
-def as_value(array: np.ndarray, device: str) -> tuple[Any, np.ndarray]:
-    """Return an array as ``OrtValue`` on a device, and the array, which must live as long."""
-    import onnxruntime
-
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0), array
-
-
-def as_numpy(value: Any) -> np.ndarray:
-    """Return an ``OrtValue``'s content as an array of its own."""
-    return np.array(value.numpy())

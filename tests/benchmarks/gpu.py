@@ -70,11 +70,11 @@ def main() -> None:
         )
         for name in [name for name in arguments.only.split(",") if name] or SECTIONS:
             rows += measured(name, place)
+            if arguments.json:  # after each section: a later one may never end
+                arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     width = max(len(row.what) for row in rows)
     for row in rows:
         print(f"{row.what:{width}}  {row.figure}{'  # ' + row.note if row.note else ''}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     sys.exit(1 if any(row.figure.startswith("FAILED") for row in rows) else 0)
 
 
@@ -84,6 +84,7 @@ def measured(name: str, place: Place) -> list[Row]:
     try:
         for row in SECTIONS[name](place):
             rows.append(row)
+            print(f"  {row.what}: {row.figure}", file=sys.stderr, flush=True)
     except Exception as error:
         first = (str(error).strip() or repr(error)).splitlines()[0]
         rows.append(Row(name, f"FAILED: {type(error).__name__}: {first}"))

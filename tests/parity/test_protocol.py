@@ -15,6 +15,7 @@ from tiny_llm import TEXTS, tokenizer
 from converters.formats.registry import read_adapter
 from converters.onnx.packing.adding import write_onnx_adapter
 from loraport.base_model import load_model
+from loraport.bundle.golden import record_no_golden
 from loraport.bundle.manifest import read_manifest, write_manifest
 from loraport.bundle.slots import SlotTable
 from loraport.errors import LoraportError
@@ -336,3 +337,13 @@ def test_a_bundle_without_golden_inputs(own_bundle, model, sources):
     write_manifest(replace(read_manifest(own_bundle), golden={}), own_bundle)
     found = failed(own_bundle, model, sources)
     assert found == {"golden cases": "the manifest lists none"}
+
+
+def test_a_bundle_that_can_have_no_golden_outputs(own_bundle, model, sources):
+    write_manifest(replace(read_manifest(own_bundle), golden={}), own_bundle)
+    record_no_golden(own_bundle, "no kernels here")
+    report = verify_bundle(own_bundle, model, sources)
+    assert report.passed
+    assert [c.detail for c in report.checks if c.name == "golden cases"] == [
+        "none: no kernels here"
+    ]
