@@ -80,14 +80,22 @@ def merged(model: nn.Module, changes: Changes) -> Iterator[None]:
         yield
 
 
-def greedy_tokens(model: nn.Module, token_ids: Sequence[int], count: int) -> list[int]:
-    """Return the next ``count`` tokens, each the likeliest, computed without a cache."""
-    ids = list(token_ids)
-    for _ in range(count):
-        array = np.array([ids], np.int64)
-        logits = torch_outputs(model, {"input_ids": array, "attention_mask": np.ones_like(array)})
-        ids.append(int(logits[0][0, -1].argmax()))
-    return ids[len(token_ids) :]
+def next_token_logits(
+    model: nn.Module, prompt: Sequence[int], following: Sequence[int]
+) -> np.ndarray:
+    """Return the logits before each of the tokens that follow a prompt, without a cache.
+
+    Args:
+        model: A causal language model.
+        prompt: At least one token.
+        following: The ``n`` tokens after it.
+
+    Returns:
+        ``[n, vocab]`` float32.
+    """
+    array = np.array([[*prompt, *following]], np.int64)
+    outputs = torch_outputs(model, {"input_ids": array, "attention_mask": np.ones_like(array)})
+    return outputs[0][0, len(prompt) - 1 : -1]
 
 
 def _hook(terms: Sequence[Term]) -> Callable[..., torch.Tensor]:

@@ -75,7 +75,7 @@ def numpy_of(tensor: torch.Tensor) -> np.ndarray:
     import torch
 
     tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.int16)
-        return np.asarray(tensor.numpy()).view(ml_dtypes.bfloat16)
-    return np.asarray(tensor.numpy())
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    array: np.ndarray = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return array

@@ -30,7 +30,7 @@ def gpu_bundle(request, tiny_base, adapters, tmp_path_factory):
     add_adapters(out, {name: read_adapter(path) for name, path in adapters.items()})
     model = load_model(str(tiny_base))
     original = {name: value.detach().clone() for name, value in model.named_parameters()}
-    if request.param == "int4":
+    if request.param in ("int4", "int8"):
         load_graph_weights(out / MODEL_FILE, model)
     return out, model.cuda(), original
 

@@ -20,6 +20,7 @@ from loraport.bundle.manifest import read_manifest, write_manifest
 from loraport.bundle.slots import SlotTable
 from loraport.errors import LoraportError
 from loraport.parity import Sample, verify_bundle
+from loraport.parity.reference import next_token_logits
 from loraport.runtime import Runtime
 from loraport.runtime.generation import first_step_inputs, read_decoder
 
@@ -347,3 +348,31 @@ def test_a_bundle_that_can_have_no_golden_outputs(own_bundle, model, sources):
     assert [c.detail for c in report.checks if c.name == "golden cases"] == [
         "none: no kernels here"
     ]
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_generated_tokens_are_compared_after_the_same_tokens(
+    bundle, model, sources, monkeypatch, behind
+):
+    def likeliest_but(runtime, token_ids, name, sampling):
+        ids = list(token_ids)
+        for _ in range(sampling.max_new_tokens):
+            outputs = runtime.run(first_step_inputs(runtime, read_decoder(bundle), ids), name)
+            ids.append(int(outputs["logits"][0, -1].argsort()[-1 - behind]))
+            yield ids[-1]
+
+    monkeypatch.setattr("loraport.parity.protocol.generate", likeliest_but)
+    report = verify_bundle(bundle, model, {"a": sources["a"]})
+    failures = [check.name for check in report.checks if not check.passed]
+    assert failures == (["adapter a: greedy tokens"] if behind else [])
+
+
+def test_logits_before_tokens_are_those_of_a_run_up_to_each(model):
+    prompt, following = [5, 6, 7], [8, 9, 10, 11]
+    got = next_token_logits(model, prompt, following)
+    for index in range(len(following)):
+        ids = torch.tensor([prompt + following[:index]])
+        with torch.no_grad():
+            expected = model(input_ids=ids).logits[0, -1]
+        np.testing.assert_allclose(got[index], expected.numpy(), atol=1e-5)
+    assert np.abs(got[0] - got[1]).max() > 1e-2
