@@ -100,6 +100,8 @@ def _pattern(
 @click.option("--compile", is_flag=True,
               help="Compile the layers, which takes a minute or so; meant for GPUs, on CPUs it "
               "hardly pays. --resume then continues but for the order of sums.")  # fmt: skip
+@click.option("--liger-kernel", is_flag=True,
+              help="On a GPU: norms, rotations and gates by liger-kernel's kernels.")  # fmt: skip
 @click.option("--seed", type=int, default=_LOOP.seed, help="Seed of everything random.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default=_LOOP.dtype,
               help="auto: bfloat16 autocast on GPUs that have it, else float32.")  # fmt: skip

@@ -67,7 +67,8 @@ def as_numpy(value: Any) -> np.ndarray:
     if not size:
         return np.empty(shape, ml_dtypes.bfloat16)
     bits = np.ctypeslib.as_array((ctypes.c_int16 * size).from_address(value.data_ptr()))
-    return bits.copy().view(ml_dtypes.bfloat16).reshape(shape)
+    array: np.ndarray = bits.copy().view(ml_dtypes.bfloat16).reshape(shape)
+    return array
 
 
 def numpy_of(tensor: torch.Tensor) -> np.ndarray:

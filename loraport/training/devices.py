@@ -30,6 +30,20 @@ class Placement:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def attention(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context that chooses attention's kernels.
+
+        On a GPU not cuDNN's: it plans anew for every length, tens of milliseconds a step where
+        batches differ.
+        """
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        return sdpa_kernel(
+            [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        )
+
 
 def choose_placement(device: str, dtype: str) -> Placement:
     """Resolve ``"auto"``: CUDA where there is one, bfloat16 where CUDA hardware has it.

@@ -12,12 +12,19 @@ from torch import nn
 
 from loraport.adapter import ModuleKind
 from loraport.errors import LoraportError
-from loraport.training.lora_function import add_low_rank, lora_linear
+from loraport.training.lora_function import add_low_rank, lora_linear, product_dtype
 from loraport.training.lora_layer import LoraLayer
 
 
 class LoraLinear(LoraLayer):
-    """LoRA beside ``nn.Linear``."""
+    """LoRA beside ``nn.Linear``.
+
+    Attributes:
+        rounded: ``A`` and ``scaling * B`` in the dtype of the products, while
+            `loraport.training.rounded` provides them.
+    """
+
+    rounded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @staticmethod
     def shapes(base_layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -30,12 +37,20 @@ class LoraLinear(LoraLayer):
         if self.training and isinstance(self.lora_dropout, nn.Dropout):
             return super().forward(x)
         weight, bias = self._frozen_weight()
-        a, b = self.matrices()
         if weight is None:
-            adapted = add_low_rank(self.base_layer(x), x, a, b, self.scaling)
+            base = self.base_layer(x)
+            adapted = add_low_rank(base, x, *self._operands(base.dtype))
         else:
-            adapted = lora_linear(x, weight, bias, a, b, self.scaling)
+            operands = self._operands(product_dtype(x.device.type, weight.dtype))
+            adapted = lora_linear(x, weight, bias, *operands)
         return self.refined(adapted).to(adapted.dtype)
+
+    def _operands(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Return A, B and what their product is scaled by, for products in a dtype."""
+        # A compiler fuses the rounding, and would compile anew for tensors that come and go.
+        if not torch.compiler.is_compiling() and self.rounded and self.rounded[0].dtype is dtype:
+            return *self.rounded, 1.0
+        return *self.matrices(), self.scaling
 
     def _frozen_weight(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return weight ``[out, in]`` and bias, where ``x W^T`` is all that the base does."""

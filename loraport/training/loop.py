@@ -42,6 +42,7 @@ from loraport.training.optimizer import (
 )
 from loraport.training.options import LoopOptions
 from loraport.training.processes import Processes, processes_now
+from loraport.training.rounded import rounded_matrices
 from loraport.training.schedule import learning_rate, total_steps
 from loraport.training.sharded_base import shard_base
 from loraport.training.sharing import own_part, share, unpacked
@@ -158,6 +159,7 @@ def train(
         run.early = EarlyStopping(options.early_stopping, parameters)
     with (
         training_mode(model),
+        placement.attention(),
         faults_explained(lambda: f"step {run.step + 1}", work),
         stop_requests(active=work is not None) as run.stop,
     ):
@@ -246,16 +248,7 @@ class _Run:
         total, weight, tokens = torch.zeros((), dtype=torch.float64), 0.0, 0
         for entry in group:
             batch, counts = unpacked(entry)
-            with self.placement.autocast():
-                part = as_sum(self.loss(self.model, to_device(batch, self.placement.device)))
-            if not part.total.requires_grad:
-                raise LoraportError(
-                    "the loss: expected one that depends on the LoRA layers, got one without "
-                    "gradient; does the forward pass call the modules that were adapted?"
-                )
-            if not counts:
-                part = LossSum(part.total * 0, 0.0)
-            part.total.backward()  # type: ignore[no-untyped-call]
+            part = self._forward_and_backward(to_device(batch, self.placement.device), counts)
             total = total.to(self.placement.device) + part.total.detach().double()
             weight, tokens = weight + part.weight, tokens + part.tokens
         self.processes.sum_gradients(self.parameters.values())
@@ -287,6 +280,20 @@ class _Run:
             tokens=self.tokens,
         )
         self.observer.stepped(step=step, loss=value, learning_rate=rate, tokens=tokens)
+
+    def _forward_and_backward(self, batch: Any, counts: bool) -> LossSum:
+        with rounded_matrices(self.layers.values(), self.placement.dtype):
+            with self.placement.autocast():
+                part = as_sum(self.loss(self.model, batch))
+            if not part.total.requires_grad:
+                raise LoraportError(
+                    "the loss: expected one that depends on the LoRA layers, got one without "
+                    "gradient; does the forward pass call the modules that were adapted?"
+                )
+            if not counts:
+                part = LossSum(part.total * 0, 0.0)
+            part.total.backward()  # type: ignore[no-untyped-call]
+        return part
 
     def _validate(self, validation: Batches | None, log: MetricsLog) -> None:
         if validation is None:

@@ -111,7 +111,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.scaling, ctx.shape, ctx.x_dtype = scaling, x.shape, x.dtype
         rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [n, in]
-        hidden = F.linear(rows, a.to(dtype)).mul_(scaling)  # [n, r]
+        hidden = _scaled(F.linear(rows, a.to(dtype)), scaling)  # [n, r]
         y = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))  # [n, out]
         y.addmm_(hidden, b.to(dtype).T)
         ctx.save_for_backward(rows, hidden, weight, a, b)
@@ -144,7 +144,7 @@ class _AddLowRank(torch.autograd.Function):
         scaling: float,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).to(base.dtype)  # [n, in]
-        hidden = F.linear(rows, a.to(base.dtype)).mul_(scaling)  # [n, r]
+        hidden = _scaled(F.linear(rows, a.to(base.dtype)), scaling)  # [n, r]
         y = torch.addmm(base.reshape(-1, base.shape[-1]), hidden, b.to(base.dtype).T)
         ctx.save_for_backward(rows, hidden, a, b)
         ctx.scaling, ctx.shape, ctx.x_dtype = scaling, x.shape, x.dtype
@@ -173,6 +173,11 @@ def _shaped(result: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return shaped
 
 
+def _scaled(narrow: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Scale in place; nothing to do where B was scaled already."""
+    return narrow if scaling == 1.0 else narrow.mul_(scaling)
+
+
 def _low_rank_gradients(
     gradient: torch.Tensor,
     rows: torch.Tensor,
@@ -193,7 +198,7 @@ def _low_rank_gradients(
         scaling: Of the update.
         needed: Whether A and B want theirs.
     """
-    narrow = (gradient @ b.to(gradient.dtype)).mul_(scaling)  # [n, r]
+    narrow = _scaled(gradient @ b.to(gradient.dtype), scaling)  # [n, r]
     grad_a = (narrow.T @ rows).to(a.dtype) if needed[0] else None
     # Small side first: [r, n] @ [n, out] takes half the time of its transpose on a CPU.
     grad_b = (hidden.T @ gradient).T.to(b.dtype) if needed[1] else None

@@ -150,6 +150,7 @@ class TrainOptions:
             others keep theirs: more memory, less time.
         compile: Compile the model's layers (`torch.compile`): fewer and larger kernels, after a
             minute or so; losses equal but for the order of sums.
+        liger_kernel: Let liger-kernel compute norms, rotations and gates on a GPU.
         packing: How rows lie in a batch: ``"auto"`` lays them end to end, their common beginning
             once, where that is less work than padding; ``"fill"`` packs as many as fit into
             sequences of ``max_length``, of which ``batch_size`` make a batch; ``"none"`` pads.
@@ -165,6 +166,7 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     checkpointed_layers: int | None = None
     compile: bool = False
+    liger_kernel: bool = False
     packing: Literal["auto", "fill", "none"] = "auto"
     base_dtype: Literal["auto", "float32", "bfloat16", "nf4", "int8"] = "auto"
 

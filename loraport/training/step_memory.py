@@ -17,13 +17,14 @@ from loraport.training.chunked_loss import LogitTransform
 from loraport.training.devices import Placement
 from loraport.training.end_to_end import SegmentedBatch
 from loraport.training.frozen_base import QUANTIZED, checkpoint_activations
-from loraport.training.inject import attach
+from loraport.training.inject import attach, lora_layers
 from loraport.training.language_model import cross_entropy_at
 from loraport.training.live_bytes import LiveBytes
 from loraport.training.model_inputs import Shortcuts, assume_shortcuts, attention_window
 from loraport.training.options import TrainOptions
 from loraport.training.output_head import assume_transform
 from loraport.training.quantized_shape import without_numbers
+from loraport.training.rounded import rounded_matrices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,10 +73,11 @@ def step_memory(model: PreTrainedModel, options: TrainOptions, placement: Placem
                     batch = _full_batch(options, placement.device)
                     count = batch.tokens.shape[0] * (options.max_length - 1)
                     places = torch.arange(count, device=placement.device)
-                    with placement.autocast():
-                        loss = cross_entropy_at(model, batch, places, torch.zeros_like(places))
-                    kept = max(kept, live.now)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    with rounded_matrices(lora_layers(model).values(), placement.dtype):
+                        with placement.autocast():
+                            loss = cross_entropy_at(model, batch, places, torch.zeros_like(places))
+                        kept = max(kept, live.now)
+                        loss.backward()  # type: ignore[no-untyped-call]
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         raise LoraportError(

@@ -23,6 +23,7 @@ from loraport.training.faults import MemoryRanOutError, faults_explained
 from loraport.training.frozen_base import QUANTIZED, checkpoint_activations, load_base, narrow
 from loraport.training.inject import adapter_of, attach
 from loraport.training.language_model import language_model_loss
+from loraport.training.liger_kernels import use_liger_kernels
 from loraport.training.lock import only_process
 from loraport.training.loop import TrainingResult, train
 from loraport.training.metrics import METRICS_FILE
@@ -173,6 +174,8 @@ def _train(
             narrow(model, options.base_dtype, placement)
             if not sharded:
                 model.to(placement.device)  # whole: quantized layers are there already
+    if options.liger_kernel:
+        use_liger_kernels(model, placement.device)
     attach(model, options.lora)
     if options.gradient_checkpointing:
         checkpoint_activations(model, options.checkpointed_layers)
@@ -259,11 +262,13 @@ def _memory_savers(options: TrainOptions) -> str:
 
 
 def _refuse_for_processes(options: TrainOptions, processes: Processes) -> None:
-    if options.compile and options.loop.shard_base and processes.size > 1:
-        raise LoraportError(
-            "--compile: expected a base that every process has whole, got --shard-base; leave "
-            "out one of them"
-        )
+    flags = {"--compile": options.compile, "--liger-kernel": options.liger_kernel}
+    for flag in [flag for flag, given in flags.items() if given]:
+        if options.loop.shard_base and processes.size > 1:
+            raise LoraportError(
+                f"{flag}: expected a base that every process has whole, got --shard-base; leave "
+                "out one of them"
+            )
     if options.batch_size < processes.size:
         raise LoraportError(
             f"--batch-size {options.batch_size}: expected at least a row for each of "

@@ -16,7 +16,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,7 +29,18 @@ from converters.onnx.exporters.genai_builder import PRECISIONS
 from loraport.base_model import resolve_base
 from loraport.errors import LoraportError
 
+
+def bundles(place: Place) -> Iterator[Row]:
+    """Export all that the other sections need; it takes no GPU, and is not measured."""
+    for precision in place.precisions:
+        for per_row in (False, True):
+            place.bundle(precision, per_row=per_row)
+        place.plain(precision)
+    yield Row("bundles", ", ".join(place.precisions))
+
+
 SECTIONS: dict[str, Callable[[Place], Iterator[Row]]] = {
+    "bundles": bundles,
     "parity": parity.parity,
     "encoder": parity.encoder,
     "swaps": latency.swaps,
@@ -39,6 +50,7 @@ SECTIONS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "speed": training.speed,
     "memory": training.memory,
 }
+WITHOUT_RUNTIME = frozenset(("bundles", "losses", "speed", "memory"))
 
 
 def main() -> None:
@@ -49,26 +61,30 @@ def main() -> None:
     parser.add_argument("--precisions", default="", help="some of those there are, with commas")
     parser.add_argument("--only", default="", help="sections, separated by commas")
     parser.add_argument("--tiny", action="store_true", help="train tiny models, to try the script")
+    parser.add_argument("--work", type=Path, help="keep bundles there, and use those there are")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
-    missing = why_not(arguments.device)
+    sections = [name for name in arguments.only.split(",") if name] or list(SECTIONS)
+    missing = why_not(arguments.device, sections)
     if missing:
         print(f"nothing measured: {missing}")
         return
     rows = [Row("machine", machine(arguments.device))]
-    with tempfile.TemporaryDirectory() as scratch:
-        base, note = available(arguments.base, Path(scratch), tiny=arguments.tiny)
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = arguments.work or Path(temporary)
+        scratch.mkdir(exist_ok=True)
+        base, note = available(arguments.base, scratch, tiny=arguments.tiny)
         rows += [Row("base", "random weights", note)] if note else []
         precisions = tuple(arguments.precisions.split(",")) if arguments.precisions else ()
         place = Place(
             base,
             arguments.device,
-            Path(scratch),
+            scratch,
             arguments.steps,
             precisions or PRECISIONS[arguments.device],
             arguments.tiny,
         )
-        for name in [name for name in arguments.only.split(",") if name] or SECTIONS:
+        for name in sections:
             rows += measured(name, place)
             if arguments.json:  # after each section: a later one may never end
                 arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
@@ -101,16 +117,20 @@ def available(base: str, scratch: Path, *, tiny: bool) -> tuple[str, str]:
         resolve_base(base)
         return base, ""
     except LoraportError as error:
-        made = save_random_base("tiny" if tiny else "smollm2-135m", scratch / "base")
+        made = scratch / "base"
+        if not made.exists():
+            save_random_base("tiny" if tiny else "smollm2-135m", made)
         return str(made), f"in SmolLM2's shape, for {str(error).splitlines()[0]}"
 
 
-def why_not(device: str) -> str:
+def why_not(device: str, sections: Sequence[str]) -> str:
     """Return why nothing can be measured here, or nothing."""
     if device == "cpu":
         return ""
     if not torch.cuda.is_available():
         return "no NVIDIA GPU"
+    if WITHOUT_RUNTIME.issuperset(sections):
+        return ""
     import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():

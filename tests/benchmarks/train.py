@@ -18,6 +18,7 @@ Rows are 4 a step, each tool in its own batches, PEFT's shuffled and padded as a
 
 import argparse
 import contextlib
+import gc
 import json
 import statistics
 import subprocess
@@ -37,6 +38,7 @@ from loraport.training.batches import IGNORED, Row, collate
 from loraport.training.compiled import compiled_layers
 from loraport.training.frozen_base import checkpoint_activations
 from loraport.training.language_model import language_model_loss
+from loraport.training.liger_kernels import use_liger_kernels
 from loraport.training.observer import Silent
 from loraport.training.packing import make_batches
 
@@ -64,7 +66,8 @@ class Setting:
     steps: int = 12
     warm: int = 2
     checkpointing: int = 0
-    compile: int = 0  # of loraport's alone
+    compile: int = 0  # of loraport's alone, as what follows
+    liger: int = 0
 
     def flags(self):
         return [f"--{key.replace('_', '-')}={value}" for key, value in asdict(self).items()]
@@ -122,6 +125,8 @@ class Clock(Silent):
 
 
 def loraport(model, setting, clock):
+    if setting.liger:
+        use_liger_kernels(model, torch.device(setting.device))
     attach(model, LoraOptions(rank=RANK, targets=tuple(TARGETS)))
     if setting.checkpointing:
         checkpoint_activations(model)
@@ -219,6 +224,9 @@ def base_model(setting):
 def measure(title, setting):
     """Train in this process, and return what it took."""
     clock = Clock(setting)
+    if setting.device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # of what was measured before in this process
     model = base_model(setting)
     if setting.device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -71,6 +71,23 @@ def test_compiled_layers_have_the_same_losses(llama, options):
     assert expected[0][1] - expected[-1][1] > 2e-3
 
 
+def test_liger_kernels_have_the_same_losses(llama):
+    pytest.importorskip("liger_kernel")
+    from loraport.training.liger_kernels import use_liger_kernels
+
+    lora = LoraOptions(rank=4)
+    attach(plain := copy.deepcopy(llama), lora)
+    expected = train(plain, batches(), lm_loss, loop(dtype="float32")).losses
+    before = llama.model.norm.forward
+    use_liger_kernels(llama, torch.device("cuda"))
+    assert llama.model.norm.forward != before
+    attach(llama, lora)
+    got = train(llama, batches(), lm_loss, loop(dtype="float32")).losses
+    for (_, mine), (_, other) in zip(got, expected, strict=True):
+        assert mine == pytest.approx(other, abs=1e-3)
+    assert expected[0][1] - expected[-1][1] > 2e-3
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "paged-adamw-8bit"])
 def test_a_run_resumed_equals_one_never_stopped(llama, optimizer, tmp_path):
     if optimizer != "adamw":

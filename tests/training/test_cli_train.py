@@ -57,6 +57,7 @@ def test_every_option_can_be_given():
             "--checkpointed-layers",
             "16",
             "--compile",
+            "--liger-kernel",
         ),
     )
     assert options == TrainOptions(
@@ -99,6 +100,7 @@ def test_every_option_can_be_given():
         gradient_checkpointing=True,
         checkpointed_layers=16,
         compile=True,
+        liger_kernel=True,
         packing="fill",
         base_dtype="nf4",
     )

@@ -5,9 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.onnx.exporters.genai_builder import build_with_genai
 from gpu_sections.place import PROMPT, RANK, ROWS, Place, Row, medians
-from loraport.base_model import resolve_base
 from loraport.bundle.manifest import MODEL_FILE
 from loraport.runtime import Lane, Runtime
 from loraport.runtime.generation import first_step_inputs, read_decoder
@@ -40,14 +38,9 @@ def decode(place: Place) -> Iterator[Row]:
     for precision in place.precisions:
         bundle = place.bundle(precision)
         runtime = Runtime(bundle, provider=place.device, check=False)
-        plain = place.scratch / f"{precision}-plain"
-        if precision in ("fp32", "fp16", "bf16", "int4") and not plain.exists():
-            plain.mkdir()
-            build_with_genai(
-                resolve_base(place.base), plain, precision=precision, provider=place.device
-            )
+        plain = place.plain(precision)
         lanes = {"idle": runtime.lane(None), "active": runtime.lane("a0")}
-        if plain.exists():
+        if plain is not None:
             session = open_session(plain / MODEL_FILE, provider=place.device)
             lanes = {"plain": Lane(session, None, place.device), **lanes}
         times = medians(place.steps, *(decoding(runtime, lane) for lane in lanes.values()))

@@ -9,7 +9,7 @@ from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.modules.graph_weights import load_graph_weights
 from gpu_sections.place import ROWS, Place, Row, adapters
 from loraport.base_model import load_model, resolve_base
-from loraport.bundle.manifest import MODEL_FILE
+from loraport.bundle.manifest import MODEL_FILE, read_manifest
 from loraport.parity import tolerance_for, verify_bundle
 from loraport.parity.changes import changes_of
 from loraport.parity.reference import adapted, torch_outputs
@@ -31,7 +31,7 @@ def parity(place: Place) -> Iterator[Row]:
         report = verify_bundle(
             bundle,
             model.to(place.device),
-            adapters(runtime, 2),
+            adapters(runtime.manifest, 2),
             provider=place.device,
             original=original.__getitem__,
         )
@@ -43,7 +43,7 @@ def parity_of_rows(place: Place, precision: str, model: Any, original: dict[str,
     """A batch of which every row has another adapter, against PyTorch with each of them."""
     bundle = place.bundle(precision, per_row=True)
     runtime = Runtime(bundle, provider=place.device, check=False, float32_activations=True)
-    made = adapters(runtime, ROWS - 1)
+    made = adapters(runtime.manifest, ROWS - 1)
     names = [None, *made]  # one row is the base
     sample = default_samples(runtime)[0]
     batch = {k: np.repeat(np.asarray(v), ROWS, axis=0) for k, v in sample.session.items()}
@@ -78,7 +78,7 @@ def encoder(place: Place) -> Iterator[Row]:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     export_base(str(directory), bundle, ExportOptions(precision="fp32"))
-    made = adapters(Runtime(bundle, provider=place.device, check=False), 2)
+    made = adapters(read_manifest(bundle), 2)
     add_adapters(bundle, made)
     report = verify_bundle(bundle, model.to(place.device), made, provider=place.device)
     yield from verdict("parity fp32, TF32 off, encoder", report)

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from converters.onnx import ExportOptions, add_adapters, export_base
+from converters.onnx.exporters.genai_builder import build_with_genai
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Adapter, LoraModule, ModuleKind
-from loraport.runtime import Runtime
+from loraport.base_model import resolve_base
+from loraport.bundle.manifest import Manifest, read_manifest
 
 RANK, ROWS, PROMPT = 16, 8, 64
 
@@ -53,18 +55,29 @@ class Place:
             slots = SlotOptions(per_row=per_row)
             options = ExportOptions(provider=self.device, precision=precision, slots=slots)
             export_base(self.base, out, options)
-            runtime = Runtime(out, provider=self.device, check=False)
-            add_adapters(out, adapters(runtime, ROWS if per_row else 2))
+            add_adapters(out, adapters(read_manifest(out), ROWS if per_row else 2))
+        return out
+
+    def plain(self, precision: str) -> Path | None:
+        """Return the builder's own graph without slots, where it makes one of the precision."""
+        out = self.scratch / f"{precision}-plain"
+        if precision not in ("fp32", "fp16", "bf16", "int4"):
+            return None
+        if not out.exists():
+            out.mkdir()
+            build_with_genai(
+                resolve_base(self.base), out, precision=precision, provider=self.device
+            )
         return out
 
 
-def adapters(runtime: Runtime, count: int) -> dict[str, Adapter]:
+def adapters(manifest: Manifest, count: int) -> dict[str, Adapter]:
     """Return random adapters of rank 16 on every linear module that has a slot."""
     made = {}
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
         modules = {}
-        for path, (slot, member) in runtime.manifest.slots.modules().items():
+        for path, (slot, member) in manifest.slots.modules().items():
             a = torch.randn(RANK, slot.in_features, generator=generator) / slot.in_features**0.5
             b = torch.randn(member.stop - member.start, RANK, generator=generator) * 0.02
             modules[path] = LoraModule(ModuleKind.LINEAR, a, b, alpha=RANK)

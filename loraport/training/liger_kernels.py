@@ -1,0 +1,57 @@
+"""``--liger-kernel``: norms, rotations and gates by liger-kernel's fused kernels, an extra.
+
+Liger Kernel (Hsu et al. 2024, arXiv:2410.10989) computes in one kernel what a model writes as half
+a dozen operations, and keeps less for the backward pass. The loss stays ours.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from loraport.errors import LoraportError
+
+_KERNELS = {
+    "rope": True,
+    "rms_norm": True,
+    "layer_norm": True,
+    "swiglu": True,
+    "geglu": True,
+    "cross_entropy": False,
+    "fused_linear_cross_entropy": False,
+}
+
+
+def use_liger_kernels(model: Any, device: torch.device) -> None:
+    """Let a model compute with them, for as long as this process lives.
+
+    Args:
+        model: A transformers language model, without LoRA layers; changed in place.
+        device: Where it computes.
+
+    Raises:
+        LoraportError: If liger-kernel is not installed or knows no such model, or there is no
+            GPU.
+    """
+    if device.type != "cuda":
+        raise LoraportError(
+            f"--liger-kernel: expected a CUDA GPU, got {device}; leave out --liger-kernel"
+        )
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except ImportError as error:
+        raise LoraportError(
+            f"--liger-kernel: expected the package liger-kernel, got: {error}; "
+            "pip install 'loraport[kernels]'"
+        ) from error
+    known = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+    apply = known.get(model.config.model_type)
+    if apply is None:
+        raise LoraportError(
+            f"--liger-kernel: expected one of {', '.join(sorted(known))}, got a model of type "
+            f"{model.config.model_type}; leave out --liger-kernel"
+        )
+    taken = inspect.signature(apply).parameters
+    apply(model=model, **{name: on for name, on in _KERNELS.items() if name in taken})
