@@ -67,6 +67,21 @@ def test_a_section_that_fails_hides_no_other_and_shows_in_the_exit_code(tiny_bas
     assert done.stdout.count("FAILED: LoraportError") == 2
 
 
+def test_sections_side_by_side_for_each_precision(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from gpu_sections.place import Place
+    from gpu_sections.side_by_side import side_by_side
+
+    place = Place(str(tiny_base), "cpu", tmp_path, 1, ("fp32", "fp64"), tiny=True)
+    with side_by_side("bundles", place) as rows:
+        assert rows == []
+    assert [(row.what, row.figure[:7]) for row in rows] == [
+        ("bundles", "fp32"),
+        ("bundles", "FAILED:"),
+    ]
+    assert (tmp_path / "fp32-rows" / "model.onnx").is_file()
+
+
 def test_what_is_missing_it_says_and_fails_nowhere(tmp_path):
     """No base to be had, no peft, no bitsandbytes."""
     hidden = "import importlib.util as u, sys; find = u.find_spec\n"

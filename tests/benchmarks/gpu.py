@@ -2,11 +2,11 @@
 
     python tests/benchmarks/gpu.py [--base smollm2] [--steps 50] [--json FILE]
 
-Needs onnxruntime-gpu and onnxruntime-genai; bitsandbytes and peft for some of the training
-figures. Says so and ends well where there is no GPU. Peers run in the same process, interleaved,
-medians after warming up; those of training in turns, in processes of their own. A base that is not
-to be had is made with random weights in SmolLM2's shape. ``--device cpu --tiny`` tries the script
-itself. Exit code 1 if a section failed.
+Needs onnxruntime-gpu and onnxruntime-genai; bitsandbytes, peft and liger-kernel for some of the
+training figures. Says so and ends well where there is no GPU. What is not timed runs first, side by
+side; then peers run in the same process, medians after warming up. A base that is not to be had is
+made with random weights in SmolLM2's shape. ``--device cpu --tiny`` tries the script itself. Exit
+code 1 if a section failed.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from gpu_sections import latency, parity, training
 from gpu_sections.place import Place, Row
+from gpu_sections.side_by_side import side_by_side, worthwhile
 from random_llamas import save_random_base
 
 from converters.onnx.exporters.genai_builder import PRECISIONS
@@ -50,6 +51,7 @@ SECTIONS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "speed": training.speed,
     "memory": training.memory,
 }
+UNTIMED, TIMED = ("losses", "encoder", "memory"), ("swaps", "decode", "rows", "speed")
 WITHOUT_RUNTIME = frozenset(("bundles", "losses", "speed", "memory"))
 
 
@@ -84,14 +86,33 @@ def main() -> None:
             precisions or PRECISIONS[arguments.device],
             arguments.tiny,
         )
-        for name in sections:
-            rows += measured(name, place)
+        for found in all_of_it(place) if not arguments.only else one_by_one(place, sections):
+            rows += found
             if arguments.json:  # after each section: a later one may never end
                 arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     width = max(len(row.what) for row in rows)
     for row in rows:
         print(f"{row.what:{width}}  {row.figure}{'  # ' + row.note if row.note else ''}")
     sys.exit(1 if any(row.figure.startswith("FAILED") for row in rows) else 0)
+
+
+def one_by_one(place: Place, sections: Sequence[str]) -> Iterator[list[Row]]:
+    for name in sections:
+        yield measured(name, place)
+
+
+def all_of_it(place: Place) -> Iterator[list[Row]]:
+    """What is not timed first, side by side where there are cores; then the rest alone."""
+    if not worthwhile(place):
+        yield from one_by_one(place, tuple(SECTIONS))
+        return
+    with side_by_side("bundles", place) as exported:
+        yield from one_by_one(place, UNTIMED)
+    yield exported
+    with side_by_side("parity", place) as compared:
+        pass
+    yield compared
+    yield from one_by_one(place, TIMED)
 
 
 def measured(name: str, place: Place) -> list[Row]:
