@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.onnx.trial_run import ends_the_process
 from loraport.bundle.golden import record_no_golden, write_base_golden
+from loraport.bundle.manifest import MODEL_FILE
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ def record_first_golden(
     examples: Sequence[Mapping[str, np.ndarray]],
     weights: int,
     progress: Callable[[str], None],
+    *,
+    careful: bool = False,
 ) -> None:
     """Record the base's outputs for the first inputs that the graph takes; else say why not.
 
@@ -29,6 +33,7 @@ def record_first_golden(
         examples: Inputs to try, one after the other.
         weights: Bytes of the graph's weights.
         progress: Told why there are none.
+        careful: Try each in a process of its own first, which the graph may end.
     """
     available = _available_memory()
     if available is not None and weights * _MEMORY_PER_WEIGHT_BYTE > available:
@@ -39,6 +44,12 @@ def record_first_golden(
     else:
         reason = "give --input NAME=FILE.npy: ONNX Runtime refused the inputs that were made"
         for inputs in examples:
+            if careful and ends_the_process(bundle / MODEL_FILE, inputs):
+                reason = (
+                    "give --input NAME=FILE.npy for inputs that the model takes: with those that "
+                    "were made ONNX Runtime ends the process"
+                )
+                continue
             try:
                 write_base_golden(bundle, inputs)
             except LoraportError as error:

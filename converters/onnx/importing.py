@@ -29,6 +29,7 @@ from converters.onnx.slots.inserting import (
     require_slot_inputs,
     with_replacements,
 )
+from converters.onnx.trial_run import may_end_the_process
 from loraport.adapter import ModuleKind
 from loraport.bundle.base_values import write_base_values
 from loraport.bundle.manifest import (
@@ -121,6 +122,7 @@ def import_model(
         move_weights_out(model, bundle)
         copy_companions(file, bundle)
         examples = [options.inputs] if options.inputs else list(example_inputs(model))
+        careful = may_end_the_process(model)
         progress("putting in the slots")
         imported = slot_graph(model, options, base)
         record_provenance(model, file.name, file_sha256(file))
@@ -130,7 +132,7 @@ def import_model(
         progress("hashing the weights")
         _describe(bundle, file, imported, options, base, exact)
         progress("recording golden outputs")
-        record_first_golden(bundle, examples, weights, progress)
+        record_first_golden(bundle, examples, weights, progress, careful=careful)
         finish(bundle)
 
 
