@@ -211,3 +211,23 @@ def test_a_graph_without_any_place_is_refused_with_the_reasons(tmp_path):
     onnx.save(helper.make_model(graph), tmp_path / "rnn.onnx")
     with pytest.raises(LoraportError, match="rnn: LSTM: a recurrent layer's projections"):
         import_model(tmp_path / "rnn.onnx", tmp_path / "out")
+
+
+def test_weights_that_the_graph_computes_are_said_to_be_nowhere(tmp_path):
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = [
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        helper.make_node("Cos", ["zeros"], ["ones"]),
+        helper.make_node("MatMul", ["x", "ones"], ["y"], name="computed"),
+        helper.make_node("Transpose", ["x"], ["turned"]),
+        helper.make_node("MatMul", ["y", "turned"], ["z"], name="of two inputs"),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])
+    z = helper.make_tensor_value_info("z", TensorProto.FLOAT, None)
+    shape = numpy_helper.from_array(np.array([3, 3]), "shape")
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [z], [shape])), tmp_path / "m")
+    with pytest.raises(LoraportError) as refused:
+        import_model(tmp_path / "m", tmp_path / "out")
+    lines = str(refused.value).splitlines()
+    assert lines[1:] == ["  - computed: MatMul: its weight is not stored, Cos computes it"]

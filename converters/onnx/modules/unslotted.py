@@ -71,6 +71,7 @@ _NO_WEIGHTS = frozenset(
         "ArgMax",
     ]
 )
+_MULTIPLYING = frozenset(("Conv", "Gemm", "MatMul"))
 _INSIDE = (
     "cannot be taken out: its mask's shape is unknown or of a kind of its own, or it rotates or "
     "shares its cache; export without attention fusion"
@@ -88,7 +89,7 @@ _REASONS = {
 
 
 def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
-    """Say of each operator with a constant matrix, or larger, why it has no slot.
+    """Say of each operator with a matrix of its own, or larger, why it has no slot.
 
     Args:
         nodes: The graph's operators.
@@ -98,15 +99,44 @@ def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
         The operator's name → why.
     """
     found: dict[str, str] = {}
+    fixed: dict[int, bool] = {}
     for node in nodes:
         if id(node) in taken or node.op_type in _NO_WEIGHTS:
             continue
         shapes = [known.shape for value in node.inputs if (known := constant(value)) is not None]
-        if not any(len(shape) >= 2 for shape in shapes):
-            continue
         name = node.name or (node.outputs[0].name or "") or node.op_type
-        found[name] = _reason(node, shapes)
+        if any(len(shape) >= 2 for shape in shapes):
+            found[name] = _reason(node, shapes)
+        elif node.op_type in _MULTIPLYING and _is_fixed(node.inputs[1], fixed):
+            producer = node.inputs[1].producer() if node.inputs[1] is not None else None
+            made_by = producer.op_type if producer is not None else "the graph"
+            found[name] = f"{node.op_type}: its weight is not stored, {made_by} computes it"
     return found
+
+
+def _is_fixed(value: ir.Value | None, known: dict[int, bool]) -> bool:
+    """Tell whether a value is the same whatever the graph's inputs are."""
+    if value is None:
+        return True
+    left = [(value, False)]
+    while left:
+        entry, seen = left.pop()
+        producer = entry.producer()
+        if id(entry) in known:
+            continue
+        if producer is None:
+            known[id(entry)] = constant(entry) is not None
+        elif any(
+            attribute.type == ir.AttributeType.GRAPH for attribute in producer.attributes.values()
+        ):
+            known[id(entry)] = False
+        elif seen:
+            inputs = [each for each in producer.inputs if each is not None]
+            known[id(entry)] = all(known.get(id(each), False) for each in inputs)
+        else:
+            left.append((entry, True))
+            left += [(each, False) for each in producer.inputs if each is not None]
+    return known[id(value)]
 
 
 def _reason(node: ir.Node, shapes: list[tuple[int, ...]]) -> str:
