@@ -79,7 +79,7 @@ def train_together(
             steps=total_steps(batches, options),
             members=[make_member(trial, attached, options, placement) for trial in trials],
         )
-        with training_mode(model):
+        with training_mode(model), placement.attention():
             return run.go(batches, validation)
     finally:
         attached.detach()
