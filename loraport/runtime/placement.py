@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loraport.bundle.manifest import MODEL_FILE
+from loraport.runtime.lane import Lane
 from loraport.runtime.session import PROVIDERS, open_session
 
 if TYPE_CHECKING:
@@ -54,8 +55,6 @@ def node_runs(
         inputs: Every input of the model, without slots.
         selection: The adapters.
     """
-    from loraport.runtime.model import Lane
-
     with tempfile.TemporaryDirectory() as scratch:
         session = open_session(
             runtime.directory / MODEL_FILE,

@@ -22,7 +22,7 @@ from loraport.errors import LoraportError
 if TYPE_CHECKING:
     import torch
 
-    from loraport.runtime.model import Lane
+    from loraport.runtime.lane import Lane
 
 _DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64"}
 

@@ -6,7 +6,8 @@ Each measurement is a process of its own with one session: where its weights hap
 memory moves a whole session by several per cent, and the threads of a second session would get in
 the way. The variants take turns, round after round; a process's figure is the median of its steps,
 a ratio is taken within a round, and the median of the rounds is printed, with the quartiles beside
-it. "twice" is the plain graph against itself: what the method cannot tell apart. Adapters are
+it. The fastest process of each is what the machine can do when nothing else disturbs it. "twice" is
+the plain graph against itself: what the method cannot tell apart. Adapters are
 random, rank R on all linear layers.
 """
 
@@ -132,13 +133,14 @@ def main() -> None:
                 done = subprocess.run([*command, variant], check=True, capture_output=True)
                 found[variant].append(float(done.stdout))
     print(f"SmolLM2-135M {arguments.precision}, decode after {len(PROMPT)} tokens")
-    print(f"{'variant':24} {'ms/token':>9} {'ratio':>6}  quartiles")
+    print(f"{'variant':24} {'ms/token':>9} {'ratio':>6}  {'quartiles':14}  fastest, ratio")
     for variant, seconds in found.items():
         title = f"{variant}, rank {arguments.rank}" if variant == ACTIVE else variant
         ratios = [mine / other for mine, other in zip(seconds, found[PLAIN], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         milliseconds = 1e3 * statistics.median(seconds)
-        print(f"{title:24} {milliseconds:9.2f} {middle:6.3f}  {low:.3f} to {high:.3f}")
+        fastest = f"{1e3 * min(seconds):.2f}, {min(seconds) / min(found[PLAIN]):.3f}"
+        print(f"{title:24} {milliseconds:9.2f} {middle:6.3f}  {low:.3f} to {high:.3f}  {fastest}")
 
 
 if __name__ == "__main__":
