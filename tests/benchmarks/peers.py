@@ -116,6 +116,8 @@ def olive(work: Work, out: Path, source: str | None = None) -> None:
 
 
 def olive_unrounded(work: Work, out: Path) -> None:
+    if work.precision == "fp32":
+        raise NotMade("the same as above in fp32")
     olive(work, out, GENAI_UNROUNDED)
 
 
