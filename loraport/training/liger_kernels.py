@@ -7,6 +7,7 @@ a dozen operations, and keeps less for the backward pass. The loss stays ours.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,11 +25,11 @@ _KERNELS = {
 }
 
 
-def use_liger_kernels(model: Any, device: torch.device) -> None:
-    """Let a model compute with them, for as long as this process lives.
+def liger_function(kind: str, device: torch.device) -> Callable[..., None]:
+    """Return what puts the kernels into a model.
 
     Args:
-        model: A transformers language model, without LoRA layers; changed in place.
+        kind: The model's ``model_type``.
         device: Where it computes.
 
     Raises:
@@ -46,12 +47,25 @@ def use_liger_kernels(model: Any, device: torch.device) -> None:
             f"--liger-kernel: expected the package liger-kernel, got: {error}; "
             "pip install 'loraport[kernels]'"
         ) from error
-    known = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
-    apply = known.get(model.config.model_type)
-    if apply is None:
+    known: dict[str, Callable[..., None]] = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+    if kind not in known:
         raise LoraportError(
             f"--liger-kernel: expected one of {', '.join(sorted(known))}, got a model of type "
-            f"{model.config.model_type}; leave out --liger-kernel"
+            f"{kind}; leave out --liger-kernel"
         )
+    return known[kind]
+
+
+def use_liger_kernels(model: Any, device: torch.device) -> None:
+    """Let a model compute with them, for as long as this process lives.
+
+    Args:
+        model: A transformers language model, without LoRA layers; changed in place.
+        device: Where it computes.
+
+    Raises:
+        LoraportError: See `liger_function`.
+    """
+    apply = liger_function(model.config.model_type, device)
     taken = inspect.signature(apply).parameters
     apply(model=model, **{name: on for name, on in _KERNELS.items() if name in taken})

@@ -38,7 +38,8 @@ class StepMemory:
 
     Attributes:
         activations: Kept between the forward and the backward pass of one batch.
-        peak: The most at once: activations, gradients and temporary tensors.
+        peak: The most at once: activations, gradients, temporary tensors, and the random states
+            that checkpointed layers keep on a CPU.
     """
 
     activations: int
@@ -84,7 +85,21 @@ def step_memory(model: PreTrainedModel, options: TrainOptions, placement: Placem
             f"--dry-run: {type(model).__name__} cannot be traced without its weights "
             f"({type(error).__name__}: {first}); train a few steps instead (--steps 2)"
         ) from error
-    return StepMemory(kept, live.peak)
+    return StepMemory(kept, live.peak + _random_states(model, options, placement))
+
+
+def _random_states(model: PreTrainedModel, options: TrainOptions, placement: Placement) -> int:
+    """Return the bytes of the states that checkpointed layers keep, to drop out the same again.
+
+    Of the CPU's generator, one a layer and one more while a layer is computed again; a GPU's
+    memory holds none.
+    """
+    if not options.gradient_checkpointing or placement.device.type != "cpu":
+        return 0
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    every = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+    return ((options.checkpointed_layers or every) + 1) * torch.get_rng_state().nbytes
 
 
 def _prepared(model: PreTrainedModel, options: TrainOptions, dtype: torch.dtype) -> PreTrainedModel:

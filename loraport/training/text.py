@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraport.adapter import Adapter
-from loraport.base_model import fingerprint_model, load_tokenizer, resolve_base
+from loraport.base_model import fingerprint_model, load_tokenizer, read_model_config, resolve_base
 from loraport.errors import LoraportError
 from loraport.output import new_directory, refuse_existing
 from loraport.peft_layout.write import peft_contents, save_contents
@@ -23,7 +23,7 @@ from loraport.training.faults import MemoryRanOutError, faults_explained
 from loraport.training.frozen_base import QUANTIZED, checkpoint_activations, load_base, narrow
 from loraport.training.inject import adapter_of, attach
 from loraport.training.language_model import language_model_loss
-from loraport.training.liger_kernels import use_liger_kernels
+from loraport.training.liger_kernels import liger_function, use_liger_kernels
 from loraport.training.lock import only_process
 from loraport.training.loop import TrainingResult, train
 from loraport.training.metrics import METRICS_FILE
@@ -158,9 +158,12 @@ def _train(
     identity = _identity(rows, options)
     if resume and not force and processes.from_first(out.exists):
         return processes.from_first(lambda: _finished_before(out, work, identity))
+    placement = choose_placement(options.loop.device, options.loop.dtype)
+    if options.liger_kernel:
+        kind = read_model_config(resolve_base(base)).get("model_type")
+        liger_function(str(kind), placement.device)  # or a refusal, before anything is discarded
     if not resume and processes.first:
         shutil.rmtree(work, ignore_errors=True)
-    placement = choose_placement(options.loop.device, options.loop.dtype)
     with faults_explained(lambda: f"loading {base}", work):
         sharded = options.loop.shard_base and processes.size > 1
         narrowed = options.base_dtype in ("bfloat16", *QUANTIZED)

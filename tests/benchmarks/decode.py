@@ -7,8 +7,8 @@ memory moves a whole session by several per cent, and the threads of a second se
 the way. The variants take turns, round after round; a process's figure is the median of its steps,
 a ratio is taken within a round, and the median of the rounds is printed, with the quartiles beside
 it. The fastest process of each is what the machine can do when nothing else disturbs it. "twice" is
-the plain graph against itself: what the method cannot tell apart. Adapters are
-random, rank R on all linear layers.
+the plain graph against itself: what the method cannot tell apart. Adapters are random, rank R on
+all linear layers.
 """
 
 import argparse

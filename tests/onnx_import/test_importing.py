@@ -220,13 +220,17 @@ def test_weights_that_the_graph_computes_are_said_to_be_nowhere(tmp_path):
         helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
         helper.make_node("Cos", ["zeros"], ["ones"]),
         helper.make_node("MatMul", ["x", "ones"], ["y"], name="computed"),
+        helper.make_node("MatMul", ["y", "vector"], ["v"], name="stored, but no matrix"),
         helper.make_node("Transpose", ["x"], ["turned"]),
         helper.make_node("MatMul", ["y", "turned"], ["z"], name="of two inputs"),
     ]
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])
     z = helper.make_tensor_value_info("z", TensorProto.FLOAT, None)
-    shape = numpy_helper.from_array(np.array([3, 3]), "shape")
-    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [z], [shape])), tmp_path / "m")
+    v = helper.make_tensor_value_info("v", TensorProto.FLOAT, None)
+    arrays = {"shape": np.array([3, 3]), "vector": np.ones(3, np.float32)}
+    constants = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    graph = helper.make_graph(nodes, "g", [x], [z, v], constants)
+    onnx.save(helper.make_model(graph), tmp_path / "m")
     with pytest.raises(LoraportError) as refused:
         import_model(tmp_path / "m", tmp_path / "out")
     lines = str(refused.value).splitlines()

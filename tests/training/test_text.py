@@ -218,6 +218,10 @@ def test_an_unfinished_run_is_not_discarded_unasked(base_directory, chat_data, t
     stopped_run(base_directory, chat_data, out)
     with pytest.raises(LoraportError, match="was not finished; continue it with --resume"):
         train_language_model(str(base_directory), chat_data, out, OPTIONS)
+    refused = replace(OPTIONS, liger_kernel=True, loop=replace(LOOP, device="cpu"))
+    with pytest.raises(LoraportError, match="--liger-kernel: expected a CUDA GPU, got cpu"):
+        train_language_model(str(base_directory), chat_data, out, refused, force=True)
+    assert work_directory(out).is_dir()
     summary = train_language_model(str(base_directory), chat_data, out, OPTIONS, force=True)
     assert summary.steps == 14
     with pytest.raises(LoraportError, match="already exists"):

@@ -107,17 +107,17 @@ def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
         name = node.name or (node.outputs[0].name or "") or node.op_type
         if any(len(shape) >= 2 for shape in shapes):
             found[name] = _reason(node, shapes)
-        elif node.op_type in _MULTIPLYING and _is_fixed(node.inputs[1], fixed):
-            producer = node.inputs[1].producer() if node.inputs[1] is not None else None
-            made_by = producer.op_type if producer is not None else "the graph"
-            found[name] = f"{node.op_type}: its weight is not stored, {made_by} computes it"
+        elif node.op_type in _MULTIPLYING:
+            weight = node.inputs[1]
+            maker = weight.producer() if weight is not None and constant(weight) is None else None
+            if weight is not None and maker is not None and _is_fixed(weight, fixed):
+                why = f"its weight is not stored, {maker.op_type} computes it"
+                found[name] = f"{node.op_type}: {why}"
     return found
 
 
-def _is_fixed(value: ir.Value | None, known: dict[int, bool]) -> bool:
+def _is_fixed(value: ir.Value, known: dict[int, bool]) -> bool:
     """Tell whether a value is the same whatever the graph's inputs are."""
-    if value is None:
-        return True
     left = [(value, False)]
     while left:
         entry, seen = left.pop()

@@ -17,10 +17,10 @@ from loraport.bundle.golden import base_inputs, golden_reason, write_golden
 from loraport.bundle.manifest import BundledAdapter, Manifest, read_manifest, write_manifest
 from loraport.errors import LoraportError, Problems
 from loraport.output import new_file
+from loraport.runtime.values import as_value, numpy_of
 
 ADAPTERS_DIRECTORY = "adapters"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
 def add_adapters(
@@ -101,21 +101,11 @@ def write_onnx_adapter(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
     import onnxruntime
 
     # The values point at the arrays, which must live until the file is written.
-    arrays = {}
-    values = {}
-    for name, tensor in tensors.items():
-        if tensor.dtype == torch.bfloat16:
-            arrays[name] = tensor.contiguous().view(torch.int16).numpy()
-            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
-                arrays[name], _BFLOAT16
-            )
-        else:
-            arrays[name] = tensor.contiguous().numpy()
-            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(arrays[name])
+    made = {name: as_value(numpy_of(tensor), "cpu") for name, tensor in tensors.items()}
     contents = onnxruntime.AdapterFormat()
     contents.set_adapter_version(1)
     contents.set_model_version(1)
-    contents.set_parameters(values)
+    contents.set_parameters({name: value for name, (value, _) in made.items()})
     contents.export_adapter(str(file))
 
 

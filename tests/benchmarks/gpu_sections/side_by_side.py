@@ -35,18 +35,20 @@ def side_by_side(section: str, place: Place) -> Iterator[list[Row]]:
         command += ["--base", place.base, "--device", place.device, "--work", str(place.scratch)]
         command += ["--json", str(file), *(["--tiny"] if place.tiny else [])]
         environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
-        pipe = subprocess.PIPE
-        child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+        # Into a file: a pipe that nobody reads meanwhile would stop it.
+        with file.with_suffix(".log").open("w") as log:
+            child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         started.append((precision, file, child))
     rows: list[Row] = []
     try:
         yield rows
         for precision, file, child in started:
-            _, told = child.communicate()
+            child.wait()
             if file.exists():
                 found = [Row(**row) for row in json.loads(file.read_text())]
                 rows += [row for row in found if row.what not in _SAME]
             else:
+                told = file.with_suffix(".log").read_text()
                 last = (told.strip().splitlines() or ["it said nothing"])[-1]
                 rows.append(Row(f"{section} {precision}", f"FAILED: {last}"))
     finally:
