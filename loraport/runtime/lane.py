@@ -26,15 +26,12 @@ class Lane:
         resident: ResidentAdapter | None,
         device: str,
         controls: Iterable[Control] = (),
-        empty: Mapping[str, Any] | None = None,
     ) -> None:
         self._session = session
         self._resident = resident  # kept alive: the binding only points at its memory
-        self._empty = empty or {}  # kept alive likewise
         self._device = device
         self._binding = session.io_binding()
-        slots = {**self._empty, **(resident.values if resident is not None else {})}
-        for name, value in slots.items():
+        for name, value in (resident.values if resident is not None else {}).items():
             self._binding.bind_ortvalue_input(name, value)
         self._inputs = {entry.name for entry in session.get_inputs()}
         self._controls = {control.input: control for control in controls}

@@ -62,13 +62,14 @@ class Runtime:
             check_files(self.manifest, self.directory)
         self._check = check
         self.provider = provider
+        self._empty = empty_slots(self.manifest.slots, provider)  # the session points at it
         self.session = open_session(
             self.directory / MODEL_FILE,
             provider=provider,
             threads=threads,
             float32_activations=float32_activations,
+            defaults=self._empty,
         )
-        self._empty = empty_slots(self.manifest.slots, provider)
         self._packed: dict[str, Mapping[str, Any]] = {}
         self._resident: dict[tuple[tuple[str, float], ...], ResidentAdapter] = {}
         self._lock = threading.Lock()
@@ -146,8 +147,7 @@ class Runtime:
     def lane(self, selection: Selection = None) -> Lane:
         """Return a new lane for a selection, to be used by one thread at a time."""
         controls = self.manifest.slots.controls
-        resident = self.load(selection)
-        return Lane(self.session, resident, self.provider, controls, self._empty)
+        return Lane(self.session, self.load(selection), self.provider, controls)
 
     def rows(self, selections: Mapping[str, Selection] | Iterable[str]) -> Rows:
         """Make adapters resident side by side, for batches with another adapter in every row.

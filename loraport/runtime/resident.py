@@ -180,7 +180,10 @@ def make_resident(tensors: Mapping[str, torch.Tensor], device: str) -> ResidentA
 
 
 def empty_slots(table: SlotTable, device: str) -> dict[str, Any]:
-    """Return rank-0 tensors for slots that no adapter fills: less work than the graph's rank 1.
+    """Return rank-0 defaults for slots that no adapter fills: less work than the graph's rank 1.
+
+    As a session's own defaults they are not given anew in every run, which for hundreds of inputs
+    takes as long as the work that they save.
 
     Only for linear layers on the CPU, whose kernels take empty matrices; none where rows have
     adapters of their own, whose columns are counted.

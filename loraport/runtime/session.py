@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def open_session(
     provider: str = "cpu",
     threads: int | None = None,
     float32_activations: bool = False,
+    defaults: Mapping[str, Any] | None = None,
     profile: Path | None = None,
 ) -> Any:
     """Open an ``onnxruntime.InferenceSession``.
@@ -32,6 +34,8 @@ def open_session(
         threads: Threads inside operators; ONNX Runtime's choice unless told.
         float32_activations: Let quantized kernels compute in full precision, and CUDA's float32
             products too: no TF32.
+        defaults: Graph input → ``OrtValue`` that takes the place of its default, and must live as
+            long as the session.
         profile: Write a profile to a file that begins so, when ``end_profiling`` is called.
 
     Raises:
@@ -57,6 +61,8 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    for name, value in (defaults or {}).items():
+        options.add_initializer(name, value)
     settings = {"use_tf32": "0"} if provider == "cuda" and float32_activations else {}
     source: str | bytes = str(model)
     try:

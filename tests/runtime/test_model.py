@@ -16,8 +16,9 @@ from converters.onnx import add_adapters
 from loraport.base_model import load_model
 from loraport.bundle.manifest import read_manifest, write_manifest
 from loraport.errors import LoraportError
-from loraport.runtime import Runtime
+from loraport.runtime import Lane, Runtime
 from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime.session import open_session
 
 # float32 sums in another order; logits are of the order of 10.
 ATOL = 1e-4
@@ -52,6 +53,14 @@ class TestNumbers:
         for token_ids in prompts:
             expected = torch_logits(model, token_ids)
             np.testing.assert_allclose(logits(runtime, token_ids), expected, atol=ATOL)
+
+    def test_slots_left_empty_change_no_bit(self, runtime, bundle, prompts):
+        """The runtime's own defaults have rank 0, the graph's rank 1 and zeros."""
+        own = Lane(open_session(bundle / "model.onnx", threads=1), None, "cpu")
+        for token_ids in prompts:
+            expected = own.run(inputs_of(runtime, token_ids), ["logits"])["logits"]
+            np.testing.assert_array_equal(logits(runtime, token_ids), expected)
+            assert np.abs(logits(runtime, token_ids, "a") - expected).max() > 0.5
 
     @pytest.mark.parametrize("name", ["a", "b"])
     def test_an_adapter_is_pefts(self, runtime, tiny_base, adapters, prompts, name):
