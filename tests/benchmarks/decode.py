@@ -2,25 +2,26 @@
 
     python tests/benchmarks/decode.py [--precision int4] [--rank 16] [--rounds 9]
 
-Each measurement is a process of its own with one session: where its weights happen to lie in
-memory moves a whole session by several per cent, and the threads of a second session would get in
-the way. The variants take turns, round after round; a process's figure is the median of its steps,
-a ratio is taken within a round, and the median of the rounds is printed, with the quartiles beside
-it. The fastest process of each is what the machine can do when nothing else disturbs it. "twice" is
-the plain graph against itself: what the method cannot tell apart. Adapters are random, rank R on
-all linear layers.
+In each round a new process opens every session, in another order, since where a session's weights
+happen to lie in memory moves it by several per cent. Its sessions share one pool of threads, so
+that none spins in another's way, and take turns of a few tokens, the first of which only warms the
+caches and is not counted: what else the machine does falls on all alike. A round's ratio is the
+median over its turns of one variant's time by that of the graph without slots; printed are the
+median of the rounds and the quartiles beside it. "twice" is the plain graph in a second session:
+what the method cannot tell apart. Adapters are random, rank R on all linear layers.
 """
 
 import argparse
+import json
+import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from timing import child, print_turns, share_threads  # the sibling
 
 from converters.onnx import add_adapters, export_base
 from converters.onnx.exporters.genai_builder import build_with_genai
@@ -32,13 +33,15 @@ from loraport.runtime.generation import first_step_inputs, read_decoder
 from loraport.runtime.session import open_session
 
 PROMPT = list(range(100, 164))
-WARM = 10  # steps
-PLAIN, TWICE, IDLE, ACTIVE = (
+STEPS = 4  # of a turn
+WARM_TURNS = 2
+PLAIN, TWICE, IDLE, ACTIVE = VARIANTS = (
     "graph without slots",
     "the same, twice",
     "slots, no adapter",
-    "adapter",
+    "an adapter",
 )
+SLOTTED = "slots"  # one session for both
 
 
 def random_adapter(runtime: Runtime, rank: int, seed: int) -> Adapter:
@@ -81,34 +84,43 @@ class Decoding:
         self._length += 1
 
 
-def measure(variant: str, bundle: Path, plain: Path, name: str, steps: int) -> float:
-    """Return the median seconds of a step, in this process."""
-    runtime = Runtime(bundle, check=False)
-    if variant in (PLAIN, TWICE):
-        runtime.session = open_session(plain / MODEL_FILE)  # the other one goes, with its threads
-        lane = Lane(runtime.session, None, "cpu")
-    else:
-        lane = runtime.lane(name if variant == ACTIVE else None)
-    decoding = Decoding(lane, runtime)
-    for number in range(WARM + steps):
-        decoding.step(timed=number >= WARM)
-    return statistics.median(decoding.seconds)
+def measure(bundle: Path, plain: Path, name: str, turns: int) -> dict[str, list[float]]:
+    """Return the seconds of a step of each variant, turn after turn, in this process."""
+    share_threads()
+    lanes: dict[str, Lane] = {}
+    for variant in random.sample([PLAIN, TWICE, SLOTTED], 3):
+        if variant == SLOTTED:
+            runtime = Runtime(bundle, check=False)
+            lanes |= {IDLE: runtime.lane(None), ACTIVE: runtime.lane(name)}
+        else:
+            lanes[variant] = Lane(open_session(plain / MODEL_FILE), None, "cpu")
+    decodings = {variant: Decoding(lanes[variant], runtime) for variant in VARIANTS}
+    found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for turn in range(-WARM_TURNS, turns):
+        for variant in random.sample(VARIANTS, len(VARIANTS)):
+            decoding = decodings[variant]
+            decoding.step(timed=False)
+            before = len(decoding.seconds)
+            for _ in range(STEPS):
+                decoding.step()
+            if turn >= 0:
+                found[variant].append(statistics.median(decoding.seconds[before:]))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "int4"])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--bundle", type=Path, help="use this bundle instead of exporting")
     parser.add_argument("--plain", type=Path, help="and this folder's graph without slots")
-    parser.add_argument("--child", choices=[PLAIN, TWICE, IDLE, ACTIVE])
+    parser.add_argument("--child", action="store_true")
     arguments = parser.parse_args()
     name = f"bench{arguments.rank}"
     if arguments.child:
-        bundle, plain = arguments.bundle, arguments.plain
-        print(measure(arguments.child, bundle, plain, name, arguments.steps))
+        print(json.dumps(measure(arguments.bundle, arguments.plain, name, arguments.turns)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         from converters.onnx import ExportOptions
@@ -126,21 +138,10 @@ def main() -> None:
             add_adapters(bundle, {name: random_adapter(runtime, arguments.rank, 0)})
         del runtime
         given = ["--bundle", str(bundle), "--plain", str(plain), "--rank", str(arguments.rank)]
-        command = [sys.executable, __file__, *given, "--steps", str(arguments.steps), "--child"]
-        found: dict[str, list[float]] = {PLAIN: [], IDLE: [], ACTIVE: [], TWICE: []}
-        for number in range(arguments.rounds):
-            for variant in list(found)[:: 1 if number % 2 else -1]:
-                done = subprocess.run([*command, variant], check=True, capture_output=True)
-                found[variant].append(float(done.stdout))
-    print(f"SmolLM2-135M {arguments.precision}, decode after {len(PROMPT)} tokens")
-    print(f"{'variant':24} {'ms/token':>9} {'ratio':>6}  {'quartiles':14}  fastest, ratio")
-    for variant, seconds in found.items():
-        title = f"{variant}, rank {arguments.rank}" if variant == ACTIVE else variant
-        ratios = [mine / other for mine, other in zip(seconds, found[PLAIN], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        milliseconds = 1e3 * statistics.median(seconds)
-        fastest = f"{1e3 * min(seconds):.2f}, {min(seconds) / min(found[PLAIN]):.3f}"
-        print(f"{title:24} {milliseconds:9.2f} {middle:6.3f}  {low:.3f} to {high:.3f}  {fastest}")
+        given += ["--turns", str(arguments.turns), "--child"]
+        rounds = [child(__file__, *given) for _ in range(arguments.rounds)]
+    print(f"SmolLM2-135M {arguments.precision}, rank {arguments.rank}")
+    print_turns(f"decode after {len(PROMPT)} tokens", rounds, PLAIN)
 
 
 if __name__ == "__main__":

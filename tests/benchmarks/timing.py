@@ -39,6 +39,37 @@ def child(script: str, *arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def share_threads() -> None:
+    """Let all sessions that this process opens from now on share one pool of threads."""
+    import onnxruntime
+
+    class Sharing(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.use_per_session_threads = False
+
+    onnxruntime.set_global_thread_pool_sizes(0, 1)  # of threads inside operators as usual
+    onnxruntime.SessionOptions = Sharing
+
+
+def print_turns(heading: str, rounds: list[Mapping[str, list[float]]], reference: str) -> None:
+    """Print each title's median milliseconds and ratio, where rounds hold the seconds of turns.
+
+    A round's ratio is the median over its turns; of the rounds' ratios the median is printed, and
+    the quartiles beside it.
+    """
+    ratios: list[Mapping[str, float]] = []
+    for one in rounds:
+        own = one[reference]
+        within = {
+            title: statistics.median(a / b for a, b in zip(times, own, strict=True))
+            for title, times in one.items()
+        }
+        scale = statistics.median(own)
+        ratios.append({title: scale * ratio for title, ratio in within.items()})
+    print_ratios(heading, ratios, reference)
+
+
 def print_ratios(
     heading: str, rounds: list[Mapping[str, float]], reference: str, digits: int = 2
 ) -> None:
