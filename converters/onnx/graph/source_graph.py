@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx_ir as ir
 
+from converters.onnx.graph.functions import inline_functions
 from loraport.errors import LoraportError, Problems
 
 _COPY_BYTES = 1 << 22
@@ -79,6 +80,7 @@ def read_graph(file: Path) -> ir.Model:
         raise LoraportError(f"{file}: expected an ONNX model, got: {first[0]}") from error
     if not len(model.graph) and not model.graph.outputs:
         raise LoraportError(f"{file}: expected an ONNX model, got an empty graph")
+    inline_functions(model, file)
     _map_external(model, file)
     return model
 
