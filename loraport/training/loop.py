@@ -42,7 +42,7 @@ from loraport.training.optimizer import (
 )
 from loraport.training.options import LoopOptions
 from loraport.training.processes import Processes, processes_now
-from loraport.training.rounded import rounded_matrices
+from loraport.training.rounded import RoundedMatrices
 from loraport.training.schedule import learning_rate, total_steps
 from loraport.training.sharded_base import shard_base
 from loraport.training.sharing import own_part, share, unpacked
@@ -137,6 +137,7 @@ def train(
         placement=placement,
         layers=layers,
         parameters=parameters,
+        rounded=RoundedMatrices(layers.values(), placement.dtype),
         optimizer=make_optimizer(parameters, options, placement.device),
         steps=total_steps(batches, options),
         work=work if processes.first else None,
@@ -179,6 +180,7 @@ class _Run:
     placement: Placement
     layers: dict[str, LoraLayer]
     parameters: dict[str, nn.Parameter]
+    rounded: RoundedMatrices
     optimizer: torch.optim.Optimizer
     steps: int
     work: Path | None
@@ -282,7 +284,7 @@ class _Run:
         self.observer.stepped(step=step, loss=value, learning_rate=rate, tokens=tokens)
 
     def _forward_and_backward(self, batch: Any, counts: bool) -> LossSum:
-        with rounded_matrices(self.layers.values(), self.placement.dtype):
+        with self.rounded.provided():
             with self.placement.autocast():
                 part = as_sum(self.loss(self.model, batch))
             if not part.total.requires_grad:

@@ -200,6 +200,10 @@ def _low_rank_gradients(
     """
     narrow = _scaled(gradient @ b.to(gradient.dtype), scaling)  # [n, r]
     grad_a = (narrow.T @ rows).to(a.dtype) if needed[0] else None
-    # Small side first: [r, n] @ [n, out] takes half the time of its transpose on a CPU.
-    grad_b = (hidden.T @ gradient).T.to(b.dtype) if needed[1] else None
+    grad_b = None
+    if needed[1] and gradient.is_cpu:
+        # Small side first: [r, n] @ [n, out] takes half the time of its transpose on a CPU.
+        grad_b = (hidden.T @ gradient).T.to(b.dtype)
+    elif needed[1]:
+        grad_b = (gradient.T @ hidden).to(b.dtype)  # lies as B does: autograd need not copy it
     return narrow, grad_a, grad_b

@@ -10,79 +10,92 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from loraport.training.layers import LoraLinear
 from loraport.training.lora_layer import LoraLayer
 
 
-@contextlib.contextmanager
-def rounded_matrices(layers: Iterable[LoraLayer], dtype: torch.dtype) -> Iterator[None]:
-    """Let layers multiply with ``A`` and ``scaling * B`` in a dtype, all made at once.
+class RoundedMatrices:
+    """``A`` and ``scaling * B`` of LoRA layers in a dtype, for one training step after the other.
 
-    Gradients reach the matrices as they would without. For one forward and backward pass: the
-    values are those of when it began.
+    Layers whose matrices are not narrowed stay as they are.
 
     Args:
-        layers: LoRA layers; those whose matrices are not narrowed stay as they are.
+        layers: LoRA layers, where they are to be trained.
         dtype: Of the products.
     """
-    chosen = [
-        layer for layer in layers if isinstance(layer, LoraLinear) and _narrowed(layer, dtype)
-    ]
-    if not chosen:
-        yield
-        return
-    a, b = ([getattr(layer, name) for layer in chosen] for name in ("lora_A", "lora_B"))
-    scalings = [layer.scaling for layer in chosen]
-    made = _Rounded.apply(dtype, scalings, *a, *b)  # type: ignore[no-untyped-call]
-    try:
-        for index, layer in enumerate(chosen):
-            layer.rounded = (made[index], made[index + len(chosen)])
-        yield
-    finally:
-        for layer in chosen:
-            layer.rounded = None
+
+    def __init__(self, layers: Iterable[LoraLayer], dtype: torch.dtype) -> None:
+        self._layers = [
+            layer for layer in layers if isinstance(layer, LoraLinear) and _narrowed(layer, dtype)
+        ]
+        self._scalings = [layer.scaling for layer in self._layers]
+        a, b = ([getattr(layer, name) for layer in self._layers] for name in ("lora_A", "lora_B"))
+        self._matrices: list[torch.Tensor] = [*a, *b]
+        self._rounded = [
+            torch.empty_like(matrix, dtype=dtype, requires_grad=True) for matrix in self._matrices
+        ]
+
+    @contextlib.contextmanager
+    def provided(self) -> Iterator[None]:
+        """Let the layers multiply with rounded matrices in one forward and backward pass.
+
+        Gradients reach the matrices as they would without, when the context is left.
+        """
+        if not self._layers:
+            yield
+            return
+        half = len(self._layers)
+        with torch.no_grad():
+            scaled = torch._foreach_mul(self._matrices[half:], self._scalings)
+            torch._foreach_copy_(self._rounded, [*self._matrices[:half], *scaled])
+            del scaled
+        try:
+            for layer, a, b in zip(
+                self._layers, self._rounded[:half], self._rounded[half:], strict=True
+            ):
+                layer.rounded = (a, b)
+            yield
+            self._hand_over()
+        finally:
+            for layer in self._layers:
+                layer.rounded = None
+            for rounded in self._rounded:
+                rounded.grad = None
+
+    @torch.no_grad()
+    def _hand_over(self) -> None:
+        """Add the gradients of what was rounded to those of the matrices themselves."""
+        factors = [1.0] * len(self._layers) + self._scalings
+        there = [  # a layer that took no part has no gradient
+            (matrix, rounded.grad, factor)
+            for matrix, rounded, factor in zip(self._matrices, self._rounded, factors, strict=True)
+            if rounded.grad is not None
+        ]
+        if not there:
+            return
+        matrices, narrow, factors = (list(part) for part in zip(*there, strict=True))
+        sizes = [matrix.numel() for matrix in matrices]
+        flat = matrices[0].new_empty(sum(sizes))
+        wide = [
+            part.view_as(matrix) for part, matrix in zip(flat.split(sizes), matrices, strict=True)
+        ]
+        torch._foreach_copy_(wide, narrow)
+        torch._foreach_mul_(wide, factors)
+        for matrix, gradient in zip(matrices, wide, strict=True):
+            if matrix.grad is None:
+                matrix.grad = gradient
+            else:  # of an earlier part of the step, or of DoRA's norms
+                matrix.grad += gradient
 
 
 def _narrowed(layer: LoraLinear, dtype: torch.dtype) -> bool:
     return (
-        torch.promote_types(layer.lora_A.dtype, dtype) is not dtype
+        layer.lora_A.dtype is torch.float32
+        and torch.promote_types(torch.float32, dtype) is not dtype
         and layer.initial_A is None  # such matrices are put together first
         and not isinstance(layer.lora_dropout, nn.Dropout)
     )
-
-
-class _Rounded(torch.autograd.Function):
-    """From every ``A`` and every ``B`` to those in a dtype, ``B`` scaled before it is rounded."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, dtype: torch.dtype, scalings: list[float], *matrices: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.scalings, ctx.dtypes = scalings, [matrix.dtype for matrix in matrices]
-        ctx.set_materialize_grads(False)  # a layer that took no part gets no gradient
-        made = [torch.empty_like(matrix, dtype=dtype) for matrix in matrices]
-        scaled = torch._foreach_mul(matrices[len(scalings) :], scalings)
-        torch._foreach_copy_(made, [*matrices[: len(scalings)], *scaled])
-        return tuple(made)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        factors = [1.0] * len(ctx.scalings) + ctx.scalings
-        there = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        found = [gradient for gradient in gradients if gradient is not None]
-        wide = [
-            torch.empty_like(gradient, dtype=ctx.dtypes[index])
-            for index, gradient in zip(there, found, strict=True)
-        ]
-        if wide:
-            torch._foreach_copy_(wide, found)
-            torch._foreach_mul_(wide, [factors[index] for index in there])
-        by_index = dict(zip(there, wide, strict=True))
-        return None, None, *(by_index.get(index) for index in range(len(gradients)))

@@ -24,7 +24,7 @@ from loraport.training.model_inputs import Shortcuts, assume_shortcuts, attentio
 from loraport.training.options import TrainOptions
 from loraport.training.output_head import assume_transform
 from loraport.training.quantized_shape import without_numbers
-from loraport.training.rounded import rounded_matrices
+from loraport.training.rounded import RoundedMatrices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,13 +68,14 @@ def step_memory(model: PreTrainedModel, options: TrainOptions, placement: Placem
         with _one_error_is_enough(), FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device=placement.device)
             with LiveBytes() as live:
+                rounded = RoundedMatrices(lora_layers(model).values(), placement.dtype)
                 kept = 0
                 # From the second batch of a step on, there are gradients already.
                 for _ in range(min(options.loop.accumulate, 2)):
                     batch = _full_batch(options, placement.device)
                     count = batch.tokens.shape[0] * (options.max_length - 1)
                     places = torch.arange(count, device=placement.device)
-                    with rounded_matrices(lora_layers(model).values(), placement.dtype):
+                    with rounded.provided():
                         with placement.autocast():
                             loss = cross_entropy_at(model, batch, places, torch.zeros_like(places))
                         kept = max(kept, live.now)

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraport.training import LoraOptions, attach
 from loraport.training.inject import lora_layers
-from loraport.training.rounded import rounded_matrices
+from loraport.training.rounded import RoundedMatrices
 
 RANK, WIDTH = 4, 24
 
@@ -46,7 +46,7 @@ def step(made, *, rounded, dtype=torch.bfloat16):
     """One forward and backward pass in bfloat16; the output and every gradient by name."""
     x = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(1))
     layers = lora_layers(made).values() if rounded else ()
-    with rounded_matrices(layers, dtype):
+    with RoundedMatrices(layers, dtype).provided():
         with torch.autocast("cpu", torch.bfloat16):
             y = made(x)
         y.float().square().sum().backward()
@@ -89,21 +89,45 @@ def test_near_float64_with_another_scaling():
     assert (other[name] - got[name]).norm() / got[name].norm() > 0.1
 
 
+def test_several_parts_of_a_step_add_up_and_the_next_step_sees_what_the_optimizer_did():
+    made = model(2 * RANK)
+    layers = lora_layers(made)
+    rounded = RoundedMatrices(layers.values(), torch.bfloat16)
+    once = {}
+    for _ in range(2):
+        with rounded.provided(), torch.autocast("cpu", torch.bfloat16):
+            made(torch.ones(3, WIDTH)).float().sum().backward()
+        gradients = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
+        once = once or gradients
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, 2 * once[name]), name
+        assert gradient.abs().max() > 0
+    made.zero_grad()
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lora_B.zero_()
+    with rounded.provided(), torch.autocast("cpu", torch.bfloat16):
+        made(torch.ones(3, WIDTH)).float().sum().backward()
+    changed = [made.get_parameter(name).grad for name in once if name.endswith("lora_A")]
+    assert len(changed) == 3
+    assert not any(gradient.any() for gradient in changed)  # A gets its gradient through B
+
+
 @pytest.mark.parametrize("change", [{"dropout": 0.5}, {"init": "pissa"}])
 def test_layers_whose_matrices_are_not_simply_multiplied_keep_their_own_way(change):
     made = model(2 * RANK, **change)
-    with rounded_matrices(lora_layers(made).values(), torch.bfloat16):
+    with RoundedMatrices(lora_layers(made).values(), torch.bfloat16).provided():
         assert all(layer.rounded is None for layer in lora_layers(made).values())
 
 
 def test_float32_products_need_no_rounding_and_nothing_stays_after_an_error():
     made = model(2 * RANK)
     layers = lora_layers(made).values()
-    with rounded_matrices(layers, torch.float32):
+    with RoundedMatrices(layers, torch.float32).provided():
         assert all(layer.rounded is None for layer in layers)
 
     def fails():
-        with rounded_matrices(layers, torch.bfloat16):
+        with RoundedMatrices(layers, torch.bfloat16).provided():
             assert all(layer.rounded is not None for layer in layers)
             raise RuntimeError("meant")
 
