@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint, fingerprint
-from loraport.output import new_directory
+from loraport.output import cached_directory
 from loraport.safetensors_file import safetensors_header
 
 if TYPE_CHECKING:
@@ -251,10 +251,7 @@ def gguf_model_files(model: GgufModel) -> Path:
         model: The file; where its tokenizer cannot be read, there is none in the directory.
     """
     target = _cached(model.file, "-files")
-    if not target.is_dir():
-        with new_directory(target) as partial:
-            model.save_files(partial, tokenizer=False)
-    return target
+    return cached_directory(target, lambda partial: model.save_files(partial, tokenizer=False))
 
 
 def _cached(file: Path, suffix: str = "") -> Path:
@@ -267,18 +264,17 @@ def _from_gguf(file: Path) -> Path:
 
     A stretch of a weight at a time: the model never lies in memory.
     """
-    target = _cached(file)
-    if target.is_dir():
-        return target
-    from loraport.gguf_model import GgufModel
 
-    model = GgufModel(file)
-    with new_directory(target) as partial:
-        model.save_files(partial, tokenizer=True)
+    def dequantize(target: Path) -> None:
+        from loraport.gguf_model import GgufModel
+
+        model = GgufModel(file)
+        model.save_files(target, tokenizer=True)
         shapes = {name: weight.shape for name, weight in model.weights.items()}
-        with (partial / "model.safetensors").open("wb") as stream:
+        with (target / "model.safetensors").open("wb") as stream:
             stream.write(safetensors_header(shapes, "F32", 4, {"format": "pt"}))
             for weight in model.weights.values():
                 for values in model.stretches(weight):
                     stream.write(values.data)
-    return target
+
+    return cached_directory(_cached(file), dequantize)

@@ -12,7 +12,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from loraport.errors import LoraportError
@@ -90,6 +90,29 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def cached_directory(path: Path, fill: Callable[[Path], None]) -> Path:
+    """Return a directory that is filled the first time it is wanted.
+
+    Of several processes that want it at once each may fill one of its own; the first to be ready
+    keeps it, and the others take that.
+
+    Args:
+        path: The directory.
+        fill: Writes its content into another directory, which becomes this one.
+
+    Raises:
+        LoraportError: If there is a file at ``path``.
+    """
+    if not path.is_dir():
+        try:
+            with new_directory(path) as partial:
+                fill(partial)
+        except (LoraportError, OSError):
+            if not path.is_dir():
+                raise
+    return path
 
 
 def _partial_name(path: Path) -> Path:

