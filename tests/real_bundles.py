@@ -6,6 +6,7 @@ that has a part in them: this repository's sources and the versions of the packa
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -36,16 +37,16 @@ def real_bundles() -> Path:
     """Return a directory with ``fp32`` and ``int4`` bundles, and the adapters ``a`` and ``b``."""
     root = cache_directory()
     target = root / f"real-bundles-{_digest()}"
-    if not target.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        _forget_old(root)
-        with tempfile.TemporaryDirectory(dir=root, prefix="building-") as temporary:
-            made = Path(temporary) / "made"
-            _build(made)
-            # A second test run at the same time may have been faster.
-            if not target.is_dir():
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "real-bundles.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes: one builds
+        if not target.is_dir():
+            _forget_old(root)
+            with tempfile.TemporaryDirectory(dir=root, prefix="building-") as temporary:
+                made = Path(temporary) / "made"
+                _build(made)
                 made.rename(target)
-    os.utime(target)
+        os.utime(target)
     return target
 
 
@@ -93,7 +94,7 @@ def _digest() -> str:
 
 def _forget_old(root: Path) -> None:
     """Delete what other states of the sources left, but for the one that was used last."""
-    found = sorted(root.glob("real-bundles-*"), key=lambda path: path.stat().st_mtime)
+    found = sorted(root.glob("real-bundles-*/"), key=lambda path: path.stat().st_mtime)
     for path in found[:-1]:
         shutil.rmtree(path, ignore_errors=True)
 
