@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,6 +119,7 @@ def import_model(
             exact = name_sites(_sites(model))
             quantize_graph(file, bundle, options.precision)
             model = read_graph(bundle / MODEL_FILE)
+            _require_stored_so(model, file, options.precision)
         move_weights_out(model, bundle)
         copy_companions(file, bundle)
         examples = [options.inputs] if options.inputs else list(example_inputs(model))
@@ -253,7 +254,7 @@ def _describe(
     exact: list[NamedSite] | None,
 ) -> None:
     paths = list(imported.slotted.slots.modules())
-    precision = _precision(imported.named)
+    precision = _precision(entry.site for entry in imported.named)
     manifest = Manifest(
         base_name=file.stem if options.base is None else Path(options.base).name,
         fingerprint=_fingerprint(exact or imported.named, paths, base),
@@ -279,11 +280,24 @@ def _fingerprint(
     return fingerprint_graph(named, paths) if base is None else base.fingerprint(paths)
 
 
-def _precision(named: list[NamedSite]) -> str:
+def _require_stored_so(model: ir.Model, file: Path, precision: str) -> None:
+    """Refuse a graph of which no weight could be stored as asked for."""
+    sites = _sites(model)
+    if _precision(sites) != precision:
+        operators = ", ".join(sorted({site.node.op_type for site in sites})) or "none"
+        raise LoraportError(
+            f"{file}: --precision {precision}: expected operators whose weights ONNX Runtime's "
+            f"quantizer stores so, got {operators}, which it leaves as they are; try another "
+            "precision"
+        )
+
+
+def _precision(sites: Iterable[Site]) -> str:
     """Return how the weights are stored, by the coarsest of them."""
-    quantized = [entry.site.node for entry in named if entry.site.quantized]
+    sites = list(sites)
+    quantized = [site.node for site in sites if site.quantized]
     if quantized:
         bits = min(node.attributes.get_int("bits", _BITS) for node in quantized)
         return "int4" if bits <= 4 else "int8"
     halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    return "fp16" if any(entry.site.dtype in halves for entry in named) else "fp32"
+    return "fp16" if any(site.dtype in halves for site in sites) else "fp32"

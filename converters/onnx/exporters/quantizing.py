@@ -113,8 +113,18 @@ def _fp16(source: Path, target: Path) -> None:
 
 def _load(source: Path) -> ModelProto:
     import onnx
+    import onnx_ir as ir
 
-    return onnx.load(str(source))
+    from converters.onnx.exporters.transposes import fold_transposes
+    from converters.onnx.graph.functions import inline_functions
+
+    proto = onnx.load(str(source))
+    if proto.functions:  # the quantizers look at the graph alone
+        model = ir.from_proto(proto)
+        inline_functions(model, source)
+        proto = ir.to_proto(model)
+    fold_transposes(proto)
+    return proto
 
 
 def _save(model: ModelProto, target: Path) -> None:

@@ -1,0 +1,63 @@
+"""Weights that a graph transposes in every run, transposed once before they are quantized.
+
+ONNX Runtime's quantizers look for the weight right at the product; behind a ``Transpose`` they
+leave it as it is, and say nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto
+
+
+def fold_transposes(model: ModelProto) -> None:
+    """Replace each ``Transpose`` of a stored matrix by the matrix transposed, in place.
+
+    The new one is called ``NAME_transposed``, so that its module is still known. Stored matrices
+    that nothing reads any more are removed.
+
+    Args:
+        model: A model with its weights in memory.
+    """
+    import numpy as np
+    from onnx import numpy_helper
+
+    graph = model.graph
+    fixed = {value.name for value in (*graph.input, *graph.output)}
+    stored = {weight.name: weight for weight in graph.initializer if weight.name not in fixed}
+    taken = {*stored, *fixed, *(name for node in _nodes(graph) for name in node.output)}
+    renamed: dict[str, str] = {}
+    for node in list(graph.node):
+        if node.op_type != "Transpose" or node.output[0] in fixed:
+            continue
+        weight = stored.get(node.input[0])
+        if weight is None or len(weight.dims) != 2:
+            continue
+        perm = next((list(entry.ints) for entry in node.attribute if entry.name == "perm"), [1, 0])
+        name = f"{weight.name}_transposed"
+        if name in taken:  # something else, or the same weight transposed twice
+            name = node.output[0]
+        taken.add(name)
+        turned = np.ascontiguousarray(numpy_helper.to_array(weight).transpose(perm))
+        graph.initializer.append(numpy_helper.from_array(turned, name))
+        renamed[node.output[0]] = name
+        graph.node.remove(node)
+    read = set()
+    for node in _nodes(graph):
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+        read.update(node.input)
+    for weight in [stored[name] for name in stored if name not in read]:
+        graph.initializer.remove(weight)
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """Yield a graph's nodes and those of its subgraphs."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
+                yield from _nodes(inner)

@@ -1,0 +1,95 @@
+"""Weights behind a ``Transpose``: quantized like others, or refused, never left in silence."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from converters.onnx.exporters.transposes import fold_transposes
+from converters.onnx.importing import ImportOptions, import_model
+from loraport.bundle.manifest import MODEL_FILE, read_manifest
+from loraport.errors import LoraportError
+from loraport.runtime import Runtime
+
+IN, OUT = 64, 96
+WEIGHT = np.random.default_rng(0).standard_normal((OUT, IN)).astype(np.float32)
+
+
+def model_of(nodes, *, outputs=("y",), weights=None):
+    weights = weights or {"layer.weight": WEIGHT}
+    values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", IN])]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    stored = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "graph", values, results, stored)
+    opsets = [helper.make_opsetid("", 18)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+
+
+def turned():
+    return [
+        helper.make_node("Transpose", ["layer.weight"], ["t"], name="turn", perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "t"], ["y"], name="product"),
+    ]
+
+
+def run(model, x):
+    return onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+
+
+@pytest.mark.parametrize(("precision", "error"), [("int8", 0.02), ("int4", 0.15)])
+def test_they_are_stored_as_asked_for(tmp_path, precision, error):
+    onnx.save(model_of(turned()), tmp_path / "m.onnx")
+    import_model(tmp_path / "m.onnx", tmp_path / "bundle", ImportOptions(precision=precision))
+    manifest = read_manifest(tmp_path / "bundle")
+    assert manifest.precision == precision
+    assert list(manifest.slots.modules()) == ["layer"]
+    graph = onnx.load(tmp_path / "bundle" / MODEL_FILE, load_external_data=False).graph
+    assert not [w.name for w in graph.initializer if sorted(w.dims) == sorted([IN, OUT])
+                and w.data_type == TensorProto.FLOAT]  # fmt: skip
+    x = np.random.default_rng(1).standard_normal((5, IN)).astype(np.float32)
+    expected = x.astype(np.float64) @ WEIGHT.T.astype(np.float64)
+    got = Runtime(tmp_path / "bundle", threads=1).run({"x": x})["y"]
+    off = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+    assert 1e-4 < off < error  # rounded, and to the weight itself: its transpose would not fit
+
+
+def test_a_graph_of_which_nothing_can_be_stored_so_is_refused(tmp_path):
+    nodes = [helper.make_node("Gemm", ["x", "layer.weight"], ["y"], name="gemm", transB=1)]
+    onnx.save(model_of(nodes), tmp_path / "m.onnx")
+    with pytest.raises(LoraportError, match=r"m\.onnx: --precision int4: expected .*got Gemm"):
+        import_model(tmp_path / "m.onnx", tmp_path / "bundle", ImportOptions(precision="int4"))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_every_reader_gets_the_transposed_matrix():
+    """Twice transposed, read in a branch, read as it is, and an output of the graph."""
+    branch = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "again"], ["inner"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)],
+    )
+    nodes = [
+        *turned(),
+        helper.make_node("Transpose", ["layer.weight"], ["again"], name="again"),
+        helper.make_node("If", ["yes"], ["chosen"], then_branch=branch, else_branch=branch),
+        helper.make_node("Identity", ["layer.weight"], ["itself"]),
+        helper.make_node("Transpose", ["layer.weight"], ["shown"], name="shown", perm=[1, 0]),
+        helper.make_node("Transpose", ["other"], ["same"], name="same", perm=[0, 1]),
+        helper.make_node("Identity", ["same"], ["kept"]),
+    ]
+    weights = {"layer.weight": WEIGHT, "yes": np.array(True), "other": WEIGHT[:3]}
+    outputs = ("y", "chosen", "itself", "shown", "kept")
+    model = model_of(nodes, outputs=outputs, weights=weights)
+    x = np.random.default_rng(1).standard_normal((5, IN)).astype(np.float32)
+    before = run(model, x)
+    fold_transposes(model)
+    after = run(model, x)
+    for name, expected, got in zip(outputs, before, after, strict=True):
+        np.testing.assert_array_equal(got, expected, err_msg=name)
+    assert before[0].shape == (5, OUT)
+    names = [weight.name for weight in model.graph.initializer]
+    assert "layer.weight_transposed" in names
+    assert "other" not in names  # nothing reads it any more
+    assert [n.name for n in model.graph.node if n.op_type == "Transpose"] == ["shown"]
