@@ -147,6 +147,8 @@ def _reason(node: ir.Node, shapes: list[tuple[int, ...]]) -> str:
         if constant(node.inputs[0]) is not None:
             return f"{operator}: its constant is the left factor"
         return f"{operator}: its constant of shape {shapes[-1]} is no matrix of floats"
+    if node.op_type == "Einsum":
+        return "Einsum: its equation is more than a product of rows with a matrix"
     if node.op_type == "Conv":
         return "Conv: its kernel is not of one or two dimensions"
     return f"{operator}: loraport has no slot for this operator"

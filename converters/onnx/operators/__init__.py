@@ -15,6 +15,7 @@ from converters.onnx.operators import (
     conv,
     conv_integer,
     dynamic_quantize_matmul,
+    einsum,
     fused_matmul,
     gather,
     gather_block_quantized,
@@ -32,6 +33,7 @@ from converters.onnx.operators import (
 OPERATORS: Mapping[tuple[str, str], Callable[[ir.Node], Site | None]] = {
     ("", "Conv"): conv.find_site,
     ("", "ConvInteger"): conv_integer.find_site,
+    ("", "Einsum"): einsum.find_site,
     ("", "Gather"): gather.find_site,
     ("", "Gemm"): gemm.find_site,
     ("", "MatMul"): matmul.find_site,
