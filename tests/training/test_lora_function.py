@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from loraport.training import LoraOptions, attach
-from loraport.training.lora_function import add_low_rank, lora_linear
+from loraport.training.lora_function import _low_rank_gradients, add_low_rank, lora_linear
 
 # float64: only the order of sums differs.
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
@@ -153,3 +153,14 @@ def test_a_hook_on_the_base_still_sees_it_called():
     layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(model(x), expected)
     assert seen == [1]
+
+
+@pytest.mark.parametrize(("device", "copied"), [("cpu", True), ("meta", False)])
+def test_off_the_cpu_the_gradient_of_b_lies_as_b_does(device, copied):
+    """Autograd copies another, one operation for each layer; on a CPU the product is worth it."""
+    gradient, rows, hidden, a, b = (
+        torch.empty(shape, device=device) for shape in [(4, 10), (4, 6), (4, 3), (3, 6), (10, 3)]
+    )
+    _, _, found = _low_rank_gradients(gradient, rows, hidden, a, b, 2.0, (True, True))
+    assert found.shape == b.shape
+    assert (found.stride() != b.stride()) == copied
