@@ -282,9 +282,9 @@ def _fingerprint(
 
 def _require_stored_so(model: ir.Model, file: Path, precision: str) -> None:
     """Refuse a graph of which no weight could be stored as asked for."""
-    sites = _sites(model)
-    if _precision(sites) != precision:
-        operators = ", ".join(sorted({site.node.op_type for site in sites})) or "none"
+    sites = _sites(model)  # without any there is no bundle, for reasons that are told later
+    if sites and _precision(sites) != precision:
+        operators = ", ".join(sorted({site.node.op_type for site in sites}))
         raise LoraportError(
             f"{file}: --precision {precision}: expected operators whose weights ONNX Runtime's "
             f"quantizer stores so, got {operators}, which it leaves as they are; try another "

@@ -115,7 +115,7 @@ def _load(source: Path) -> ModelProto:
     import onnx
     import onnx_ir as ir
 
-    from converters.onnx.exporters.transposes import fold_transposes
+    from converters.onnx.exporters.plain_weights import make_weights_plain
     from converters.onnx.graph.functions import inline_functions
 
     proto = onnx.load(str(source))
@@ -123,7 +123,7 @@ def _load(source: Path) -> ModelProto:
         model = ir.from_proto(proto)
         inline_functions(model, source)
         proto = ir.to_proto(model)
-    fold_transposes(proto)
+    make_weights_plain(proto)
     return proto
 
 

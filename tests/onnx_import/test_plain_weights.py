@@ -1,4 +1,4 @@
-"""Weights behind a ``Transpose``: quantized like others, or refused, never left in silence."""
+"""Constants and weights behind a ``Transpose`` are quantized like others, or refused."""
 
 import numpy as np
 import onnx
@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from converters.onnx.exporters.transposes import fold_transposes
+from converters.onnx.exporters.plain_weights import make_weights_plain
 from converters.onnx.importing import ImportOptions, import_model
 from loraport.bundle.manifest import MODEL_FILE, read_manifest
 from loraport.errors import LoraportError
@@ -26,6 +26,14 @@ def model_of(nodes, *, outputs=("y",), weights=None):
     return helper.make_model(graph, opset_imports=opsets, ir_version=9)
 
 
+def constant():
+    value = numpy_helper.from_array(WEIGHT.T.copy())
+    return [
+        helper.make_node("Constant", [], ["layer.weight.T"], name="weight", value=value),
+        helper.make_node("MatMul", ["x", "layer.weight.T"], ["y"], name="/layer/product"),
+    ]
+
+
 def turned():
     return [
         helper.make_node("Transpose", ["layer.weight"], ["t"], name="turn", perm=[1, 0]),
@@ -38,8 +46,10 @@ def run(model, x):
 
 
 @pytest.mark.parametrize(("precision", "error"), [("int8", 0.02), ("int4", 0.15)])
-def test_they_are_stored_as_asked_for(tmp_path, precision, error):
-    onnx.save(model_of(turned()), tmp_path / "m.onnx")
+@pytest.mark.parametrize("nodes", [turned, constant])
+def test_they_are_stored_as_asked_for(tmp_path, precision, error, nodes):
+    weights = {"unused": np.zeros(1, np.float32)} if nodes is constant else None
+    onnx.save(model_of(nodes(), weights=weights), tmp_path / "m.onnx")
     import_model(tmp_path / "m.onnx", tmp_path / "bundle", ImportOptions(precision=precision))
     manifest = read_manifest(tmp_path / "bundle")
     assert manifest.precision == precision
@@ -84,7 +94,7 @@ def test_every_reader_gets_the_transposed_matrix():
     model = model_of(nodes, outputs=outputs, weights=weights)
     x = np.random.default_rng(1).standard_normal((5, IN)).astype(np.float32)
     before = run(model, x)
-    fold_transposes(model)
+    make_weights_plain(model)
     after = run(model, x)
     for name, expected, got in zip(outputs, before, after, strict=True):
         np.testing.assert_array_equal(got, expected, err_msg=name)

@@ -1,7 +1,6 @@
-"""Weights that a graph transposes in every run, transposed once before they are quantized.
+"""Weights as ONNX Runtime's quantizers look for them: initializers, right at the product.
 
-ONNX Runtime's quantizers look for the weight right at the product; behind a ``Transpose`` they
-leave it as it is, and say nothing.
+What is a ``Constant`` or behind a ``Transpose`` they leave as it is, and say nothing.
 """
 
 from __future__ import annotations
@@ -13,14 +12,35 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
 
+def make_weights_plain(model: ModelProto) -> None:
+    """Make initializers of ``Constant`` matrices, and transpose once what is in every run.
+
+    Args:
+        model: A model with its weights in memory, changed in place.
+    """
+    lift_constants(model)
+    fold_transposes(model)
+
+
+def lift_constants(model: ModelProto) -> None:
+    """Make initializers of the main graph's ``Constant`` matrices, in place."""
+    graph = model.graph
+    outputs = {value.name for value in graph.output}
+    for node in list(graph.node):
+        if node.op_type != "Constant" or node.output[0] in outputs:
+            continue
+        value = next((entry.t for entry in node.attribute if entry.name == "value"), None)
+        if value is not None and len(value.dims) >= 2:
+            graph.initializer.add().CopyFrom(value)
+            graph.initializer[-1].name = node.output[0]
+            graph.node.remove(node)
+
+
 def fold_transposes(model: ModelProto) -> None:
     """Replace each ``Transpose`` of a stored matrix by the matrix transposed, in place.
 
     The new one is called ``NAME_transposed``, so that its module is still known. Stored matrices
     that nothing reads any more are removed.
-
-    Args:
-        model: A model with its weights in memory.
     """
     import numpy as np
     from onnx import numpy_helper
