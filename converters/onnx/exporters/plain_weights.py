@@ -5,11 +5,12 @@ What is a ``Constant`` or behind a ``Transpose`` they leave as it is, and say no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from converters.onnx.graph.functions import nodes_of
+
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import ModelProto
 
 
 def make_weights_plain(model: ModelProto) -> None:
@@ -48,7 +49,7 @@ def fold_transposes(model: ModelProto) -> None:
     graph = model.graph
     fixed = {value.name for value in (*graph.input, *graph.output)}
     stored = {weight.name: weight for weight in graph.initializer if weight.name not in fixed}
-    taken = {*stored, *fixed, *(name for node in _nodes(graph) for name in node.output)}
+    taken = {*stored, *fixed, *(name for node in nodes_of(graph.node) for name in node.output)}
     renamed: dict[str, str] = {}
     for node in list(graph.node):
         if node.op_type != "Transpose" or node.output[0] in fixed:
@@ -66,18 +67,9 @@ def fold_transposes(model: ModelProto) -> None:
         renamed[node.output[0]] = name
         graph.node.remove(node)
     read = set()
-    for node in _nodes(graph):
+    for node in nodes_of(graph.node):
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)
         read.update(node.input)
     for weight in [stored[name] for name in stored if name not in read]:
         graph.initializer.remove(weight)
-
-
-def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """Yield a graph's nodes and those of its subgraphs."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
-                yield from _nodes(inner)

@@ -113,16 +113,11 @@ def _fp16(source: Path, target: Path) -> None:
 
 def _load(source: Path) -> ModelProto:
     import onnx
-    import onnx_ir as ir
 
     from converters.onnx.exporters.plain_weights import make_weights_plain
-    from converters.onnx.graph.functions import inline_functions
+    from converters.onnx.graph.functions import inlined
 
-    proto = onnx.load(str(source))
-    if proto.functions:  # the quantizers look at the graph alone
-        model = ir.from_proto(proto)
-        inline_functions(model, source)
-        proto = ir.to_proto(model)
+    proto = inlined(onnx.load(str(source)), source)  # the quantizers look at the graph alone
     make_weights_plain(proto)
     return proto
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.graph.functions import inline_functions
+from converters.onnx.graph.functions import inlined
 from loraport.errors import LoraportError, Problems
 
 _COPY_BYTES = 1 << 22
@@ -71,7 +71,7 @@ def read_graph(file: Path) -> ir.Model:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
-        proto = onnx.load(str(file), load_external_data=False)
+        proto = inlined(onnx.load(str(file), load_external_data=False), file)
         model = ir.from_proto(proto)
     except OSError as error:
         raise LoraportError(f"{file}: cannot be read: {error.strerror or error}") from error
@@ -80,7 +80,6 @@ def read_graph(file: Path) -> ir.Model:
         raise LoraportError(f"{file}: expected an ONNX model, got: {first[0]}") from error
     if not len(model.graph) and not model.graph.outputs:
         raise LoraportError(f"{file}: expected an ONNX model, got an empty graph")
-    inline_functions(model, file)
     _map_external(model, file)
     return model
 
