@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
+from converters.onnx.graph.matrix_site import matrix_site
 from converters.onnx.graph.quantized_values import rounded, unrounded
 from converters.onnx.graph.site import Site
 
@@ -30,21 +30,7 @@ def find_site(node: ir.Node) -> Site | None:
         return None
     if len(weight.shape) != 2 or not weight.dtype.is_floating_point():
         return None
-    rows, columns = reversed(weight.shape) if transposed else weight.shape
-
-    def stored_as_in_out() -> np.ndarray:
-        return weight.array().T if transposed else weight.array()
-
-    return Site(
-        node=node,
-        x=unrounded(x),
-        y=rounded(node.outputs[0]),
-        in_features=rows,
-        out_features=columns,
-        dtype=weight.dtype,
-        weight=stored_as_in_out,
-        quantized=weight.quantized,
-    )
+    return matrix_site(node, unrounded(x), rounded(node.outputs[0]), weight, transposed=transposed)
 
 
 def _terms(equation: str) -> tuple[str, str, str] | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
+from converters.onnx.graph.matrix_site import matrix_site
 from converters.onnx.graph.site import Site
 
 
@@ -20,19 +20,4 @@ def find_site(node: ir.Node) -> Site | None:
         return None
     transposed = bool(node.attributes.get_int("transB", 0))
     alpha = node.attributes.get_float("alpha", 1.0)
-    rows, columns = reversed(weight.shape) if transposed else weight.shape
-
-    def stored_as_in_out() -> np.ndarray:
-        array = weight.array().T if transposed else weight.array()
-        return array if alpha == 1.0 else array * np.asarray(alpha, array.dtype)
-
-    return Site(
-        node=node,
-        x=x,
-        y=node.outputs[0],
-        in_features=rows,
-        out_features=columns,
-        dtype=weight.dtype,
-        weight=stored_as_in_out,
-        quantized=weight.quantized,
-    )
+    return matrix_site(node, x, node.outputs[0], weight, transposed=transposed, alpha=alpha)

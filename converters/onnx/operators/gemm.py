@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import replace
+
 import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant, vector
+from converters.onnx.graph.matrix_site import matrix_site
 from converters.onnx.graph.quantized_values import rounded, unrounded
 from converters.onnx.graph.site import Site
 
@@ -28,23 +30,11 @@ def find_site(node: ir.Node) -> Site | None:
         and vector(bias, weight.shape[0] if transposed else weight.shape[1])
         and node.attributes.get_float("beta", 1.0) == 1.0
     )
-    rows, columns = weight.shape
-    if transposed:
-        rows, columns = columns, rows
-
-    def stored_as_in_out() -> np.ndarray:
-        array = weight.array().T if transposed else weight.array()
-        return array if alpha == 1.0 else array * np.asarray(alpha, array.dtype)
-
-    return Site(
-        node=node,
-        x=unrounded(x),
-        y=rounded(node.outputs[0]),
-        in_features=rows,
-        out_features=columns,
-        dtype=weight.dtype,
-        weight=stored_as_in_out,
-        quantized=weight.quantized,
+    site = matrix_site(
+        node, unrounded(x), rounded(node.outputs[0]), weight, transposed=transposed, alpha=alpha
+    )
+    return replace(
+        site,
         bias_input=2 if separable else None,
         bias_is_fixed=bias is not None and not separable,
     )

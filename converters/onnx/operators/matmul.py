@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
+from converters.onnx.graph.matrix_site import matrix_site
 from converters.onnx.graph.quantized_values import rounded, unrounded
 from converters.onnx.graph.site import Site
 
@@ -17,13 +18,4 @@ def find_site(node: ir.Node) -> Site | None:
         return None
     if len(weight.shape) != 2 or not weight.dtype.is_floating_point():
         return None
-    return Site(
-        node=node,
-        x=unrounded(x),
-        y=rounded(node.outputs[0]),
-        in_features=weight.shape[0],
-        out_features=weight.shape[1],
-        dtype=weight.dtype,
-        weight=weight.array,
-        quantized=weight.quantized,
-    )
+    return matrix_site(node, unrounded(x), rounded(node.outputs[0]), weight)
