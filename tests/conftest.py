@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+import signal
 
 import pytest
 import torch
@@ -87,3 +88,11 @@ def real_directory():
 def real_bundle(request, real_directory):
     """Either bundle of the real SmolLM2, with two adapters and golden outputs."""
     return real_directory / request.param
+
+
+@pytest.fixture
+def interruptible():
+    """Hear Ctrl-C, in child processes too, although background jobs are told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

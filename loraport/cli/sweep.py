@@ -70,6 +70,9 @@ def _choices(
 @click.option("--together", type=int, show_default="16; on a CPU, as many as make it faster",
               help="Most candidates in one pass; halved where memory runs out.")  # fmt: skip
 @click.option("--apart", is_flag=True, help="Train each by itself: --together 1.")
+@click.option("--halving", type=int, default=0, metavar="N",
+              help="Give up the worse half of the candidates N times: with 3 after 1/8, 1/4 and "
+                   "1/2 of the steps.")  # fmt: skip
 @click.option("--ray", "address", metavar="ADDRESS",
               help="Spread the sweep over a Ray cluster: its address, auto, or local.")  # fmt: skip
 @click.option("--workers", type=int, show_default="one on every GPU, or machine",
@@ -90,6 +93,7 @@ def sweep(
     validation: Path | None,
     together: int | None,
     apart: bool,
+    halving: int,
     address: str | None,
     workers: int | None,
     keep_all: bool,
@@ -101,8 +105,8 @@ def sweep(
     """Try ranks, targets, alphas and learning rates on BASE, and say which to take.
 
     Every combination is a candidate. Candidates train together on one frozen base; each learns
-    what it would learn alone. DIR gets the adapter to take (PEFT layout), results.json,
-    results.csv and quality.png/.svg.
+    what it would learn alone. With --halving those that fall behind are given up early. DIR gets
+    the adapter to take (PEFT layout), results.json, results.csv and quality.png/.svg.
 
     The one with the lowest validation loss is the best. Taken is the smallest whose loss is
     higher by no more than one standard error of the difference on the same validation rows.
@@ -123,6 +127,7 @@ def sweep(
         grid=Grid(rank, alpha, targets, layers, learning_rate),
         train=options_from(chosen),
         together=1 if apart else together,
+        halving=halving,
         keep_all=keep_all,
         spread=None if address is None else Spread(address, workers),
     )

@@ -71,10 +71,7 @@ class CandidatesLayer(nn.Module):
         """Hand the gradients to the candidates' own parameters."""
 
     def clear_gradients(self) -> None:
-        """Forget the gradients."""
-        for member in self._members.values():
-            for parameter in member.parameters(recurse=False):
-                parameter.grad = None
+        """Forget the gradients of what is not the candidates' own."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the adapted output, in the base's dtype.
@@ -130,8 +127,7 @@ class CandidatesLinear(CandidatesLayer):
                 member.lora_B.grad = None if stack.b.grad is None else stack.b.grad[at]
 
     def clear_gradients(self) -> None:
-        """Forget the gradients."""
-        super().clear_gradients()
+        """Forget the gradients of the stacks."""
         for stack in self._stacks:
             stack.a.grad = stack.b.grad = None
 
@@ -160,7 +156,7 @@ class Attached:
         model: The model.
         present: Whose rows a batch holds; nobody's at first.
         members: Candidate → module path → its LoRA layer.
-        layers: The layers that hold them.
+        layers: The layers that hold them; none for a single candidate, whose own are in the model.
         before: What `detach` restores.
     """
 
@@ -180,6 +176,10 @@ class Attached:
         """Forget all gradients."""
         for layer in self.layers:
             layer.clear_gradients()
+        for member in self.members.values():
+            for own in member.values():
+                for parameter in own.parameters(recurse=False):
+                    parameter.grad = None
 
     def hand_out_gradients(self) -> None:
         """Give every candidate's parameters their gradients."""
@@ -190,7 +190,7 @@ class Attached:
         """Take all layers out: the model is as it was."""
         for parent in list(self.model.modules()):
             for name, child in parent._modules.items():
-                if isinstance(child, CandidatesLayer):
+                if isinstance(child, CandidatesLayer | LoraLayer):
                     parent._modules[name] = child.base_layer
         unfreeze(self.model, self.before)
 
@@ -198,7 +198,7 @@ class Attached:
 def attach_candidates(model: nn.Module, candidates: Mapping[str, LoraOptions]) -> Attached:
     """Freeze a model and put the LoRA layers of several candidates into it.
 
-    Every candidate starts as `attach` alone would start it.
+    Every candidate starts as `attach` alone would start it; a single one is put there like that.
 
     Args:
         model: The base, on the device where it is to train.
@@ -212,18 +212,25 @@ def attach_candidates(model: nn.Module, candidates: Mapping[str, LoraOptions]) -
     present = Present()
     members: dict[str, dict[str, LoraLayer]] = {}
     for name, options in candidates.items():
-        if options.dropout:
-            raise LoraportError(f"{name}: expected no dropout in a sweep, got {options.dropout}")
+        if options.dropout and len(candidates) > 1:
+            raise LoraportError(f"{name}: expected no dropout in company, got {options.dropout}")
         members[name] = new_layers(model, options)
+    layers = () if len(members) == 1 else _candidates_layers(members, present)
+    before = freeze(model)
+    insert(model, layers or [layer for each in members.values() for layer in each.values()])
+    return Attached(model, present, members, layers, before)
+
+
+def _candidates_layers(
+    members: Mapping[str, Mapping[str, LoraLayer]], present: Present
+) -> tuple[CandidatesLayer, ...]:
     layers: list[CandidatesLayer] = []
     for path in dict.fromkeys(path for each in members.values() for path in each):
         here = {name: each[path] for name, each in members.items() if path in each}
         first = next(iter(here.values()))
         made = CandidatesLinear if all(map(_plain, here.values())) else CandidatesLayer
         layers.append(made(first.base_layer, here, present))
-    before = freeze(model)
-    insert(model, layers)
-    return Attached(model, present, members, tuple(layers), before)
+    return tuple(layers)
 
 
 def _plain(layer: LoraLayer) -> bool:

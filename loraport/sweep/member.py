@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -9,12 +10,15 @@ from torch import nn
 
 from loraport.sweep.layers import Attached
 from loraport.sweep.trial import Outcome, Trial
+from loraport.training import rng
+from loraport.training.checkpoints import Position, RunState
 from loraport.training.devices import Placement
 from loraport.training.early_stopping import EarlyStopping
 from loraport.training.inject import lora_module
 from loraport.training.lora_layer import LoraLayer
-from loraport.training.optimizer import make_optimizer
+from loraport.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
 from loraport.training.options import LoopOptions
+from loraport.training.rng import RandomState
 
 
 @dataclass(eq=False)
@@ -52,12 +56,32 @@ class Member:
         """The trial's name."""
         return self.trial.name
 
-    def outcome(self) -> Outcome:
-        """Return what came of it; its best parameters are put back."""
+    def outcome(self, steps: int, position: Position, epoch_random: RandomState) -> Outcome:
+        """Return what came of it so far, with its best parameters and where it stands.
+
+        Args:
+            steps: How many it takes in all.
+            position: Where the batches stand.
+            epoch_random: State of the random generators when the epoch began.
+        """
+        state = None
+        if not self.ended and position.step < steps:
+            state = RunState(
+                position=position,
+                random=rng.capture(),
+                epoch_random=epoch_random,
+                optimizer=_on_cpu(optimizer_tensors(self.optimizer, self.parameters)),
+                identity={},
+                best=self.early.best,
+                parameters=_copies(self._tensors()),
+            )
         best = next((v for v in self.validations if v[0] == self.early.best_step), None)
         self.early.restore_best()
         # A candidate that failed before its first validation has nothing worth keeping.
         usable = best is not None or not self.failed
+        modules = {path: lora_module(layer) for path, layer in self.layers.items()}
+        if state is not None:
+            self._put_back(state.parameters)
         return Outcome(
             name=self.name,
             losses=tuple(self.losses),
@@ -65,10 +89,48 @@ class Member:
             best=best,
             row_losses=self.row_losses,
             row_weights=self.row_weights,
-            modules={p: lora_module(layer) for p, layer in self.layers.items()} if usable else None,
+            modules=modules if usable else None,
             ended=self.ended,
             failed=self.failed,
+            steps=steps,
+            paused=state is not None,
+            state=state,
         )
+
+    def resume(self, outcome: Outcome) -> None:
+        """Go on from where a candidate stood."""
+        state = outcome.state
+        assert state is not None
+        self.losses, self.validations = list(outcome.losses), list(outcome.validations)
+        self.row_losses, self.row_weights = outcome.row_losses, outcome.row_weights
+        self._put_back(state.parameters)
+        restore_optimizer(self.optimizer, self.parameters, state.optimizer)
+        self.early.resume(outcome.validations, state.best)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Return what is trained, and what another machine would compute with other roundings."""
+        fixed = {
+            f"{path}.{name}": tensor
+            for path, layer in self.layers.items()
+            for name, tensor in (("initial_A", layer.initial_A), ("initial_B", layer.initial_B))
+            if tensor is not None
+        }
+        return {**self.parameters, **fixed}
+
+    @torch.no_grad()
+    def _put_back(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, present in self._tensors().items():
+            present.copy_(tensors[name])
+
+
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def _on_cpu(
+    entries: Mapping[str, Mapping[str, torch.Tensor]],
+) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: _copies(tensors) for name, tensors in entries.items()}
 
 
 def make_member(

@@ -8,6 +8,8 @@ from loraport.errors import Problems
 from loraport.sweep.grid import Grid
 from loraport.training.options import TrainOptions
 
+_MOST_HALVINGS = 10  # of more than a thousand candidates one is left
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -40,6 +42,8 @@ class SweepOptions:
             are not looked at.
         together: Most candidates trained in one pass; halved where memory runs out; 1 for each
             alone, ``None`` for as many as `loraport.sweep.groups.most_together` says.
+        halving: How often the worse half of the candidates is given up: after ``1 / 2**halving``
+            of their steps first, after half of them at last; 0 for never.
         keep_all: Keep the adapters of all candidates, not only of the one taken.
         spread: Train on the workers of a Ray cluster; ``None`` for this process.
     """
@@ -47,6 +51,7 @@ class SweepOptions:
     grid: Grid = field(default_factory=Grid)
     train: TrainOptions = field(default_factory=TrainOptions)
     together: int | None = None
+    halving: int = 0
     keep_all: bool = False
     spread: Spread | None = None
 
@@ -54,4 +59,6 @@ class SweepOptions:
         problems = Problems()
         if self.together is not None and self.together < 1:
             problems.add("together", "at least 1", str(self.together))
+        if not 0 <= self.halving <= _MOST_HALVINGS:
+            problems.add("halving", f"from 0 to {_MOST_HALVINGS}", str(self.halving))
         problems.raise_if_any("sweep options cannot be used")

@@ -11,8 +11,8 @@ from typing import Any
 from loraport import __version__
 from loraport.fingerprint import BaseFingerprint
 from loraport.sweep.observer import SilentSweep
-from loraport.sweep.trial import Trial
-from loraport.sweep.worker import Finished, Setting, Worker
+from loraport.sweep.trial import Outcome, Trial
+from loraport.sweep.worker import Setting, Trained, Worker
 
 # The name of an observer's method, and its keyword arguments.
 Event = tuple[str, Mapping[str, Any]]
@@ -57,14 +57,16 @@ class RemoteWorker:
         self._worker = Worker(*self._shared, _Teller(self._tell))
         return Loaded(platform.node(), __version__, self._worker.base_fingerprint())
 
-    def train(self, group: Sequence[Trial]) -> tuple[list[Finished], list[Event]]:
+    def train(
+        self, group: Sequence[Trial], until: float, starts: Mapping[str, Outcome]
+    ) -> tuple[list[Trained], list[Event]]:
         """Train candidates; return them and what was told since `told` was last called.
 
         Raises:
             LoraportError: As `Worker.train`.
         """
         assert self._worker is not None
-        found = self._worker.train(group)
+        found = self._worker.train(group, until, starts)
         return found, self.told()
 
     def told(self) -> list[Event]:

@@ -6,7 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from loraport.errors import LoraportError
 from loraport.output import new_directory, refuse_existing
 from loraport.peft_layout.write import peft_contents, save_contents
 from loraport.sweep.choose import Choice, choose
-from loraport.sweep.groups import group_trials, most_together
+from loraport.sweep.groups import most_together
 from loraport.sweep.observer import SilentSweep, SweepObserver
 from loraport.sweep.options import SweepOptions
 from loraport.sweep.plot import draw_quality
-from loraport.sweep.spread import Cluster, Group, Passes, connect
+from loraport.sweep.rounds import ThisProcess, Trainers, train_all
+from loraport.sweep.spread import Cluster, connect
 from loraport.sweep.store import Store
-from loraport.sweep.trial import Trial
-from loraport.sweep.worker import Finished, Setting, Worker
+from loraport.sweep.worker import Setting, Trained
 from loraport.training.devices import choose_placement
 from loraport.training.lock import only_process
 from loraport.training.text_data import TextData, digest, padding_token, read_data
@@ -110,7 +110,7 @@ def run_sweep(
 ) -> SweepResult:
     """Train every candidate and write a directory with the one to take, which appears whole.
 
-    Finished candidates are kept in ``OUT.sweep`` beside it until then.
+    Candidates are kept in ``OUT.sweep`` beside it until then, as far as they are trained.
 
     Args:
         base: Any base that `loraport.base_model.resolve_base` finds.
@@ -118,7 +118,7 @@ def run_sweep(
         out: The directory to write.
         options: All options.
         validation: Held-out rows; without it, a share of ``data`` is held out.
-        resume: Continue a sweep that was stopped: finished candidates are not trained again.
+        resume: Continue a sweep that was stopped, from what is kept.
         force: Replace ``out``, and discard an unfinished sweep unless ``resume``.
         observer: Told what happens.
 
@@ -133,7 +133,7 @@ def run_sweep(
             return _run(base, data, out, options, validation, resume, force, observer)
         except KeyboardInterrupt:
             if (work := _work(out)).exists():
-                observer.note(f"{work} keeps what was finished: continue with --resume")
+                observer.note(f"{work} keeps what was trained: continue with --resume")
             raise
         finally:
             observer.finished()
@@ -168,34 +168,31 @@ def _run(
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
     store = Store(work, _identity(base, rows, options))
-    done = store.finished(trials)
-    remaining = [trial for trial in trials if trial.name not in done]
     with ExitStack() as stack:
         cluster = None
-        if options.spread and remaining:
+        if options.spread and not store.complete(trials):
             cluster = stack.enter_context(connect(options.spread, options.train.loop.device))
-        together = options.together or most_together(*_pass(rows, options, cluster))
-        groups = group_trials(remaining, together, cluster.workers if cluster else 1)
-        observer.planned(groups=len(groups), trials=len(trials), done=len(done))
         pad = padding_token(tokenizer)
         setting = Setting(base, rows.train, rows.validation, pad, rows.length, options.train)
+        trainers: Trainers = ThisProcess(setting, trials, observer)
         if cluster:
-            passes = cluster.train(setting, trials, groups, observer)
-        else:
-            passes = _train_here(setting, trials, groups, store, observer)
-        for group, found in stack.enter_context(closing(passes)):
-            for finished in found:
-                store.add(finished)
-                done[finished.trial.name] = finished
-            shutil.rmtree(store.checkpoints(group), ignore_errors=True)
-            observer.group_finished(names=[trial.name for trial in group])
-    finished_ones = [done[trial.name] for trial in trials]
-    sizes = {f.trial.name: f.adapter.nbytes if f.adapter else 0 for f in finished_ones}
-    choice = choose([f.outcome for f in finished_ones], sizes)
+            trainers = stack.enter_context(cluster.hired(setting, trials, observer))
+        train_all(
+            trials,
+            trainers,
+            store,
+            halving=options.halving,
+            together=options.together or most_together(*_pass(rows, options, cluster)),
+            workers=cluster.workers if cluster else 1,
+            observer=observer,
+        )
+    trained = [store.read(trial) for trial in trials]
+    sizes = {each.trial.name: each.adapter.nbytes if each.adapter else 0 for each in trained}
+    choice = choose([each.outcome for each in trained], sizes)
     if not choice.better_than_base:
         observer.note("no candidate is better than the base: try other learning rates or more data")
-    result = _result(base, out, finished_ones, choice)
-    _write(out, finished_ones, result, keep_all=options.keep_all, force=force)
+    result = _result(base, out, trained, choice)
+    _write(out, trained, result, keep_all=options.keep_all, force=force)
     shutil.rmtree(work)
     return result
 
@@ -213,35 +210,21 @@ def _work(out: Path) -> Path:
     return out.with_name(f"{out.name}.sweep")
 
 
-def _train_here(
-    setting: Setting,
-    trials: Sequence[Trial],
-    groups: Sequence[Group],
-    store: Store,
-    observer: SweepObserver,
-) -> Passes:
-    """Train groups one after the other in this process."""
-    if not groups:
-        return
-    worker = Worker(setting, trials, observer)
-    for group in groups:
-        yield group, worker.train(group, store.checkpoints(group))
-
-
 def _identity(base: str, rows: TextData, options: SweepOptions) -> dict[str, Any]:
     train = asdict(options.train)
     loop = {key: value for key, value in train["loop"].items() if key not in ("save_every", "keep")}
     plain = {key: value for key, value in train.items() if key not in ("lora", "loop")}
     digests = {"training rows": digest(rows.train), "validation rows": digest(rows.validation)}
-    found: dict[str, Any] = json.loads(json.dumps({"base": base, **loop, **plain, **digests}))
+    facts = {"base": base, **loop, **plain, **digests, "halving": options.halving}
+    found: dict[str, Any] = json.loads(json.dumps(facts))
     found.pop("learning_rate")
     return found
 
 
-def _result(base: str, out: Path, finished: Sequence[Finished], choice: Choice) -> SweepResult:
-    lines = [_line(each, choice) for each in finished]
+def _result(base: str, out: Path, trained: Sequence[Trained], choice: Choice) -> SweepResult:
+    lines = [_line(each, choice) for each in trained]
     lines.sort(key=lambda line: (line.above_best is None, line.above_best or 0.0))
-    sound = next(f.outcome for f in finished if f.trial.name == choice.best)
+    sound = next(t.outcome for t in trained if t.trial.name == choice.best)
     return SweepResult(
         directory=str(out),
         base=base,
@@ -254,8 +237,8 @@ def _result(base: str, out: Path, finished: Sequence[Finished], choice: Choice) 
     )
 
 
-def _line(finished: Finished, choice: Choice) -> Line:
-    trial, outcome, adapter = finished.trial, finished.outcome, finished.adapter
+def _line(trained: Trained, choice: Choice) -> Line:
+    trial, outcome, adapter = trained.trial, trained.outcome, trained.adapter
     last = [loss for _, loss in outcome.losses[-max(1, len(outcome.losses) // 10) :]]
     difference = choice.differences.get(trial.name)
     targets = trial.lora.targets
@@ -280,10 +263,10 @@ def _line(finished: Finished, choice: Choice) -> Line:
 
 
 def _write(
-    out: Path, finished: Sequence[Finished], result: SweepResult, *, keep_all: bool, force: bool
+    out: Path, trained: Sequence[Trained], result: SweepResult, *, keep_all: bool, force: bool
 ) -> None:
     with new_directory(out, force=force) as partial:
-        for each in finished:
+        for each in trained:
             if each.adapter is None:
                 continue
             contents = peft_contents(each.adapter)

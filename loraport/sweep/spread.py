@@ -6,9 +6,10 @@ import os
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,11 @@ from loraport.errors import LoraportError
 from loraport.sweep.observer import SweepObserver
 from loraport.sweep.options import Spread
 from loraport.sweep.remote import Event, Loaded, RemoteWorker
-from loraport.sweep.trial import Trial
-from loraport.sweep.worker import Finished, Setting
+from loraport.sweep.rounds import Group, Passes
+from loraport.sweep.store import Store
+from loraport.sweep.trial import Outcome, Trial
+from loraport.sweep.worker import Setting, Trained
 from loraport.training.interruption import Stopped, stop_requests
-
-Group = tuple[Trial, ...]
-Passes = Generator[tuple[Group, list[Finished]], None, None]
 
 # Seconds: between looks at the workers; until a wait is explained; to reach a cluster.
 _POLL, _PATIENCE, _REACH = 0.2, 30.0, 5.0
@@ -44,27 +44,16 @@ class Cluster:
     gpus: int
     lasting: bool = False
 
-    def train(
-        self,
-        setting: Setting,
-        trials: Sequence[Trial],
-        groups: Sequence[Group],
-        observer: SweepObserver,
-    ) -> Passes:
-        """Train groups, each on the next worker that is free; yield them as they end.
-
-        A worker whose process dies is started again, and its group is trained anew.
+    @contextmanager
+    def hired(
+        self, setting: Setting, trials: Sequence[Trial], observer: SweepObserver
+    ) -> Iterator[Hired]:
+        """Let workers train groups; they keep the base from one round to the next.
 
         Args:
             setting: What the candidates share.
             trials: All candidates.
-            groups: Those to train, in groups.
             observer: Told what happens on all workers.
-
-        Raises:
-            LoraportError: If a worker cannot load the base or has other weights than the first,
-                or if two die of one group.
-            Stopped: After SIGINT or SIGTERM.
         """
         import ray
 
@@ -85,18 +74,12 @@ class Cluster:
             scheduling_strategy="SPREAD",
         )(RemoteWorker)
         shared = ray.put((there, tuple(trials)))
-        hands = [_Hand(make, shared) for _ in range(min(self.workers, len(groups)))]
+        hired = Hired(partial(_Hand, make, shared), self.workers, observer, setting.base)
         try:
-            with stop_requests() as request:
-                for group, found in _Deal(hands, groups, observer, setting.base).passes():
-                    if found is not None:
-                        yield group, [_renamed(done, setting.base) for done in found]
-                    if request.signal_number is not None:
-                        raise Stopped(request.signal_number)
+            yield hired
         finally:
             if self.lasting:
-                for hand in hands:
-                    hand.end()
+                hired.end()
 
 
 class _Hand:
@@ -121,9 +104,9 @@ class _Hand:
         self.group: Group = ()
         self._asked: Any = None
 
-    def train(self, group: Group) -> None:
+    def train(self, group: Group, until: float, starts: Mapping[str, Outcome]) -> None:
         """Train a group."""
-        self.group, self.call = group, self._actor.train.remote(group)
+        self.group, self.call = group, self._actor.train.remote(group, until, starts)
 
     def told(self, *, wait: bool = False) -> list[Event]:
         """Return what happened on it; with ``wait``, until now."""
@@ -151,29 +134,68 @@ class _Hand:
             ray.kill(self._actor)
 
 
-class _Deal:
-    """Hands out groups to workers until all are trained."""
+class Hired:
+    """Workers to whom groups are handed out; as many are started as there is work for.
+
+    Args:
+        start: Starts one.
+        workers: How many at most.
+        observer: Told what happens on all of them.
+        base: The base as it was named.
+    """
 
     def __init__(
-        self,
-        hands: Sequence[_Hand],
-        groups: Iterable[Group],
-        observer: SweepObserver,
-        base: str,
+        self, start: Callable[[], _Hand], workers: int, observer: SweepObserver, base: str
     ) -> None:
-        self._hands = hands
-        self._waiting = deque(groups)
+        self._start = start
+        self._workers = workers
+        self._hands: list[_Hand] = []
+        self._waiting: deque[Group] = deque()
         self._observer = observer
         self._base = base
         self._first: Loaded | None = None
         self._deaths: Counter[str] = Counter()  # by the names of what was trained
         self._impatient_at = time.monotonic() + _PATIENCE
 
-    def passes(self) -> Iterator[tuple[Group, list[Finished] | None]]:
+    def passes(self, groups: Sequence[Group], until: float, store: Store) -> Passes:
+        """Train groups, each on the next worker that is free; yield them as they end.
+
+        A worker whose process dies is started again, and its group is trained anew.
+
+        Args:
+            groups: Candidates of each pass, all after the same step.
+            until: Share of the steps.
+            store: Where candidates that paused are.
+
+        Raises:
+            LoraportError: If a worker cannot load the base or has other weights than the first,
+                or if two die of one group.
+            Stopped: After SIGINT or SIGTERM.
+        """
+        self._waiting.extend(groups)
+        while len(self._hands) < min(self._workers, len(groups)):
+            self._hands.append(self._start())
+        with stop_requests() as request:
+            for group, found in self._dealt(until, store):
+                if found is not None:
+                    yield group, [_renamed(done, self._base) for done in found]
+                if request.signal_number is not None:
+                    raise Stopped(request.signal_number)
+
+    def end(self) -> None:
+        """End all workers."""
+        for hand in self._hands:
+            hand.end()
+
+    def _dealt(self, until: float, store: Store) -> Iterator[tuple[Group, list[Trained] | None]]:
         """Yield every group that ended, and now and then nothing, so that it can be stopped."""
         import ray
 
         while self._waiting or any(hand.group for hand in self._hands):
+            for hand in self._hands:
+                if hand.call is None and self._waiting:
+                    group = self._waiting.popleft()
+                    hand.train(group, until, store.starts(group))
             called = [hand.call for hand in self._hands if hand.call is not None]
             ready, _ = ray.wait(called, timeout=_POLL)
             self._explain_wait()
@@ -185,12 +207,9 @@ class _Deal:
                     group, found = self._answered(hand)
                     if found is not None:
                         yield group, found
-            for hand in self._hands:
-                if hand.call is None and self._waiting:
-                    hand.train(self._waiting.popleft())
             yield (), None
 
-    def _answered(self, hand: _Hand) -> tuple[Group, list[Finished] | None]:
+    def _answered(self, hand: _Hand) -> tuple[Group, list[Trained] | None]:
         import ray
 
         group = hand.group
@@ -363,7 +382,7 @@ def _reason(error: Exception) -> str:
     return line.removeprefix("The actor is dead because ").split(". ")[0].rstrip(".")
 
 
-def _renamed(done: Finished, base: str) -> Finished:
+def _renamed(done: Trained, base: str) -> Trained:
     if done.adapter is None:
         return done
     return replace(done, adapter=replace(done.adapter, base_model=base))

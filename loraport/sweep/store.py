@@ -1,4 +1,4 @@
-"""Finished candidates on disk, so that a sweep that was stopped does not train them again."""
+"""Candidates on disk as they stand, so that a sweep that was stopped does not train them again."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from loraport.output import new_directory, new_file
 from loraport.peft_layout.read import WEIGHTS_FILE, read_peft
 from loraport.peft_layout.write import peft_contents, save_contents
 from loraport.sweep.trial import Outcome, Trial
-from loraport.sweep.worker import Finished
-from loraport.training.checkpoints import require_same_run
+from loraport.sweep.worker import Trained
+from loraport.training.checkpoints import load_state, require_same_run, save_state
 
-_IDENTITY, _OUTCOME, _CANDIDATES = "sweep.json", "outcome.json", "finished"
+_IDENTITY, _OUTCOME, _CANDIDATES = "sweep.json", "outcome.json", "candidates"
 
 
 class Store:
-    """The directory of a sweep under way: one directory for each finished candidate.
+    """The directory of a sweep under way: one directory for each candidate that was trained.
 
     A candidate is known by what it is, not by its name: a sweep can be continued with other
     candidates in its grid.
@@ -50,45 +50,83 @@ class Store:
             with new_file(path) as partial:
                 partial.write_text(json.dumps(identity) + "\n")
 
-    def add(self, done: Finished) -> None:
-        """Keep a finished candidate."""
-        contents = None if done.adapter is None else peft_contents(done.adapter)
-        document = asdict(replace(done.outcome, modules=None))
-        with new_directory(self._path(done.trial), force=True) as partial:
-            if done.adapter is not None and contents is not None:
-                save_contents(partial, done.adapter, *contents)
-            (partial / _OUTCOME).write_text(json.dumps(document) + "\n")
+    def add(self, trained: Sequence[Trained]) -> None:
+        """Keep candidates as they stand."""
+        for each in trained:
+            contents = None if each.adapter is None else peft_contents(each.adapter)
+            document = asdict(replace(each.outcome, modules=None, state=None))
+            with new_directory(self._path(each.trial), force=True) as partial:
+                if each.adapter is not None and contents is not None:
+                    save_contents(partial, each.adapter, *contents)
+                if each.state is not None:
+                    save_state(partial, each.state)
+                (partial / _OUTCOME).write_text(json.dumps(document) + "\n")
 
-    def finished(self, trials: Sequence[Trial]) -> dict[str, Finished]:
-        """Return name → what is there already.
+    def outcomes(self, trials: Sequence[Trial]) -> dict[str, Outcome]:
+        """Return name → outcome of those that are there, without matrices and states.
 
         Raises:
             LoraportError: If something is damaged.
         """
         return {
-            trial.name: _read(self._path(trial), trial)
+            trial.name: _outcome(self._path(trial), trial)
             for trial in trials
             if (self._path(trial) / _OUTCOME).is_file()
         }
 
-    def checkpoints(self, trials: Sequence[Trial]) -> Path:
-        """Return where a group keeps what it needs to continue."""
-        return self.directory / "running" / key_of(*trials)
+    def complete(self, trials: Sequence[Trial]) -> bool:
+        """Tell whether all candidates are there and have ended.
+
+        Raises:
+            LoraportError: If something is damaged.
+        """
+        there = self.outcomes(trials).values()
+        return len(there) == len(trials) and not any(outcome.paused for outcome in there)
+
+    def read(self, trial: Trial) -> Trained:
+        """Return a candidate that is there.
+
+        Raises:
+            LoraportError: If it is damaged.
+        """
+        path = self._path(trial)
+        outcome = _outcome(path, trial)
+        adapter = read_peft(path) if (path / WEIGHTS_FILE).exists() else None
+        return Trained(trial, outcome, adapter, load_state(path) if outcome.paused else None)
+
+    def starts(self, trials: Sequence[Trial]) -> dict[str, Outcome]:
+        """Return name → what those that paused go on from.
+
+        Raises:
+            LoraportError: If something is damaged.
+        """
+        there = self.outcomes(trials)
+        return {
+            trial.name: replace(there[trial.name], state=load_state(self._path(trial)))
+            for trial in trials
+            if trial.name in there and there[trial.name].paused
+        }
+
+    def give_up(self, trial: Trial, reason: str) -> None:
+        """End a candidate that paused."""
+        paused = self.read(trial)
+        outcome = replace(paused.outcome, ended=reason, paused=False)
+        self.add([replace(paused, outcome=outcome, state=None)])
 
     def _path(self, trial: Trial) -> Path:
-        return self.directory / _CANDIDATES / key_of(trial)
+        return self.directory / _CANDIDATES / _key(trial)
 
 
-def key_of(*trials: Trial) -> str:
-    """Return a name for some candidates that depends on what they are alone."""
-    facts = [{**asdict(trial), "name": ""} for trial in trials]
+def _key(trial: Trial) -> str:
+    """Return a name for a candidate that depends on what it is alone."""
+    facts = {**asdict(trial), "name": ""}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read(path: Path, trial: Trial) -> Finished:
+def _outcome(path: Path, trial: Trial) -> Outcome:
     try:
         document = json.loads((path / _OUTCOME).read_bytes())
-        outcome = Outcome(
+        return Outcome(
             name=trial.name,
             losses=tuple((step, loss) for step, loss in document["losses"]),
             validations=tuple((step, loss) for step, loss in document["validations"]),
@@ -97,10 +135,11 @@ def _read(path: Path, trial: Trial) -> Finished:
             row_weights=tuple(document["row_weights"]),
             ended=document["ended"],
             failed=document["failed"],
+            steps=document["steps"],
+            paused=document["paused"],
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise LoraportError(
             f"{path}: expected what loraport wrote, got {error!r}; remove this directory to train "
             "the candidate again"
         ) from error
-    return Finished(trial, outcome, read_peft(path) if (path / WEIGHTS_FILE).exists() else None)

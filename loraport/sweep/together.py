@@ -1,4 +1,4 @@
-"""Train several candidates on one frozen base in one pass.
+"""Train candidates on one frozen base in one pass.
 
 Each batch is repeated once per candidate, so that the base's weights are read once for all of
 them; every candidate has its own matrices, optimizer, learning rate, clipping and end. What it
@@ -9,8 +9,9 @@ the dropped ones are others.)
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from loraport.errors import LoraportError
+from loraport.sweep.halving import step_at
 from loraport.sweep.isolation import require_rows_apart
 from loraport.sweep.layers import Attached, attach_candidates
 from loraport.sweep.loss import GroupLoss
@@ -26,12 +28,19 @@ from loraport.sweep.observer import SilentSweep, SweepObserver
 from loraport.sweep.trial import Outcome, Trial
 from loraport.sweep.validation import row_losses
 from loraport.training import rng
+from loraport.training.checkpoints import Position
 from loraport.training.devices import Placement, choose_placement, to_device
+from loraport.training.inject import lora_layers
+from loraport.training.interruption import Stopped, StopRequest, stop_requests
 from loraport.training.modes import training_mode
 from loraport.training.optimizer import set_learning_rate
 from loraport.training.options import LoopOptions
+from loraport.training.rounded import RoundedMatrices
 from loraport.training.schedule import learning_rate, total_steps
 from loraport.training.stream import Batches, BatchStream, EndOfEpoch
+
+# Puts outcomes where they outlast the process.
+Keep = Callable[[Mapping[str, Outcome]], None]
 
 
 def train_together(
@@ -42,6 +51,9 @@ def train_together(
     options: LoopOptions | None = None,
     *,
     validation: Batches | None = None,
+    until: float = 1.0,
+    starts: Mapping[str, Outcome] | None = None,
+    keep: Keep | None = None,
     observer: SweepObserver | None = None,
 ) -> dict[str, Outcome]:
     """Train candidates together; one that fails is dropped and harms no other.
@@ -51,8 +63,12 @@ def train_together(
         trials: The candidates; each has its own learning rate, the rest is ``options``.
         batches: As for `loraport.training.train`; each is one candidate's batch.
         loss: Gives each candidate's losses on a batch.
-        options: How the loop steps; nothing is saved while it runs.
+        options: How the loop steps.
         validation: Batches for the validation losses.
+        until: The share of the steps after which candidates pause, validated.
+        starts: Name → outcome of a candidate that paused, to go on from there; in company only of
+            others that took as many steps.
+        keep: Given all outcomes so far every ``save_every`` steps, and after SIGINT or SIGTERM.
         observer: Told what happens.
 
     Returns:
@@ -61,8 +77,9 @@ def train_together(
     Raises:
         LoraportError: If names are not unique, targets match nothing, or the model's rows depend
             on each other.
+        Stopped: After SIGINT or SIGTERM, where outcomes are kept.
     """
-    options = options or LoopOptions()
+    options, starts = options or LoopOptions(), starts or {}
     if len({trial.name for trial in trials}) < len(trials) or not trials:
         raise LoraportError("trials: expected some, each with a name of its own")
     placement = choose_placement(options.device, options.dtype)
@@ -75,12 +92,20 @@ def train_together(
             loss=loss,
             options=options,
             placement=placement,
+            rounded=RoundedMatrices(lora_layers(model).values(), placement.dtype),
             observer=observer or SilentSweep(),
             steps=total_steps(batches, options),
+            stream=BatchStream(batches, options.accumulate),
+            keep=keep,
             members=[make_member(trial, attached, options, placement) for trial in trials],
         )
-        with training_mode(model), placement.attention():
-            return run.go(batches, validation)
+        run.resume(starts)
+        with (
+            training_mode(model),
+            placement.attention(),
+            stop_requests(active=keep is not None) as run.stop,
+        ):
+            return run.go(validation, step_at(run.steps, until))
     finally:
         attached.detach()
 
@@ -93,40 +118,75 @@ class _GroupRun:
     loss: GroupLoss
     options: LoopOptions
     placement: Placement
+    rounded: RoundedMatrices
     observer: SweepObserver
     steps: int
+    stream: BatchStream
+    keep: Keep | None
     members: list[Member]
     step: int = 0
     running: list[Member] = field(default_factory=list)
+    stop: StopRequest = field(default_factory=StopRequest)
 
-    def go(self, batches: Batches, validation: Batches | None) -> dict[str, Outcome]:
+    def resume(self, starts: Mapping[str, Outcome]) -> None:
+        """Go on from where candidates stood, if any did."""
+        states = [start.state for start in starts.values() if start.state is not None]
+        positions = {state.position for state in states}
+        if not positions:
+            return
+        if len(positions) > 1 or len(states) < len(self.members):
+            raise LoraportError("candidates: expected all to go on after the same step")
+        for member in self.members:
+            member.resume(starts[member.name])
+        first = states[0]
+        self.step = first.position.step
+        self.stream.seek(first.position.epoch, first.position.index, first.epoch_random)
+        rng.restore(first.random)
+
+    def go(self, validation: Batches | None, end: int) -> dict[str, Outcome]:
         names = [member.name for member in self.members]
         self.observer.group_started(names=names, steps=self.steps, done=self.step)
-        stream = BatchStream(batches, self.options.accumulate)
-        groups = iter(stream)
-        first = next(groups)
-        assert isinstance(first, list)
-        self._check_rows(first[0])
-        self._validate_base(validation)
+        groups: Iterator[list[Any] | EndOfEpoch] = iter(self.stream)
+        if self.step < end:
+            ahead = [next(groups)]
+            while isinstance(group := ahead[-1], EndOfEpoch):
+                ahead.append(next(groups))
+            self._check_rows(group[0])
+            groups = itertools.chain(ahead, groups)
+        if self.step == 0:
+            self._validate_base(validation)
         self._set_running(self.members)
         every = self.options.validate_every
-        group: list[Any] | EndOfEpoch = first
-        while self.step < self.steps and self.running:
+        while self.step < end and self.running:
+            group = next(groups)
             if isinstance(group, EndOfEpoch):
                 if not every:
                     self._validate(validation)
-            else:
-                self._one_step(group)
-                if every and self.step % every == 0:
-                    self._validate(validation)
-            if self.step < self.steps:
-                group = next(groups)
-        for member in self.running:
-            if not member.validations or member.validations[-1][0] != self.step:
+                continue
+            self._one_step(group)
+            if every and self.step % every == 0:
                 self._validate(validation)
-                break
-        self._set_running([])
-        return {member.name: member.outcome() for member in self.members}
+            save = self.options.save_every
+            if self.step < end and (self.stop.signal_number or (save and self.step % save == 0)):
+                self._keep(self._outcomes())
+        self._validate(validation)
+        outcomes = self._outcomes()
+        if self.stop.signal_number:
+            self._keep(outcomes)
+        return outcomes
+
+    def _keep(self, outcomes: Mapping[str, Outcome]) -> None:
+        if self.keep is not None:
+            self.keep(outcomes)
+        if self.stop.signal_number:
+            raise Stopped(self.stop.signal_number, self.step)
+
+    def _outcomes(self) -> dict[str, Outcome]:
+        position = Position(self.step, self.stream.epoch, self.stream.index)
+        return {
+            member.name: member.outcome(self.steps, position, self.stream.epoch_start)
+            for member in self.members
+        }
 
     def _check_rows(self, batch: Any) -> None:
         before = rng.capture()
@@ -140,12 +200,12 @@ class _GroupRun:
         sums = torch.zeros(count + 1, dtype=torch.float64, device=self.placement.device)
         tokens = 0
         for batch in group:
-            with self.placement.autocast():
-                part = self.loss(
-                    self.attached.model, to_device(batch, self.placement.device), count
-                )
-            # Rows do not mix: each candidate's gradients come from its own losses alone.
-            part.totals.sum().backward()  # type: ignore[no-untyped-call]
+            placed = to_device(batch, self.placement.device)
+            with self.rounded.provided():
+                with self.placement.autocast():
+                    part = self.loss(self.attached.model, placed, count)
+                # Rows do not mix: each candidate's gradients come from its own losses alone.
+                part.totals.sum().backward()  # type: ignore[no-untyped-call]
             sums[:count] += part.totals.detach().double().sum(dim=1)
             sums[count] += part.weights.sum()
             tokens += part.tokens
@@ -190,7 +250,8 @@ class _GroupRun:
         member.optimizer.step()
 
     def _validate(self, validation: Batches | None) -> None:
-        if validation is None:
+        """Validate what runs, unless that was done after this step."""
+        if validation is None or all(m.validations[-1][0] == self.step for m in self.running):
             return
         totals, weights = row_losses(
             self.attached.model, validation, self.loss, self.placement, len(self.running)

@@ -10,6 +10,7 @@ from loraport.training.options import LoraOptions
 
 if TYPE_CHECKING:
     from loraport.adapter import LoraModule
+    from loraport.training.checkpoints import RunState
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Outcome:
             candidate failed before it could be measured.
         ended: Why it ended before the last step; empty if it did not.
         failed: It ended because it could not go on.
+        steps: How many it takes in all, if nothing ends it.
+        paused: Whether it has not ended: it can go on from where it stands.
+        state: All that its next step depends on; ``None`` if it has ended.
     """
 
     name: str
@@ -53,3 +57,11 @@ class Outcome:
     modules: Mapping[str, LoraModule] | None = None
     ended: str = ""
     failed: bool = False
+    steps: int = 0
+    paused: bool = False
+    state: RunState | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps taken so far."""
+        return self.losses[-1][0] if self.losses else 0

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,6 @@ from loraport.adapter import Adapter
 from loraport.base_model import fingerprint_model
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint, fingerprint
-from loraport.sweep.alone import train_alone
 from loraport.sweep.groups import halves
 from loraport.sweep.isolation import RowsMixedError
 from loraport.sweep.loss import grouped_language_model_loss
@@ -23,6 +21,7 @@ from loraport.sweep.observer import SilentSweep, SweepObserver
 from loraport.sweep.together import train_together
 from loraport.sweep.trial import Outcome, Trial
 from loraport.training.batches import Row
+from loraport.training.checkpoints import RunState
 from loraport.training.devices import choose_placement
 from loraport.training.faults import MemoryRanOutError, faults_explained
 from loraport.training.frozen_base import checkpoint_activations, load_base
@@ -68,18 +67,24 @@ class Setting:
 
 
 @dataclass(frozen=True, eq=False)
-class Finished:
-    """A candidate that was trained.
+class Trained:
+    """A candidate that was trained, to its end or until it paused.
 
     Attributes:
         trial: What it was.
-        outcome: What came of it, but for the matrices.
-        adapter: Those; ``None`` if it failed before it could be measured.
+        outcome: What came of it, but for matrices and state.
+        adapter: Those matrices; ``None`` if it failed before it could be measured.
+        state: Where it paused; ``None`` if it ended.
     """
 
     trial: Trial
     outcome: Outcome
     adapter: Adapter | None
+    state: RunState | None = None
+
+
+# Puts candidates where they outlast the process.
+Keep = Callable[[Sequence[Trained]], None]
 
 
 class Worker:
@@ -115,20 +120,29 @@ class Worker:
         names = [name for name, _ in self._model.named_parameters()]
         return fingerprint(names, self._model.get_parameter)
 
-    def train(self, trials: Sequence[Trial], work: Path | None = None) -> list[Finished]:
+    def train(
+        self,
+        trials: Sequence[Trial],
+        until: float = 1.0,
+        starts: Mapping[str, Outcome] | None = None,
+        keep: Keep | None = None,
+    ) -> list[Trained]:
         """Train a group in one pass; where that cannot be, in smaller groups.
 
         Args:
             trials: The candidates; those with dropout come alone.
-            work: Where an interrupted group is continued from; ``None`` for nowhere.
+            until: The share of the steps after which they pause.
+            starts: Name → outcome of those that paused, to go on from there; all after one step.
+            keep: Given the candidates as they stand, every ``save_every`` steps.
 
         Raises:
             LoraportError: If memory runs out for a single candidate.
+            Stopped: After SIGINT or SIGTERM, where candidates are kept.
         """
         if self._rows_mix and len(trials) > 1:
-            return [done for trial in trials for done in self.train([trial], work)]
+            return [done for one in trials for done in self.train([one], until, starts, keep)]
         try:
-            return self._one_pass(trials, work)
+            return self._one_pass(trials, until, starts or {}, keep)
         except RowsMixedError:
             self._rows_mix = True
             self._observer.note("this model mixes the rows of a batch: candidates train one by one")
@@ -140,48 +154,47 @@ class Worker:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return [done for part in halves(trials) for done in self.train(part, work)]
+        parts = halves(trials)
+        return [done for part in parts for done in self.train(part, until, starts, keep)]
 
-    def _one_pass(self, trials: Sequence[Trial], work: Path | None) -> list[Finished]:
-        names = [trial.name for trial in trials]
+    def _one_pass(
+        self,
+        trials: Sequence[Trial],
+        until: float,
+        starts: Mapping[str, Outcome],
+        keep: Keep | None,
+    ) -> list[Trained]:
+        def trained(outcomes: Mapping[str, Outcome]) -> list[Trained]:
+            return [self._trained(trial, outcomes[trial.name]) for trial in trials]
+
         batches, validation = self._setting.batches(self._model)
-        loop = self._setting.options.loop
-        if len(trials) == 1:
-            outcomes = [
-                train_alone(
-                    self._model,
-                    trials[0],
-                    batches,
-                    loop,
-                    validation=validation,
-                    work=work,
-                    observer=self._observer,
-                )
-            ]
-        else:
-            with faults_explained(lambda: f"{len(names)} candidates together", None):
-                found = train_together(
-                    self._model,
-                    trials,
-                    batches,
-                    grouped_language_model_loss,
-                    loop,
-                    validation=validation,
-                    observer=self._observer,
-                )
-            outcomes = list(found.values())
-        return [self._finished(*pair) for pair in zip(trials, outcomes, strict=True)]
+        what = trials[0].name if len(trials) == 1 else f"{len(trials)} candidates together"
+        with faults_explained(lambda: what, None):
+            found = train_together(
+                self._model,
+                trials,
+                batches,
+                grouped_language_model_loss,
+                self._setting.options.loop,
+                validation=validation,
+                until=until,
+                starts={trial.name: starts[trial.name] for trial in trials if trial.name in starts},
+                keep=None if keep is None else lambda outcomes: keep(trained(outcomes)),
+                observer=self._observer,
+            )
+        return trained(found)
 
-    def _finished(self, trial: Trial, outcome: Outcome) -> Finished:
+    def _trained(self, trial: Trial, outcome: Outcome) -> Trained:
+        plain = replace(outcome, modules=None, state=None)
         if not outcome.modules:
-            return Finished(trial, outcome, None)
+            return Trained(trial, plain, None, outcome.state)
         adapter = Adapter(
             modules=dict(outcome.modules),
             base_model=self._setting.base,
             base_fingerprint=self._adapted.restricted_to(outcome.modules),
             training={"task_type": "CAUSAL_LM", "lora_dropout": trial.lora.dropout},
         )
-        return Finished(trial, replace(outcome, modules=None), adapter)
+        return Trained(trial, plain, adapter, outcome.state)
 
 
 def _select_targets(model: PreTrainedModel, trials: Sequence[Trial]) -> list[str]:

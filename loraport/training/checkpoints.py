@@ -28,7 +28,9 @@ from loraport.training.lora_layer import LoraLayer
 from loraport.training.rng import RandomState
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_OPTIMIZER, _RANDOM, _EPOCH_RANDOM, _BEST = "optimizer", "random", "epoch_random", "best"
+_OPTIMIZER, _RANDOM, _EPOCH_RANDOM = "optimizer", "random", "epoch_random"
+_BEST, _PARAMETERS = "best", "parameters"
+_TENSORS, _DOCUMENT = "state.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class RunState:
         optimizer: Parameter name → the optimizer's tensors.
         identity: What a resumed run must share: options, data, device.
         best: Parameter name → its value at the best validation, where that matters.
+        parameters: Name → value of what is trained, where no adapter beside the state says so.
     """
 
     position: Position
@@ -69,11 +72,23 @@ class RunState:
     optimizer: Mapping[str, Mapping[str, torch.Tensor]]
     identity: Mapping[str, Any]
     best: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(work: Path, adapter: Adapter, state: RunState, keep: int) -> Path:
     """Write a checkpoint and remove all but the last ``keep``."""
     path = work / f"checkpoint-{state.position.step:08d}"
+    config, adapter_tensors = peft_contents(adapter)
+    with new_directory(path, force=True) as partial:
+        save_contents(partial, adapter, config, adapter_tensors)
+        save_state(partial, state)
+    for old in _checkpoints(work)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def save_state(directory: Path, state: RunState) -> None:
+    """Write a state into a directory that is to appear whole."""
     tensors = {
         f"{_OPTIMIZER}/{key}/{name}": tensor.detach().cpu().contiguous()
         for name, entries in state.optimizer.items()
@@ -81,24 +96,16 @@ def save_checkpoint(work: Path, adapter: Adapter, state: RunState, keep: int) ->
     }
     for prefix, random in ((_RANDOM, state.random), (_EPOCH_RANDOM, state.epoch_random)):
         tensors |= {f"{prefix}/{name}": tensor for name, tensor in random.tensors.items()}
-    tensors |= {f"{_BEST}/{name}": tensor for name, tensor in state.best.items()}
+    for prefix, named in ((_BEST, state.best), (_PARAMETERS, state.parameters)):
+        tensors |= {f"{prefix}/{name}": tensor for name, tensor in named.items()}
     document = {
         "position": asdict(state.position),
         "identity": state.identity,
         _RANDOM: state.random.plain,
         _EPOCH_RANDOM: state.epoch_random.plain,
     }
-    config, adapter_tensors = peft_contents(adapter)
-    with new_directory(path, force=True) as partial:
-        save_contents(partial, adapter, config, adapter_tensors)
-        write_safetensors(tensors, partial / _TENSORS, {"format": "pt"})
-        (partial / _DOCUMENT).write_text(json.dumps(document) + "\n")
-    for old in _checkpoints(work)[:-keep]:
-        shutil.rmtree(old)
-    return path
-
-
-_TENSORS, _DOCUMENT = "state.safetensors", "state.json"
+    write_safetensors(tensors, directory / _TENSORS, {"format": "pt"})
+    (directory / _DOCUMENT).write_text(json.dumps(document) + "\n")
 
 
 def last_checkpoint(work: Path) -> Path | None:
@@ -113,35 +120,43 @@ def load_checkpoint(path: Path) -> tuple[Adapter, RunState]:
     Raises:
         LoraportError: If it is damaged.
     """
-    adapter = read_peft(path)
+    return read_peft(path), load_state(path)
+
+
+def load_state(path: Path) -> RunState:
+    """Read the state in a directory.
+
+    Raises:
+        LoraportError: If it is damaged.
+    """
     try:
         document = json.loads((path / _DOCUMENT).read_bytes())
         tensors = Checkpoint(path / _TENSORS)
         optimizer: dict[str, dict[str, torch.Tensor]] = {}
         randoms: dict[str, dict[str, torch.Tensor]] = {_RANDOM: {}, _EPOCH_RANDOM: {}}
-        best: dict[str, torch.Tensor] = {}
+        named: dict[str, dict[str, torch.Tensor]] = {_BEST: {}, _PARAMETERS: {}}
         for name in tensors:
             prefix, key, *rest = name.split("/", 2)
-            if prefix == _BEST:
-                best[key] = tensors.load(name)
+            if prefix in named:
+                named[prefix][key] = tensors.load(name)
             elif prefix == _OPTIMIZER:
                 optimizer.setdefault(rest[0], {})[key] = tensors.load(name)
             else:
                 randoms[prefix][key] = tensors.load(name)
-        state = RunState(
+        return RunState(
             position=Position(**document["position"]),
             random=RandomState(randoms[_RANDOM], document[_RANDOM]),
             epoch_random=RandomState(randoms[_EPOCH_RANDOM], document[_EPOCH_RANDOM]),
             optimizer=optimizer,
             identity=document["identity"],
-            best=best,
+            best=named[_BEST],
+            parameters=named[_PARAMETERS],
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise LoraportError(
             f"checkpoint {path}: expected what loraport wrote, got {error!r}; "
             "remove this directory to resume from the one before"
         ) from error
-    return adapter, state
 
 
 def require_same_run(path: Path, stored: Mapping[str, Any], present: Mapping[str, Any]) -> None:

@@ -179,8 +179,8 @@ def test_killed_stopped_and_resumed_a_spread_sweep_finds_what_one_process_finds(
         environment = Path(f"/proc/{process}/environ").read_bytes()
         assert b"RAY_USAGE_STATS_ENABLED=0" in environment  # no telemetry
     machines.wait()
-    finished = tmp_path / "out.sweep" / "finished"
-    run.wait_for("candidate", lambda: list(finished.glob("*/outcome.json")))
+    kept = tmp_path / "out.sweep" / "candidates"
+    run.wait_for("candidate", lambda: list(kept.glob("*/outcome.json")))
     os.killpg(run.process.pid, signal.SIGINT)
     assert run.wait() == 128 + signal.SIGINT
     assert "died while training r" in run.said()
@@ -189,7 +189,7 @@ def test_killed_stopped_and_resumed_a_spread_sweep_finds_what_one_process_finds(
     assert "Traceback" not in run.said()
     assert not run.shown()
     assert not run.processes()
-    done = len(list(finished.glob("*/outcome.json")))
+    done = len(list(kept.glob("*/outcome.json")))
     assert done in (2, 4)
     # On a cluster that runs already, and in one process.
     shutil.copytree(tmp_path / "out.sweep", tmp_path / "here.sweep")
@@ -322,3 +322,23 @@ def test_without_ray(monkeypatch, tiny_base, data, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(LoraportError, match=r"pip install 'loraport\[ray\]'"):
         run_sweep(str(tiny_base), data, tmp_path / "out", SweepOptions(spread=Spread()))
+
+
+def test_halved_on_workers_as_in_one_process(sweep, machines, tiny_base, data, tmp_path):
+    """Candidates go on in other company, on other workers than those they began on."""
+    machines.wait()
+    few = (tiny_base, data, *GRID, "--halving", "2")
+    spread = sweep(
+        *few, "-o", tmp_path / "out", "--ray", machines.address, home=machines.homes / "one"
+    )
+    alone = run_here(*few, "-o", tmp_path / "alone")
+    assert spread.wait() == 0, spread.said()
+    expected, found = (
+        {line["name"]: line for line in json.loads(shown)["candidates"]}
+        for shown in (alone.stdout, spread.shown())
+    )
+    ends = {name: line["ended"][:7] for name, line in expected.items()}
+    assert sorted(ends.values()) == ["", "", "step 20", "step 20", "step 20", "step 40"]
+    assert {name: line["ended"][:7] for name, line in found.items()} == ends
+    assert spread.said().count("from step 20") == 2
+    require_equal(tmp_path / "out", found, tmp_path / "alone", expected)

@@ -1,6 +1,10 @@
 """``loraport sweep`` on a tiny Llama: the same results together and apart, resumed and not."""
 
 import json
+import re
+import signal
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -52,11 +56,11 @@ def test_a_stopped_sweep_does_not_train_again(tiny_base, data, tmp_path, monkeyp
     trained = []
     real = worker.Worker.train
 
-    def train(self, trials, work=None):
+    def train(self, trials, *more):
         if len(trained) == 2:
             raise KeyboardInterrupt
         trained.append(trials)
-        return real(self, trials, work)
+        return real(self, trials, *more)
 
     monkeypatch.setattr(worker.Worker, "train", train)
     few = (tiny_base, data, "-o", tmp_path / "out", "--rank", "2,4", "--steps", 2, "--together", 1)
@@ -93,3 +97,50 @@ def test_bad_values(tiny_base, data, tmp_path):
         with pytest.raises(LoraportError, match=reason):
             run(tiny_base, data, *out, "--force", *more)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_stopped_or_killed_in_the_midst_of_a_pass_it_goes_on(tiny_base, data, tmp_path):
+    """A signal loses no step, `kill -9` those since the last time candidates were kept."""
+
+    def command(out):
+        few = ["--rank", "2,4", "--lr", "3e-3,1e-2", "--steps", 40, "--save-every", 5]
+        few += ["--together", 4, "--max-length", 32, "--keep-all", "--json", "--resume"]
+        return [sys.executable, "-m", "loraport", "sweep", *map(str, (tiny_base, data, *few)),
+                "-o", str(tmp_path / out)]  # fmt: skip
+
+    whole = subprocess.run(command("whole"), capture_output=True, check=True)
+    seen = 0
+    for number, at in ((signal.SIGTERM, 4), (signal.SIGINT, 16), (signal.SIGKILL, 28)):
+        process = subprocess.Popen(command("out"), stderr=subprocess.PIPE, text=True)
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith(f"step {at}/40"):
+                break
+        process.send_signal(number)
+        said = "".join(said) + process.communicate()[1]
+        require_goes_on(said, seen)
+        seen = at
+        if number is signal.SIGKILL:
+            assert process.returncode == -number
+            continue
+        assert process.returncode == 128 + number, said
+        assert "continue with --resume" in said
+        assert said.endswith(f"stopped by {number.name}\n")
+        assert not (tmp_path / "out").exists()
+    resumed = subprocess.run(command("out"), capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    require_goes_on(resumed.stderr, seen - 4)
+    found, true = json.loads(resumed.stdout), json.loads(whole.stdout)
+    assert found["candidates"] == true["candidates"]
+    for line in true["candidates"]:
+        files = (tmp_path / out / "candidates" / line["name"] for out in ("whole", "out"))
+        one, other = ((path / "adapter_model.safetensors").read_bytes() for path in files)
+        assert one == other
+
+
+def require_goes_on(said, seen):
+    """The one pass there is goes on after a step that was seen before, or a later one."""
+    steps = [int(step) for step in re.findall(r"from step (\d+)\n", said)]
+    assert not steps if not seen else seen <= steps[0] < 40, said

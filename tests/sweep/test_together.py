@@ -298,5 +298,5 @@ def test_what_cannot_be_shared_is_refused(make_llama, rows):
     with pytest.raises(LoraportError, match="each with a name of its own"):
         together(make_llama(), twice, rows)
     dropped = replace(TRIALS[0], lora=LoraOptions(dropout=0.1))
-    with pytest.raises(LoraportError, match="a: expected no dropout in a sweep"):
-        together(make_llama(), (dropped,), rows)
+    with pytest.raises(LoraportError, match="a: expected no dropout in company"):
+        together(make_llama(), (dropped, TRIALS[1]), rows)

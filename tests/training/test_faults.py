@@ -28,6 +28,7 @@ from loraport.training.observer import Silent
 from loraport.training.optimizer import make_optimizer
 from loraport.training.text import work_directory
 
+pytestmark = pytest.mark.usefixtures("interruptible")
 OPTIONS = TrainOptions(
     lora=LoraOptions(rank=4), loop=LoopOptions(learning_rate=0.02, steps=8, save_every=3)
 )
@@ -38,14 +39,6 @@ def command(base, data, out, *more):
     options += ["--validate-every", "2", "--early-stopping", "6", "--quiet"]
     train = [sys.executable, "-m", "loraport", "train"]
     return [*train, str(base), str(data), "-o", str(out), *options]
-
-
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Hear Ctrl-C, in child processes too, although background jobs are told to ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored():
