@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from loraport.sweep.layers import CandidatesLayer
-from loraport.training.batches import IGNORED, TokenBatch
+from loraport.training.batches import TokenBatch
 from loraport.training.end_to_end import SegmentedBatch
 from loraport.training.language_model import cross_entropy_at, logits_at
 from loraport.training.output_head import output_head
@@ -22,12 +22,12 @@ class RowLosses(NamedTuple):
     Attributes:
         totals: ``[count, rows]``, sums with a gradient; rows in the batch's order, also where
             several lie in one sequence.
-        weights: ``[rows]``, how many losses each sums; the same for every candidate.
+        weights: How many losses each row sums; the same for every candidate.
         tokens: What throughput counts, of one candidate.
     """
 
     totals: torch.Tensor
-    weights: torch.Tensor
+    weights: tuple[int, ...]
     tokens: int
 
 
@@ -43,11 +43,12 @@ def grouped_language_model_loss(model: nn.Module, batch: TokenBatch, count: int)
         batch: One candidate's batch, ``[batch, length]``: rows padded, or end to end.
         count: Candidates.
     """
-    labels = batch.labels[:, 1:]  # [batch, length - 1]
-    counted = labels != IGNORED
-    targets = labels[counted].repeat(count)  # [count * n]
+    places, rows, counts = batch.learned()
+    targets = batch.labels[:, 1:].flatten()[places].repeat(count)  # [count * n]
     repeated = repeat(batch, count)
-    positions = counted.flatten().repeat(count).nonzero().flatten()  # [count * n]
+    size = batch.labels[:, 1:].numel()
+    firsts = torch.arange(0, count * size, size, device=places.device)
+    positions = (firsts[:, None] + places).flatten()  # [count * n]
     if isinstance(output_head(model), CandidatesLayer):
         # A chunk of tokens would not hold the rows of every candidate.
         logits = logits_at(model, repeated, positions)  # [count * n, vocab]
@@ -56,24 +57,8 @@ def grouped_language_model_loss(model: nn.Module, batch: TokenBatch, count: int)
     else:
         losses = cross_entropy_at(model, repeated, positions, targets, "none")
     losses = losses.view(count, -1)
-    row, number = _rows(batch, counted)  # [n]
-    totals = losses.new_zeros(count, number).index_add(1, row, losses)
-    return RowLosses(totals, torch.bincount(row, minlength=number), batch.tokens.numel())
-
-
-def _rows(batch: TokenBatch, counted: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return the row of every label that counts, and how many rows there are.
-
-    Args:
-        batch: ``[batch, length]``.
-        counted: ``[batch, length - 1]`` bool, the labels that count, without the first.
-    """
-    if not isinstance(batch, SegmentedBatch) or batch.segments is None:
-        return counted.nonzero()[:, 0], len(counted)
-    each = batch.segments.amax(dim=1)  # rows of each sequence: they are numbered from 1
-    ends = each.cumsum(dim=0)
-    numbers = batch.segments - 1 + (ends - each)[:, None]
-    return numbers[:, 1:][counted], int(ends[-1])
+    totals = losses.new_zeros(count, len(counts)).index_add(1, rows, losses)
+    return RowLosses(totals, counts, batch.tokens.numel())
 
 
 def repeat(batch: TokenBatch, count: int) -> TokenBatch:

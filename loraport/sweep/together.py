@@ -197,8 +197,8 @@ class _GroupRun:
     def _one_step(self, group: list[Any]) -> None:
         step, count = self.step + 1, len(self.running)
         self.attached.clear_gradients()
-        sums = torch.zeros(count + 1, dtype=torch.float64, device=self.placement.device)
-        tokens = 0
+        sums = torch.zeros(count, dtype=torch.float64, device=self.placement.device)
+        weight, tokens = 0, 0
         for batch in group:
             placed = to_device(batch, self.placement.device)
             with self.rounded.provided():
@@ -206,16 +206,16 @@ class _GroupRun:
                     part = self.loss(self.attached.model, placed, count)
                 # Rows do not mix: each candidate's gradients come from its own losses alone.
                 part.totals.sum().backward()  # type: ignore[no-untyped-call]
-            sums[:count] += part.totals.detach().double().sum(dim=1)
-            sums[count] += part.weights.sum()
-            tokens += part.tokens
+            sums += part.totals.detach().double().sum(dim=1)
+            weight, tokens = weight + sum(part.weights), tokens + part.tokens
         self.attached.hand_out_gradients()
-        *totals, weight = sums.tolist()
         if not weight:
             raise LoraportError("the loss: expected something that counts in a batch, got nothing")
         norms = self._norms(1 / weight)
+        # Read together: this is where a GPU is waited for, once a step.
+        totals, read_norms = torch.stack([sums, norms.to(sums)]).tolist()
         ended = []
-        for member, total, norm in zip(self.running, totals, norms.tolist(), strict=True):
+        for member, total, norm in zip(self.running, totals, read_norms, strict=True):
             value = total / weight
             for what, number in (("loss", value), ("gradient norm", norm)):
                 if not math.isfinite(number) and not member.failed:

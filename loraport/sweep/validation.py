@@ -31,16 +31,17 @@ def row_losses(
         LoraportError: If there are no batches.
     """
     before = rng.capture()
-    totals, weights = [], []
+    totals: list[torch.Tensor] = []
+    weights: list[int] = []
     try:
         with evaluation_mode(model), torch.no_grad(), placement.autocast():
             epoch = validation.epoch(0) if isinstance(validation, EpochBatches) else validation
             for batch in epoch:
                 part = loss(model, to_device(batch, placement.device), count)
                 totals.append(part.totals.double())
-                weights.append(part.weights)
+                weights += part.weights
     finally:
         rng.restore(before)
     if not totals:
         raise LoraportError("validation batches: expected some, got none")
-    return torch.cat(totals, dim=1).tolist(), torch.cat(weights).tolist()
+    return torch.cat(totals, dim=1).tolist(), weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -32,6 +33,28 @@ class Row:
     line: int = field(default=0, compare=False)
 
 
+class Learned(NamedTuple):
+    """The tokens of a batch from which a loss is computed.
+
+    How many there are decides shapes, so a GPU that had to count would be waited for: it is done
+    before a batch is moved to one.
+
+    Attributes:
+        places: ``[n]`` int64, indices into ``[batch, length - 1]`` flattened: where the next token
+            counts.
+        rows: ``[n]`` int64, the row that each belongs to.
+        counts: How many each row has.
+    """
+
+    places: torch.Tensor
+    rows: torch.Tensor
+    counts: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Learned:
+        """Return the same on a device."""
+        return Learned(self.places.to(device), self.rows.to(device), self.counts)
+
+
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
     """Rows padded on the right to the longest.
@@ -41,30 +64,36 @@ class TokenBatch:
         mask: ``[batch, length]`` int64, 0 on padding; ``None`` where nothing is padded.
         labels: ``[batch, length]`` int64, `IGNORED` where the loss does not count.
         lines: The rows' lines in their data file, as far as they are known.
-        places: What `learned` gives, where it is known.
+        known: What `learned` gives, where that is known.
     """
 
     tokens: torch.Tensor
     mask: torch.Tensor | None
     labels: torch.Tensor
     lines: tuple[int, ...] = ()
-    places: torch.Tensor | None = None
+    known: Learned | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
         """Return the batch on a device."""
         mask = None if self.mask is None else self.mask.to(device)
-        labels, places = self.labels.to(device), self.learned().to(device)
-        return TokenBatch(self.tokens.to(device), mask, labels, self.lines, places)
+        labels, learned = self.labels.to(device), self.learned().to(device)
+        return TokenBatch(self.tokens.to(device), mask, labels, self.lines, learned)
 
-    def learned(self) -> torch.Tensor:
-        """Return where the next token counts, ``[n]``: indices into ``[batch, length - 1]``.
+    def learned(self) -> Learned:
+        """Return which tokens a loss is computed from."""
+        if self.known is not None:
+            return self.known
+        counted = self.labels[:, 1:] != IGNORED  # [batch, length - 1]
+        numbers, rows = self.row_numbers()
+        owners = numbers[:, 1:][counted]
+        counts = torch.bincount(owners, minlength=rows).tolist()
+        return Learned(counted.flatten().nonzero().flatten(), owners, tuple(counts))
 
-        How many there are decides shapes, so a GPU would be waited for: `to` counts before it
-        copies.
-        """
-        if self.places is not None:
-            return self.places
-        return (self.labels[:, 1:].flatten() != IGNORED).nonzero().flatten()
+    def row_numbers(self) -> tuple[torch.Tensor, int]:
+        """Return the row of every token, ``[batch, length]``, and how many rows there are."""
+        batch = len(self.labels)
+        rows = torch.arange(batch, device=self.labels.device)[:, None]
+        return rows.expand(self.labels.shape), batch
 
 
 class RowBatches:

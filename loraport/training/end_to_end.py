@@ -41,10 +41,20 @@ class SegmentedBatch(TokenBatch):
             mask=None,
             labels=self.labels.to(device),
             lines=self.lines,
-            places=self.learned().to(device),
+            known=self.learned().to(device),
             positions=self.positions.to(device),
             segments=self.segments.to(device),
         )
+
+    def row_numbers(self) -> tuple[torch.Tensor, int]:
+        """Return the row of every token, ``[batch, length]``, and how many rows there are.
+
+        What is shared or padding, of which nothing is learned, has any number.
+        """
+        assert self.segments is not None
+        each = self.segments.amax(dim=1)  # rows of each sequence: they are numbered from 1
+        ends = each.cumsum(dim=0)
+        return (self.segments - 1).clamp(min=0) + (ends - each)[:, None], int(ends[-1])
 
 
 def attention_mask(segments: torch.Tensor) -> torch.Tensor:

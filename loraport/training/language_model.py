@@ -27,10 +27,9 @@ def language_model_loss(model: nn.Module, batch: TokenBatch) -> LossSum:
         model: A transformers causal language model.
         batch: Tokens ``[batch, length]``.
     """
-    targets = batch.labels[:, 1:].flatten()
-    counted = batch.learned()  # [n]
-    total = cross_entropy_at(model, batch, counted, targets[counted])
-    return LossSum(total, counted.numel(), batch.tokens.numel())
+    places = batch.learned().places  # [n]
+    total = cross_entropy_at(model, batch, places, batch.labels[:, 1:].flatten()[places])
+    return LossSum(total, places.numel(), batch.tokens.numel())
 
 
 def cross_entropy_at(

@@ -5,8 +5,9 @@
 
 Ranks 4 to 32 and two learning rates on all linear layers of SmolLM2-135M, AdamW, gradients clipped:
 as `loraport sweep` trains them (on a GPU all in one pass, on a CPU as many as make it faster, or
-``--together``), one after the other as `loraport train` does it, and one after the other with PEFT
-in a plain loop. All train one epoch of the same rows, 4 a step (see train.py; short ones of 32 to
+``--together``), as `loraport sweep --halving 3` does (given up by their losses on rows a ninth as
+many), one after the other as `loraport train` does it, and one after the other with PEFT in a plain
+loop. All train one epoch of the same rows, 4 a step (see train.py; short ones of 32 to
 47 tokens unless told otherwise), each tool in its own batches. Every measurement is a process of
 its own that loads the base once; time counts from there until the last candidate is trained, memory
 is the largest resident set (on a GPU: allocated memory) since then. "CPU s" is the time of all
@@ -22,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -30,6 +31,7 @@ import torch
 from train import CHOICES, TARGETS, Setting, base_model, inputs, padded, rows  # the sibling
 
 from loraport.sweep.groups import group_trials, most_together
+from loraport.sweep.halving import shares, worse_half
 from loraport.sweep.loss import grouped_language_model_loss
 from loraport.sweep.together import train_together
 from loraport.sweep.trial import Trial
@@ -38,7 +40,7 @@ from loraport.training.inject import detach
 from loraport.training.language_model import language_model_loss
 from loraport.training.packing import make_batches
 
-RANKS, RATES = (4, 8, 16, 32), (1e-3, 3e-3)
+RANKS, RATES, HALVINGS = (4, 8, 16, 32), (1e-3, 3e-3), 3
 TRIALS = [
     Trial(f"r{rank} {rate:g}", LoraOptions(rank=rank, targets=tuple(TARGETS)), rate)
     for rank, rate in product(RANKS, RATES)
@@ -60,25 +62,43 @@ def loop(setting, rate):
     )
 
 
-def passes(model, setting, together):
+def passes(model, setting, together, trials):
     """Divide the candidates as `loraport sweep` does."""
     made = rows(setting, model.config.vocab_size)
     tokens = setting.batch * sum(len(row.tokens) for row in made) / len(made)
-    return group_trials(TRIALS, together or most_together(setting.device, tokens))
+    return group_trials(trials, together or most_together(setting.device, tokens))
 
 
 def sweep(model, setting, together):
     """Return every candidate's last training loss."""
-    losses = []
-    for group in passes(model, setting, together):
-        if len(group) == 1:
-            losses.append(one_run(model, setting, group[0]))
-            continue
-        options = loop(setting, RATES[0])  # each candidate has its own rate
-        data = batches(model, setting)
-        found = train_together(model, group, data, grouped_language_model_loss, options)
-        losses += [outcome.losses[-1][1] for outcome in found.values()]
-    return losses
+    return trained(model, setting, together, halving=0)
+
+
+def halved(model, setting, together):
+    """Return the last training loss of candidates that are left, and nothing for the others."""
+    return trained(model, setting, together, HALVINGS)
+
+
+def trained(model, setting, together, halving):
+    options = loop(setting, RATES[0])  # each candidate has its own rate
+    held_out = replace(setting, steps=max(1, setting.steps // 9)) if halving else None
+    left, found = TRIALS, {}
+    for share in shares(halving):
+        for group in passes(model, setting, together, left):
+            found |= train_together(
+                model,
+                group,
+                batches(model, setting),
+                grouped_language_model_loss,
+                options,
+                validation=batches(model, held_out) if held_out else None,
+                until=share,
+                starts={trial.name: found[trial.name] for trial in group if trial.name in found},
+            )
+        given_up = worse_half(found.values(), share) if share < 1 else {}
+        left = [trial for trial in left if trial.name not in given_up]
+    names = {trial.name for trial in left}
+    return [found[t.name].losses[-1][1] if t.name in names else None for t in TRIALS]
 
 
 def one_by_one(model, setting, _):
@@ -122,8 +142,9 @@ PEERS = {
     "PEFT, 8 runs": peft_one_by_one,
     "loraport, 8 runs": one_by_one,
     "loraport, sweep": sweep,
+    "loraport, halved": halved,
 }
-OURS, ALONE = "loraport, sweep", "loraport, 8 runs"
+ALONE, OURS = "loraport, 8 runs", ("loraport, sweep", "loraport, halved")
 
 
 def measure(title, setting, together):
@@ -158,8 +179,11 @@ def measure_apart(title, setting, together):
 
 def require_same(found, setting):
     """Refuse figures of a sweep that learns something else; return how far apart it is."""
-    one, other = (found[title][-1]["losses"] for title in (OURS, ALONE))
-    apart = max(abs(a - b) / b for a, b in zip(one, other, strict=True))
+    one, few, other = (found[title][-1]["losses"] for title in (*OURS, ALONE))
+    if few.count(None) != len(TRIALS) - 1 or None in one:
+        raise SystemExit(f"after halving {few}: expected one candidate that is left")
+    pairs = [*zip(one, other, strict=True), *zip(few, other, strict=True)]
+    apart = max(abs(a - b) / b for a, b in pairs if a is not None)
     if not apart <= (_SAME if setting.dtype == "float32" else _SAME_ROUNDED):
         raise SystemExit(f"in the sweep {one}, alone {other}: expected the same losses")
     if not max(other) - min(other) > 10 * apart * max(other):
@@ -193,16 +217,20 @@ def main():
         f"{setting.steps} steps of {setting.batch} rows of {setting.rows}; last losses in the "
         f"sweep and alone at most {apart:.1e} apart"
     )
-    print(f"{'':20} {'s':>7} {'CPU s':>7} {'peak MB':>8}   ours to it: time, CPU time, memory")
+    ours = [f"{title.removeprefix('loraport, '):>20}" for title in OURS]
+    print(f"{'':20} {'s':>7} {'CPU s':>7} {'peak MB':>8}   to it: time, CPU time, memory")
+    print(f"{'':46}{' '.join(ours)}")
     medians = {
         title: [statistics.median(one[key] for one in made) for key in ("seconds", "cpu", "peak")]
         for title, made in found.items()
     }
     for title, figures in medians.items():
         seconds, cpu, peak = figures
-        ratios = (ours / its for ours, its in zip(medians[OURS], figures, strict=True))
-        shown = " ".join(f"{ratio:6.3f}" for ratio in ratios)
-        print(f"{title:20} {seconds:7.1f} {cpu:7.1f} {peak / 1e6:8.0f}   {shown}")
+        shown = [
+            " ".join(f"{mine / its:6.3f}" for mine, its in zip(medians[each], figures, strict=True))
+            for each in OURS
+        ]
+        print(f"{title:20} {seconds:7.1f} {cpu:7.1f} {peak / 1e6:8.0f}  {' '.join(shown)}")
 
 
 if __name__ == "__main__":

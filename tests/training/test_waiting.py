@@ -4,6 +4,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from loraport.sweep.loss import grouped_language_model_loss
+from loraport.sweep.observer import SilentSweep
+from loraport.sweep.together import train_together
+from loraport.sweep.trial import Trial
 from loraport.training import LoopOptions, LoraOptions, LossSum, attach, train
 from loraport.training.batches import Row, collate
 from loraport.training.end_to_end import lay_end_to_end
@@ -12,6 +16,14 @@ from loraport.training.observer import Silent
 
 # Shapes or numbers that depend on what is in a tensor.
 WAITED_FOR = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero"}
+WAITED_FOR |= {"aten.bincount", "aten.repeat_interleave", "aten._unique2"}
+
+
+def by_mask(name, arguments):
+    """An index that is a mask is counted first."""
+    if name not in ("aten.index", "aten.index_put", "aten.index_put_"):
+        return False
+    return any(each is not None and each.dtype is torch.bool for each in arguments[1])
 
 
 class Waits(TorchDispatchMode):
@@ -21,12 +33,12 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func.overloadpacket)
-        if name in WAITED_FOR:
+        if name in WAITED_FOR or by_mask(name, args):
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
 
 
-class AfterTheFirst(Silent):
+class AfterTheFirst(Silent, SilentSweep):
     """What is measured once, and told in the first step, is no matter."""
 
     def __init__(self, waits):
@@ -42,13 +54,11 @@ def row(length):
     return Row(tokens, (-100, -100, *tokens[2:]))
 
 
-@pytest.mark.parametrize(
-    ("layout", "theirs"),
-    [
-        (lambda rows, pad: lay_end_to_end([rows], pad), 0),
-        (collate, 1),  # given no mask, transformers looks whether positions begin anew
-    ],
-)
+# Given no mask, transformers looks whether positions begin anew.
+LAYOUTS = [(lambda rows, pad: lay_end_to_end([rows], pad), 0), (collate, 1)]
+
+
+@pytest.mark.parametrize(("layout", "theirs"), LAYOUTS)
 def test_a_step_is_waited_for_once_at_its_end(llama, layout, theirs):
     """Loss and norm are read by one copy, which on a CPU is none."""
     batch = layout([row(9), row(13), row(6)], 0).to(torch.device("cpu"))  # counted here
@@ -69,3 +79,27 @@ def test_a_step_is_waited_for_once_at_its_end(llama, layout, theirs):
         return LossSum(*part)
 
     assert run(shown) == ["aten._local_scalar_dense"] * (theirs + 1) * batches
+
+
+@pytest.mark.parametrize(("layout", "theirs"), LAYOUTS)
+def test_a_step_of_several_candidates_is_waited_for_once_too(llama, layout, theirs):
+    batch = layout([row(9), row(13), row(6)], 0).to(torch.device("cpu"))
+    trials = [Trial(str(rank), LoraOptions(rank=rank), 1e-3) for rank in (2, 4)]
+
+    def run(loss):
+        with Waits() as waits:
+            options = LoopOptions(steps=3, accumulate=2, device="cpu")
+            train_together(llama, trials, [batch] * 6, loss, options, observer=AfterTheFirst(waits))
+        return waits.seen
+
+    batches = 2 * 2
+    assert run(grouped_language_model_loss) == ["aten._local_scalar_dense"] * theirs * batches
+
+    def picked(model, batch, count):  # the control
+        part = grouped_language_model_loss(model, batch, count)
+        assert (part.totals[part.totals > 0] > 0).all()
+        return part
+
+    seen = run(picked)
+    assert seen.count("aten.index") == batches
+    assert len(seen) == (theirs + 2) * batches
