@@ -14,7 +14,7 @@ from torch import nn
 
 from converters.onnx.exporters.genai_builder import PRECISIONS, build_with_genai
 from converters.onnx.exporters.quantizing import PRECISIONS as QUANTIZED
-from converters.onnx.exporters.quantizing import quantize_graph
+from converters.onnx.exporters.storing import store_as
 from converters.onnx.exporters.torch_exporter import export_module
 from converters.onnx.graph.provenance import MADE_BY, record_provenance
 from converters.onnx.modules.holders import BaseHolders
@@ -123,7 +123,7 @@ def export_base(
             model = load_model(str(directory))
             inputs = encoder_inputs(base, model)
             dynamic = {name: {0: "batch", 1: "sequence"} for name in inputs}
-            _export_encoder(model, inputs, bundle, dynamic, options.precision)
+            _export_encoder(model, inputs, bundle, dynamic, options.precision, progress)
             load_tokenizer(str(directory)).save_pretrained(bundle)
         progress("putting in the slots")
         _slot_and_describe(bundle, model, options, base_name=_base_name(base, directory))
@@ -184,13 +184,14 @@ def _export_encoder(
     out: Path,
     dynamic: Mapping[str, Mapping[int, str]],
     precision: str,
+    progress: Progress,
 ) -> None:
     if precision == _AS_IT_IS:
         export_module(model, inputs, out, dynamic=dynamic)
         return
     with tempfile.TemporaryDirectory(dir=out) as exact:
         export_module(model, inputs, Path(exact), dynamic=dynamic)
-        quantize_graph(Path(exact) / MODEL_FILE, out, precision)
+        store_as(Path(exact) / MODEL_FILE, out, precision, progress)
 
 
 def _forward_arguments(model: nn.Module) -> Iterable[str]:

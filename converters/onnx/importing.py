@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from converters.onnx.exporters.quantizing import quantize_graph, require_quantizer
+from converters.onnx.exporters.quantizing import require_quantizer
+from converters.onnx.exporters.storing import sites_of, store_as, stored_precision
 from converters.onnx.first_golden import record_first_golden
 from converters.onnx.graph.data_files import copy_companions, move_weights_out, share_data
 from converters.onnx.graph.example_inputs import example_inputs
@@ -21,7 +22,6 @@ from converters.onnx.modules.graph_names import NamedSite, name_sites, tied_site
 from converters.onnx.modules.holders import BaseHolders, GraphHolders, Holders
 from converters.onnx.modules.matching import Match, Matcher, SiteMatcher, Unmatched
 from converters.onnx.modules.unslotted import reasons
-from converters.onnx.operators import find_site
 from converters.onnx.slots.inserting import (
     SlotOptions,
     SlottedModel,
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 _HEAD = "lm_head"
 _LEFT_OUT_HEAD = "left out, as the output head; export again with --lm-head"
-_BITS = 8  # of quantized weights whose operator does not say
 
 
 @dataclass(frozen=True)
@@ -116,10 +115,8 @@ def import_model(
             share_data(model, file.parent, bundle, progress)
         else:
             progress(f"storing the weights as {options.precision}")
-            exact = name_sites(_sites(model))
-            quantize_graph(file, bundle, options.precision)
-            model = read_graph(bundle / MODEL_FILE)
-            _require_stored_so(model, file, options.precision)
+            exact = name_sites(sites_of(model))
+            model = store_as(file, bundle, options.precision, progress)
         move_weights_out(model, bundle)
         copy_companions(file, bundle)
         examples = [options.inputs] if options.inputs else list(example_inputs(model))
@@ -167,7 +164,7 @@ def slot_graph(
     from converters.onnx.modules.slottable import tied_modules
 
     nodes = list(model.graph.all_nodes())
-    sites = _sites(model)
+    sites = sites_of(model)
     served = [site for site in sites if options.slots.serves(site.kind)]
     named = name_sites(served)
     why = reasons(nodes, {id(site.node) for site in sites})
@@ -198,10 +195,6 @@ def slot_graph(
         holders = by_name if options.base is None else _base_holders(model, options.base)
         slotted = with_replacements(slotted, options.slots, holders)
     return ImportedGraph(slotted, named)
-
-
-def _sites(model: ir.Model) -> list[Site]:
-    return [site for node in model.graph.all_nodes() if (site := find_site(node)) is not None]
 
 
 def _base_holders(model: ir.Model, base: str) -> Holders:
@@ -254,7 +247,7 @@ def _describe(
     exact: list[NamedSite] | None,
 ) -> None:
     paths = list(imported.slotted.slots.modules())
-    precision = _precision(entry.site for entry in imported.named)
+    precision = stored_precision(entry.site for entry in imported.named)
     manifest = Manifest(
         base_name=file.stem if options.base is None else Path(options.base).name,
         fingerprint=_fingerprint(exact or imported.named, paths, base),
@@ -278,26 +271,3 @@ def _fingerprint(
     named: list[NamedSite], paths: list[str], base: BaseModules | None
 ) -> BaseFingerprint:
     return fingerprint_graph(named, paths) if base is None else base.fingerprint(paths)
-
-
-def _require_stored_so(model: ir.Model, file: Path, precision: str) -> None:
-    """Refuse a graph of which no weight could be stored as asked for."""
-    sites = _sites(model)  # without any there is no bundle, for reasons that are told later
-    if sites and _precision(sites) != precision:
-        operators = ", ".join(sorted({site.node.op_type for site in sites}))
-        raise LoraportError(
-            f"{file}: --precision {precision}: expected operators whose weights ONNX Runtime's "
-            f"quantizer stores so, got {operators}, which it leaves as they are; try another "
-            "precision"
-        )
-
-
-def _precision(sites: Iterable[Site]) -> str:
-    """Return how the weights are stored, by the coarsest of them."""
-    sites = list(sites)
-    quantized = [site.node for site in sites if site.quantized]
-    if quantized:
-        bits = min(node.attributes.get_int("bits", _BITS) for node in quantized)
-        return "int4" if bits <= 4 else "int8"
-    halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    return "fp16" if any(site.dtype in halves for site in sites) else "fp32"

@@ -41,12 +41,16 @@ def turned():
     ]
 
 
+def gemm(**more):
+    return [helper.make_node("Gemm", ["x", "layer.weight"], ["y"], name="gemm", transB=1, **more)]
+
+
 def run(model, x):
     return onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
 
 
 @pytest.mark.parametrize(("precision", "error"), [("int8", 0.02), ("int4", 0.15)])
-@pytest.mark.parametrize("nodes", [turned, constant])
+@pytest.mark.parametrize("nodes", [turned, constant, gemm])
 def test_they_are_stored_as_asked_for(tmp_path, precision, error, nodes):
     weights = {"unused": np.zeros(1, np.float32)} if nodes is constant else None
     onnx.save(model_of(nodes(), weights=weights), tmp_path / "m.onnx")
@@ -65,8 +69,7 @@ def test_they_are_stored_as_asked_for(tmp_path, precision, error, nodes):
 
 
 def test_a_graph_of_which_nothing_can_be_stored_so_is_refused(tmp_path):
-    nodes = [helper.make_node("Gemm", ["x", "layer.weight"], ["y"], name="gemm", transB=1)]
-    onnx.save(model_of(nodes), tmp_path / "m.onnx")
+    onnx.save(model_of(gemm(alpha=0.5)), tmp_path / "m.onnx")
     with pytest.raises(LoraportError, match=r"m\.onnx: --precision int4: expected .*got Gemm"):
         import_model(tmp_path / "m.onnx", tmp_path / "bundle", ImportOptions(precision="int4"))
     assert not (tmp_path / "bundle").exists()
@@ -103,3 +106,61 @@ def test_every_reader_gets_the_transposed_matrix():
     assert "layer.weight_transposed" in names
     assert "other" not in names  # nothing reads it any more
     assert [n.name for n in model.graph.node if n.op_type == "Transpose"] == ["shown"]
+
+
+@pytest.mark.parametrize("turned", [0, 1])
+def test_a_gemm_computes_the_same_as_product_and_sum(turned):
+    numbers = np.random.default_rng(2)
+    weights = {
+        "w": numbers.standard_normal((OUT, IN) if turned else (IN, OUT)).astype(np.float32),
+        "b": numbers.standard_normal((1, OUT)).astype(np.float32),
+        "fixed": numbers.standard_normal((7, IN)).astype(np.float32),
+        "y_weight": numbers.standard_normal(OUT).astype(np.float32),  # a name that is taken
+        "y_product": numbers.standard_normal(OUT).astype(np.float32),
+    }
+    settings = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": turned}
+    make = helper.make_node
+    nodes = [
+        make("Gemm", ["x", "w", "b"], ["y"], name="/layer/Gemm", **settings),
+        make("Gemm", ["x", "w"], ["bare"], name="bare", transB=turned),
+        make("Gemm", ["x", "w", "b"], ["scaled"], name="scaled", transB=turned, beta=2.0),
+        make("Gemm", ["fixed", "x"], ["free"], name="free", transB=1),
+        make("Sum", ["y", "y_weight", "y_product"], ["all"], name="all"),
+    ]
+    model = model_of(nodes, outputs=("y", "bare", "scaled", "free", "all"), weights=weights)
+    x = numbers.standard_normal((5, IN)).astype(np.float32)
+    before = run(model, x)
+    make_weights_plain(model, gemms=True)
+    for mine, true in zip(run(model, x), before, strict=True):
+        np.testing.assert_allclose(mine, true, rtol=1e-4, atol=1e-4)
+        assert np.abs(true).max() > 1
+    found = {node.name: node.op_type for node in model.graph.node}
+    assert found == {
+        "/layer/Gemm": "MatMul",
+        "/layer/Gemm/bias": "Add",
+        "bare": "MatMul",
+        "scaled": "Gemm",
+        "free": "Gemm",
+        "all": "Sum",
+    }
+
+
+def test_what_is_not_stored_so_is_told(tmp_path):
+    other = np.random.default_rng(3).standard_normal((OUT, IN)).astype(np.float32)
+    nodes = [*gemm(), *(helper.make_node("Gemm", ["x", f"m{n}.weight"], [f"z{n}"], name=f"m{n}",
+                                         transB=1, alpha=0.5) for n in range(7))]  # fmt: skip
+    weights = {"layer.weight": WEIGHT} | {f"m{n}.weight": other + n for n in range(7)}
+    outputs = ("y", *(f"z{n}" for n in range(7)))
+    onnx.save(model_of(nodes, outputs=outputs, weights=weights), tmp_path / "m.onnx")
+    said = []
+    options = ImportOptions(precision="int4")
+    import_model(tmp_path / "m.onnx", tmp_path / "bundle", options, progress=said.append)
+    names = ", ".join(f"m{n} (Gemm)" for n in range(5))
+    assert f"not stored as int4: {names} and 2 more" in said
+    assert len(read_manifest(tmp_path / "bundle").slots.modules()) == 8
+    # Where all is stored so, nothing is told.
+    onnx.save(model_of(gemm()), tmp_path / "m.onnx")
+    said.clear()
+    import_model(tmp_path / "m.onnx", tmp_path / "all", options, progress=said.append)
+    assert said
+    assert not [line for line in said if "not stored" in line]

@@ -69,3 +69,23 @@ def test_bf16_is_refused_before_anything_is_written(bert_onnx, tmp_path):
     assert code == 2
     assert "no bfloat16" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("operator", ["MatMul", "Gemm"])
+@pytest.mark.parametrize("precision", [None, *OPERATORS])
+def test_weights_without_names_have_one_name_in_every_precision(operator, precision, tmp_path):
+    """So that an adapter of another base is refused there, too."""
+    numbers = np.random.default_rng(0)
+    make = onnx.helper
+    values = {f"onnx::{operator}_{n}": numbers.standard_normal((64, 64)) for n in (7, 8)}
+    stored = [onnx.numpy_helper.from_array(v.astype(np.float32), k) for k, v in values.items()]
+    inner = [("x", "t"), ("t", "y")]
+    nodes = [make.make_node(operator, [x, w], [y]) for (x, y), w in zip(inner, values, strict=True)]
+    ends = [make.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["rows", 64]) for n in "xy"]
+    graph = make.make_graph(nodes, "g", ends[:1], ends[1:], stored)
+    opsets = [make.make_opsetid("", 18)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    import_model(tmp_path / "m.onnx", tmp_path / "out", ImportOptions(precision=precision))
+    manifest = read_manifest(tmp_path / "out")
+    assert list(manifest.slots.modules()) == ["linear_0", "linear_1"]
+    assert list(manifest.fingerprint.modules) == ["linear_0", "linear_1"]

@@ -1,6 +1,7 @@
 """Weights as ONNX Runtime's quantizers look for them: initializers, right at the product.
 
-What is a ``Constant`` or behind a ``Transpose`` they leave as it is, and say nothing.
+What is a ``Constant`` or behind a ``Transpose`` they leave as it is, and say nothing; the one for 4
+bits does so with ``Gemm``, too.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ from converters.onnx.graph.functions import nodes_of
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+_PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
 
-def make_weights_plain(model: ModelProto) -> None:
+
+def make_weights_plain(model: ModelProto, *, gemms: bool = False) -> None:
     """Make initializers of ``Constant`` matrices, and transpose once what is in every run.
 
     Args:
         model: A model with its weights in memory, changed in place.
+        gemms: Make products of ``Gemm``, too.
     """
     lift_constants(model)
+    if gemms:
+        split_gemms(model)
     fold_transposes(model)
 
 
@@ -35,6 +41,48 @@ def lift_constants(model: ModelProto) -> None:
             graph.initializer.add().CopyFrom(value)
             graph.initializer[-1].name = node.output[0]
             graph.node.remove(node)
+
+
+def split_gemms(model: ModelProto) -> None:
+    """Replace each ``Gemm`` with a stored matrix by ``MatMul`` and ``Add``, in place.
+
+    One that scales, or transposes its input, stays as it is.
+    """
+    from onnx import helper
+
+    graph = model.graph
+    stored = {weight.name for weight in graph.initializer if len(weight.dims) == 2}
+    taken = {value.name for value in (*graph.initializer, *graph.input)}
+    taken.update(name for node in nodes_of(graph.node) for name in node.output)
+
+    def free(name: str) -> str:
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        return name
+
+    nodes = []
+    for node in graph.node:
+        settings = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+        turned = settings.pop("transB", 0)
+        if (
+            node.op_type != "Gemm"
+            or any(value != _PLAIN_GEMM[name] for name, value in settings.items())
+            or node.input[1] not in stored
+        ):
+            nodes.append(node)
+            continue
+        x, weight, *bias = filter(None, node.input)
+        (y,) = node.output
+        product = free(f"{y}_product") if bias else y
+        if turned:
+            as_stored, weight = weight, free(f"{y}_weight")
+            nodes.append(helper.make_node("Transpose", [as_stored], [weight], perm=[1, 0]))
+        nodes.append(helper.make_node("MatMul", [x, weight], [product], name=node.name))
+        if bias:
+            nodes.append(helper.make_node("Add", [product, *bias], [y], name=f"{node.name}/bias"))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def fold_transposes(model: ModelProto) -> None:

@@ -2,7 +2,7 @@
 
 - ``int8``: ``DynamicQuantizeLinear`` and ``MatMulInteger``; activations are rounded to 8 bits in
   every run, weights to 8 bits with a scale for each column;
-- ``int4``: ``MatMulNBits``, blocks of 32 weights with a scale each; ``Gemm`` stays as it is;
+- ``int4``: ``MatMulNBits``, blocks of 32 weights with a scale each;
 - ``fp16``: every weight and activation; inputs and outputs stay float32.
 
 Decoder language models have a quantizer of their own, see
@@ -95,7 +95,7 @@ def _int4(source: Path, target: Path) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantizer = MatMulNBitsQuantizer(
-        _load(source),
+        _load(source, gemms=True),
         bits=4,
         block_size=_BLOCK,
         is_symmetric=True,
@@ -111,14 +111,14 @@ def _fp16(source: Path, target: Path) -> None:
     _save(convert_float_to_float16(_load(source), keep_io_types=True), target)
 
 
-def _load(source: Path) -> ModelProto:
+def _load(source: Path, *, gemms: bool = False) -> ModelProto:
     import onnx
 
     from converters.onnx.exporters.plain_weights import make_weights_plain
     from converters.onnx.graph.functions import inlined
 
     proto = inlined(onnx.load(str(source)), source)  # the quantizers look at the graph alone
-    make_weights_plain(proto)
+    make_weights_plain(proto, gemms=gemms)
     return proto
 
 

@@ -6,7 +6,7 @@ The first of these that gives a name:
 2. the initializer's name, where it is a parameter's: ``encoder.layer.0.query.weight``;
 3. the node's name, where it is a path: ``/encoder/layer.0/query/MatMul``;
 4. the initializer's name, whatever it is, unless it is anonymous (``onnx::MatMul_1234``);
-5. the operator and its number.
+5. what it is (`linear`, `embedding`, `conv`) and its number.
 
 One weight has one name wherever it is used; two weights that come to the same name get the names
 of their nodes added. A weight that is an embedding's too is the output head.
@@ -52,7 +52,7 @@ def name_sites(sites: Sequence[Site]) -> list[NamedSite]:
     names: dict[tuple[str, ModuleKind], str] = {}
     for number, (key, members) in enumerate(groups.items()):
         tied = key[1] is ModuleKind.LINEAR and key[0] in embedded
-        names[key] = _name(members, tied) or f"{members[0].node.op_type.lower()}_{number}"
+        names[key] = _name(members, tied) or f"{key[1].value}_{number}"
     _tell_apart(names, groups)
     found = {id(site): names[key] for key, members in groups.items() for site in members}
     return [NamedSite(found[id(site)], site) for site in sites]

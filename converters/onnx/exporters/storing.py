@@ -1,0 +1,74 @@
+"""Store a graph's weights in fewer bits, and see which of them that reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from converters.onnx.exporters.quantizing import quantize_graph
+from converters.onnx.graph.site import Site
+from converters.onnx.graph.source_graph import read_graph
+from converters.onnx.modules.graph_names import name_sites
+from converters.onnx.operators import find_site
+from loraport.bundle.manifest import MODEL_FILE
+from loraport.errors import LoraportError
+
+_BITS = 8  # of quantized weights whose operator does not say
+_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_NAMED = 5
+
+
+def store_as(file: Path, out: Path, precision: str, progress: Callable[[str], None]) -> ir.Model:
+    """Write ``model.onnx`` with weights in a precision, and return it.
+
+    Args:
+        file: Any ``.onnx`` file with float32 weights.
+        out: An existing directory without a ``model.onnx``.
+        precision: See `quantize_graph`.
+        progress: Told what stays as it was.
+
+    Raises:
+        LoraportError: If the quantizer fails, or none of the weights could be stored so.
+    """
+    quantize_graph(file, out, precision)
+    model = read_graph(out / MODEL_FILE)
+    sites = sites_of(model)  # without any there is no bundle, for reasons that are told later
+    if sites and stored_precision(sites) != precision:
+        operators = ", ".join(sorted({site.node.op_type for site in sites}))
+        raise LoraportError(
+            f"{file}: --precision {precision}: expected operators whose weights ONNX Runtime's "
+            f"quantizer stores so, got {operators}, which it leaves as they are; try another "
+            "precision"
+        )
+    if left := _left(sites, precision):
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        progress(f"not stored as {precision}: {', '.join(left[:_NAMED])}{more}")
+    return model
+
+
+def sites_of(model: ir.Model) -> list[Site]:
+    """Return every operator of a graph that can have a slot."""
+    return [site for node in model.graph.all_nodes() if (site := find_site(node)) is not None]
+
+
+def stored_precision(sites: Iterable[Site]) -> str:
+    """Return how weights are stored, by the coarsest of them."""
+    found = {_stored(site) for site in sites}
+    return next((each for each in ("int4", "int8", "fp16") if each in found), "fp32")
+
+
+def _stored(site: Site) -> str:
+    if site.quantized:
+        return "int4" if site.node.attributes.get_int("bits", _BITS) <= 4 else "int8"
+    return "fp16" if site.dtype in _HALVES else "fp32"
+
+
+def _left(sites: Sequence[Site], precision: str) -> list[str]:
+    """Return the modules whose weights are stored otherwise, with their operators."""
+    return [
+        f"{entry.path} ({entry.site.node.op_type})"
+        for entry in name_sites(sites)
+        if _stored(entry.site) != precision
+    ]
