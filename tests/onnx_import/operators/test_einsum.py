@@ -51,10 +51,62 @@ def test_it_takes_an_adapter(slotted, adapter, equation, inputs, transposed, lea
     assert np.abs(got - base).max() > 0.1
 
 
+AXES = {"b": 3, "s": 4, "i": IN, "o": OUT, "h": 2, "d": 6, "e": 3}
+
+
+@pytest.mark.parametrize("variants", [("lora", "gain", "bias"), ("lora",)])
+@pytest.mark.parametrize(
+    ("equation", "features", "outputs"),
+    [
+        ("bsi,ihd->bshd", "i", "hd"),  # into heads
+        ("bsi,hdi->bshd", "i", "hd"),
+        ("bshd,hdo->bso", "hd", "o"),  # out of heads
+        ("bshd,ohd->bso", "hd", "o"),
+        ("bhd,hdoe->boe", "hd", "oe"),
+        ("hd,hdo->o", "hd", "o"),
+    ],
+)
+def test_features_and_outputs_of_several_axes(
+    slotted, adapter, equation, features, outputs, variants
+):
+    left, result = equation.split("->")
+    random = np.random.default_rng(0)
+    x_axes, w_axes = left.split(",")
+    weight = random.standard_normal([AXES[axis] for axis in w_axes]).astype(np.float32)
+    x = random.standard_normal([AXES[axis] for axis in x_axes]).astype(np.float32)
+    names = {"b": "batch", "s": "sequence"}
+    shapes = [[names.get(axis, AXES[axis]) for axis in axes] for axes in (x_axes, result)]
+    made = slotted(einsum(equation, ["x", "w"], weight, *shapes), *variants)
+    (slot,) = made.slots
+    sizes = [int(np.prod([AXES[axis] for axis in axes])) for axes in (features, outputs)]
+    assert (slot.name, slot.in_features, slot.out_features) == ("layer", *sizes)
+    base = np.einsum(equation, x.astype(np.float64), weight.astype(np.float64))
+    for run in (made.run, made.run_original):
+        np.testing.assert_allclose(run(x=x)[0], base, atol=1e-5)
+    tensors = adapter(slot)
+    a, b = (tensors[f"{slot.name}.{role}"].astype(np.float64) for role in ("lora_A", "lora_B"))
+    delta = (x.reshape(*x.shape[: x.ndim - len(features)], -1) @ a @ b).reshape(base.shape)
+    got = made.run(x=x, **tensors)[0]
+    np.testing.assert_allclose(got, base + delta, atol=1e-4)
+    assert np.abs(got - base).max() > 0.1
+    if "gain" in variants:
+        gain = random.uniform(0.5, 1.5, sizes[1]).astype(np.float32)
+        shift = random.standard_normal(sizes[1]).astype(np.float32)
+        more = {slot.input_gain: gain, slot.input_bias: shift}
+        got = made.run(x=x, **more, **tensors)[0]
+        ends = [AXES[axis] for axis in outputs]
+        true = gain.reshape(ends) * base + delta + shift.reshape(ends)
+        np.testing.assert_allclose(got, true, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("equation", "weight_shape", "x_shape", "y_shape"),
     [
-        ("bsi,ihd->bshd", (IN, 2, OUT), (2, 3, IN), (2, 3, 2, OUT)),  # a head for each
+        ("...i,ihd->...hd", (IN, 2, OUT), (2, 3, IN), (2, 3, 2, OUT)),  # of how many axes?
+        ("bsi,ihd->bhsd", (IN, 2, OUT), (2, 3, IN), (2, 2, 3, OUT)),  # heads before rows
+        ("bsi,hid->bshd", (2, IN, OUT), (2, 3, IN), (2, 3, 2, OUT)),  # features in the midst
+        ("bshd,hdo->bo", (2, IN, OUT), (2, 3, 2, IN), (2, OUT)),  # rows are summed up
+        ("bhd,dho->bo", (IN, 2, OUT), (3, 2, IN), (3, OUT)),  # features in another order
         ("bsi,io->bos", (IN, OUT), (2, 3, IN), (2, OUT, 3)),  # turned
         ("bis,io->bso", (IN, OUT), (2, IN, 3), (2, 3, OUT)),  # features are not last
         ("bi,ib->b", (IN, 2), (2, IN), (2,)),  # a product for each row
