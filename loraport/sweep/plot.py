@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loraport.sweep.run import SweepResult
+    from loraport.sweep.result import SweepResult
 
 
 def draw_quality(result: SweepResult, path: Path) -> None:
@@ -26,9 +26,17 @@ def draw_quality(result: SweepResult, path: Path) -> None:
     loss = {line.name: line.validation_loss or 0.0 for line in shown}
     for rate in sorted({line.learning_rate for line in shown}):
         points = [line for line in shown if line.learning_rate == rate]
-        sizes = [line.adapter_bytes / 1e6 for line in points]
-        losses = [loss[line.name] for line in points]
-        axes.plot(sizes, losses, "o", label=f"learning rate {rate:g}")
+        color = None
+        for marker, name, chosen in (
+            ("o", f"learning rate {rate:g}", [line for line in points if not line.ended]),
+            ("x", f"learning rate {rate:g}, ended early", [line for line in points if line.ended]),
+        ):
+            if not chosen:
+                continue
+            sizes = [line.adapter_bytes / 1e6 for line in chosen]
+            losses = [loss[line.name] for line in chosen]
+            (drawn,) = axes.plot(sizes, losses, marker, color=color, linestyle="", label=name)
+            color = drawn.get_color()
     taken = next(line for line in shown if line.taken)
     x, y = [taken.adapter_bytes / 1e6], [loss[taken.name]]
     label = f"take {taken.name}"

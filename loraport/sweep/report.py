@@ -13,7 +13,7 @@ from rich.table import Table
 from loraport.sweep.observer import SilentSweep
 
 if TYPE_CHECKING:
-    from loraport.sweep.run import SweepResult
+    from loraport.sweep.result import SweepResult
 
 _LINES = 10  # progress lines a group, about
 

@@ -33,6 +33,8 @@ from loraport.training.targets import select_targets
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_KEPT = "what was trained before is kept"
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -106,7 +108,7 @@ class Worker:
         self._observer = observer or SilentSweep()
         loop = setting.options.loop
         self._placement = choose_placement(loop.device, loop.dtype)
-        with faults_explained(lambda: f"loading {setting.base}", None):
+        with faults_explained(lambda: f"loading {setting.base}", lambda: _KEPT):
             device = str(self._placement.device)
             self._model: PreTrainedModel = load_base(setting.base, self._placement, device)
         selected = _select_targets(self._model, trials)
@@ -169,7 +171,7 @@ class Worker:
 
         batches, validation = self._setting.batches(self._model)
         what = trials[0].name if len(trials) == 1 else f"{len(trials)} candidates together"
-        with faults_explained(lambda: what, None):
+        with faults_explained(lambda: what, lambda: _KEPT):
             found = train_together(
                 self._model,
                 trials,

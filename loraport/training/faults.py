@@ -36,12 +36,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def faults_explained(doing: Callable[[], str], work: Path | None) -> Iterator[None]:
+def faults_explained(doing: Callable[[], str], remains: Callable[[], str]) -> Iterator[None]:
     """Turn a lack of memory or disk space into an error that says what is kept.
 
     Args:
         doing: What was being done, asked for when it fails.
-        work: Directory of the run's checkpoints.
+        remains: What is kept, asked for when it fails.
 
     Raises:
         MemoryRanOutError: If memory ran out.
@@ -53,13 +53,13 @@ def faults_explained(doing: Callable[[], str], work: Path | None) -> Iterator[No
         if not is_out_of_memory(error):
             raise
         # Not chained: the traceback would keep alive the tensors that did not fit.
-        raise MemoryRanOutError(f"{doing()}: out of memory{_size(error)}; {kept(work)}") from None
+        raise MemoryRanOutError(f"{doing()}: out of memory{_size(error)}; {remains()}") from None
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
-        where = error.filename or work or "the disk"
+        where = error.filename or "the disk"
         raise LoraportError(
-            f"{doing()}: expected space to write to {where}, got: {error.strerror}; {kept(work)}; "
+            f"{doing()}: expected space to write to {where}, got: {error.strerror}; {remains()}; "
             "free some space and continue with --resume"
         ) from error
 

@@ -19,7 +19,7 @@ from loraport.training.batches import Row
 from loraport.training.compiled import compiled_layers
 from loraport.training.curve import draw_losses
 from loraport.training.devices import choose_placement
-from loraport.training.faults import MemoryRanOutError, faults_explained
+from loraport.training.faults import MemoryRanOutError, faults_explained, kept
 from loraport.training.frozen_base import QUANTIZED, checkpoint_activations, load_base, narrow
 from loraport.training.inject import adapter_of, attach
 from loraport.training.language_model import language_model_loss
@@ -164,7 +164,7 @@ def _train(
         liger_function(str(kind), placement.device)  # or a refusal, before anything is discarded
     if not resume and processes.first:
         shutil.rmtree(work, ignore_errors=True)
-    with faults_explained(lambda: f"loading {base}", work):
+    with faults_explained(lambda: f"loading {base}", lambda: kept(work)):
         sharded = options.loop.shard_base and processes.size > 1
         narrowed = options.base_dtype in ("bfloat16", *QUANTIZED)
         first = "cpu" if sharded or narrowed else str(placement.device)
@@ -236,7 +236,7 @@ def _train(
         dtype=str(placement.dtype).removeprefix("torch."),
         seconds=round(time.monotonic() - started, 3),
     )
-    with faults_explained(lambda: f"writing {out}", work):
+    with faults_explained(lambda: f"writing {out}", lambda: kept(work)):
         if processes.first:
             _write(out, work, adapter, result, summary, identity, force=force)
     return summary

@@ -40,7 +40,7 @@ from loraport.training.inject import detach
 from loraport.training.language_model import language_model_loss
 from loraport.training.packing import make_batches
 
-RANKS, RATES, HALVINGS = (4, 8, 16, 32), (1e-3, 3e-3), 3
+RANKS, RATES, HALVINGS = (4, 8, 16, 32), (3e-4, 1e-3), 3  # rates that are stable on any rows
 TRIALS = [
     Trial(f"r{rank} {rate:g}", LoraOptions(rank=rank, targets=tuple(TARGETS)), rate)
     for rank, rate in product(RANKS, RATES)

@@ -1,6 +1,8 @@
 """``loraport sweep`` on a tiny Llama: the same results together and apart, resumed and not."""
 
+import errno
 import json
+import os
 import re
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from loraport.cli.sweep import sweep
+from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft
 
 GRID = ("--rank", "2,4,8", "--lr", "3e-3,1e-2", "--targets", "all-linear", "--targets")
@@ -86,8 +89,6 @@ def test_bad_values(tiny_base, data, tmp_path):
     out = ("-o", tmp_path / "out")
     shown = run(tiny_base, data, *out, "--rank", "four", code=2)
     assert "expected numbers separated by commas, got 'four'" in shown.output
-    from loraport.errors import LoraportError
-
     for more, reason in (
         (("--rank", "0"), "rank: expected at least 1"),
         (("--validation-share", "0"), "give --validation"),
@@ -144,3 +145,31 @@ def require_goes_on(said, seen):
     """The one pass there is goes on after a step that was seen before, or a later one."""
     steps = [int(step) for step in re.findall(r"from step (\d+)\n", said)]
     assert not steps if not seen else seen <= steps[0] < 40, said
+
+
+def test_a_full_disk_loses_nothing_that_was_kept(tiny_base, data, tmp_path, monkeypatch):
+    from loraport.sweep import store
+
+    few = (tiny_base, data, "--rank", "2,4", "--steps", 9, "--save-every", 2, "--device", "cpu")
+    few = (*few, "--max-length", 32, "--keep-all", "--json")
+    whole = json.loads(run(*few, "-o", tmp_path / "whole").stdout)
+    real, room = store.save_contents, 10
+
+    def full(directory, *more):
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+        real(directory, *more)
+
+    monkeypatch.setattr(store, "save_contents", full)
+    out = tmp_path / "out"
+    with pytest.raises(LoraportError, match=r"No space left on device; .* kept; .*--resume"):
+        run(*few, "-o", out)
+    room = 7  # of ten that are left to write
+    with pytest.raises(LoraportError, match=r"No space left on device; .* kept; .*--resume"):
+        run(*few, "-o", out, "--resume")
+    monkeypatch.undo()
+    resumed = run(*few, "-o", out, "--resume")
+    assert re.search(r"from step [468]\n", resumed.stderr)
+    assert json.loads(resumed.stdout)["candidates"] == whole["candidates"]
