@@ -108,6 +108,13 @@ def test_every_reader_gets_the_transposed_matrix():
     assert [n.name for n in model.graph.node if n.op_type == "Transpose"] == ["shown"]
 
 
+def without(model, name):
+    found = onnx.ModelProto()
+    found.CopyFrom(model)
+    found.graph.node.remove(next(node for node in found.graph.node if node.name == name))
+    return found
+
+
 @pytest.mark.parametrize("turned", [0, 1])
 def test_a_gemm_computes_the_same_as_product_and_sum(turned):
     numbers = np.random.default_rng(2)
@@ -124,22 +131,24 @@ def test_a_gemm_computes_the_same_as_product_and_sum(turned):
         make("Gemm", ["x", "w", "b"], ["y"], name="/layer/Gemm", **settings),
         make("Gemm", ["x", "w"], ["bare"], name="bare", transB=turned),
         make("Gemm", ["x", "w", "b"], ["scaled"], name="scaled", transB=turned, beta=2.0),
+        make("Gemm", ["x", "w"], ["old"], name="old", transB=turned, broadcast=1),  # of opset 6
         make("Gemm", ["fixed", "x"], ["free"], name="free", transB=1),
         make("Sum", ["y", "y_weight", "y_product"], ["all"], name="all"),
     ]
     model = model_of(nodes, outputs=("y", "bare", "scaled", "free", "all"), weights=weights)
     x = numbers.standard_normal((5, IN)).astype(np.float32)
-    before = run(model, x)
+    before = run(without(model, "old"), x)
     make_weights_plain(model, gemms=True)
+    model, whole = without(model, "old"), model
     for mine, true in zip(run(model, x), before, strict=True):
         np.testing.assert_allclose(mine, true, rtol=1e-4, atol=1e-4)
         assert np.abs(true).max() > 1
-    found = {node.name: node.op_type for node in model.graph.node}
-    assert found == {
+    assert {node.name: node.op_type for node in whole.graph.node} == {
         "/layer/Gemm": "MatMul",
         "/layer/Gemm/bias": "Add",
         "bare": "MatMul",
         "scaled": "Gemm",
+        "old": "Gemm",
         "free": "Gemm",
         "all": "Sum",
     }

@@ -67,7 +67,7 @@ def split_gemms(model: ModelProto) -> None:
         turned = settings.pop("transB", 0)
         if (
             node.op_type != "Gemm"
-            or any(value != _PLAIN_GEMM[name] for name, value in settings.items())
+            or any(value != _PLAIN_GEMM.get(name) for name, value in settings.items())
             or node.input[1] not in stored
         ):
             nodes.append(node)
