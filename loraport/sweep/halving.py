@@ -35,9 +35,9 @@ def step_at(steps: int, share: float) -> int:
 def worse_half(outcomes: Iterable[Outcome], share: float) -> dict[str, str]:
     """Return name → reason for those to give up after a share of their steps.
 
-    They are compared by the lowest validation loss until then. An odd one is not given up, nor is
-    one that ended before by itself. What came later is not looked at: asked again, the answer is
-    the same.
+    They are compared by the lowest validation loss until then; of equal ones the first is better.
+    An odd one is not given up, nor is one that ended before by itself. What came later is not
+    looked at: asked again, the answer is the same.
 
     Args:
         outcomes: Of all candidates, those that were given up here among them.

@@ -92,7 +92,7 @@ def train_all(
                 observer.group_finished(names=[trial.name for trial in group])
         if share == 1.0:
             return
-        reasons = worse_half(there.values(), share)
+        reasons = worse_half((there[trial.name] for trial in trials), share)
         for trial in trials:
             if trial.name in reasons and there[trial.name].paused:
                 store.give_up(trial, reasons[trial.name])
