@@ -11,7 +11,7 @@ from typing import Any
 from loraport import __version__
 from loraport.fingerprint import BaseFingerprint
 from loraport.sweep.observer import SilentSweep
-from loraport.sweep.trial import Outcome, Trial
+from loraport.sweep.trial import Trial
 from loraport.sweep.worker import Setting, Trained, Worker
 
 # The name of an observer's method, and its keyword arguments.
@@ -58,7 +58,7 @@ class RemoteWorker:
         return Loaded(platform.node(), __version__, self._worker.base_fingerprint())
 
     def train(
-        self, group: Sequence[Trial], until: float, starts: Mapping[str, Outcome]
+        self, group: Sequence[Trial], until: float, starts: Mapping[str, Trained]
     ) -> tuple[list[Trained], list[Event]]:
         """Train candidates; return them and what was told since `told` was last called.
 

@@ -19,7 +19,7 @@ from loraport.sweep.options import Spread
 from loraport.sweep.remote import Event, Loaded, RemoteWorker
 from loraport.sweep.rounds import Group, Passes
 from loraport.sweep.store import Store
-from loraport.sweep.trial import Outcome, Trial
+from loraport.sweep.trial import Trial
 from loraport.sweep.worker import Setting, Trained
 from loraport.training.interruption import Stopped, stop_requests
 
@@ -104,7 +104,7 @@ class _Hand:
         self.group: Group = ()
         self._asked: Any = None
 
-    def train(self, group: Group, until: float, starts: Mapping[str, Outcome]) -> None:
+    def train(self, group: Group, until: float, starts: Mapping[str, Trained]) -> None:
         """Train a group."""
         self.group, self.call = group, self._actor.train.remote(group, until, starts)
 

@@ -94,18 +94,15 @@ class Store:
         adapter = read_peft(path) if (path / WEIGHTS_FILE).exists() else None
         return Trained(trial, outcome, adapter, load_state(path) if outcome.paused else None)
 
-    def starts(self, trials: Sequence[Trial]) -> dict[str, Outcome]:
+    def starts(self, trials: Sequence[Trial]) -> dict[str, Trained]:
         """Return name → what those that paused go on from.
 
         Raises:
             LoraportError: If something is damaged.
         """
         there = self.outcomes(trials)
-        return {
-            trial.name: replace(there[trial.name], state=load_state(self._path(trial)))
-            for trial in trials
-            if trial.name in there and there[trial.name].paused
-        }
+        paused = [trial for trial in trials if trial.name in there and there[trial.name].paused]
+        return {trial.name: self.read(trial) for trial in paused}
 
     def give_up(self, trial: Trial, reason: str) -> None:
         """End a candidate that paused."""

@@ -30,6 +30,7 @@ from loraport.sweep.validation import row_losses
 from loraport.training import rng
 from loraport.training.checkpoints import Position
 from loraport.training.devices import Placement, choose_placement, to_device
+from loraport.training.faults import data_lines
 from loraport.training.inject import lora_layers
 from loraport.training.interruption import Stopped, StopRequest, stop_requests
 from loraport.training.modes import training_mode
@@ -220,7 +221,7 @@ class _GroupRun:
             for what, number in (("loss", value), ("gradient norm", norm)):
                 if not math.isfinite(number) and not member.failed:
                     member.failed = True
-                    member.ended = f"step {step}: its {what} was {number}"
+                    member.ended = f"step {step}: its {what} was {number}{data_lines(group)}"
             if member.failed:
                 ended.append(member)
         for member, total, norm_tensor in zip(self.running, totals, norms, strict=True):

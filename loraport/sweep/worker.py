@@ -126,7 +126,7 @@ class Worker:
         self,
         trials: Sequence[Trial],
         until: float = 1.0,
-        starts: Mapping[str, Outcome] | None = None,
+        starts: Mapping[str, Trained] | None = None,
         keep: Keep | None = None,
     ) -> list[Trained]:
         """Train a group in one pass; where that cannot be, in smaller groups.
@@ -134,11 +134,12 @@ class Worker:
         Args:
             trials: The candidates; those with dropout come alone.
             until: The share of the steps after which they pause.
-            starts: Name → outcome of those that paused, to go on from there; all after one step.
+            starts: Name → those that paused, to go on from there; all after one step.
             keep: Given the candidates as they stand, every ``save_every`` steps.
 
         Raises:
-            LoraportError: If memory runs out for a single candidate.
+            LoraportError: If memory runs out for a single candidate, or one that paused began on
+                another base.
             Stopped: After SIGINT or SIGTERM, where candidates are kept.
         """
         if self._rows_mix and len(trials) > 1:
@@ -163,7 +164,7 @@ class Worker:
         self,
         trials: Sequence[Trial],
         until: float,
-        starts: Mapping[str, Outcome],
+        starts: Mapping[str, Trained],
         keep: Keep | None,
     ) -> list[Trained]:
         def trained(outcomes: Mapping[str, Outcome]) -> list[Trained]:
@@ -180,11 +181,19 @@ class Worker:
                 self._setting.options.loop,
                 validation=validation,
                 until=until,
-                starts={trial.name: starts[trial.name] for trial in trials if trial.name in starts},
+                starts={t.name: self._start(starts[t.name]) for t in trials if t.name in starts},
                 keep=None if keep is None else lambda outcomes: keep(trained(outcomes)),
                 observer=self._observer,
             )
         return trained(found)
+
+    def _start(self, paused: Trained) -> Outcome:
+        """Return what a candidate goes on from, if that is on this base."""
+        if paused.adapter is not None and paused.adapter.base_fingerprint is not None:
+            here = self._adapted.restricted_to(paused.adapter.modules)
+            name = f"candidate {paused.trial.name}"
+            paused.adapter.base_fingerprint.require_same_base(here, name, "the base at hand")
+        return replace(paused.outcome, state=paused.state)
 
     def _trained(self, trial: Trial, outcome: Outcome) -> Trained:
         plain = replace(outcome, modules=None, state=None)

@@ -97,12 +97,13 @@ def require_finite(
     if math.isfinite(value):
         return
     raise NotFiniteError(
-        f"step {step}: expected a finite {what}, got {value}{_rows(group)}; lower the learning "
-        f"rate or look at these rows; {kept(work)}"
+        f"step {step}: expected a finite {what}, got {value}{data_lines(group)}; lower the "
+        f"learning rate or look at these rows; {kept(work)}"
     )
 
 
-def _rows(group: Sequence[Any]) -> str:
+def data_lines(group: Sequence[Any]) -> str:
+    """Name the lines of the data file that a step's batches are of, as far as they are known."""
     lines = sorted(line for batch in group for line in getattr(batch, "lines", ()))
     if not lines:
         return ""

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,3 +174,33 @@ def test_a_full_disk_loses_nothing_that_was_kept(tiny_base, data, tmp_path, monk
     resumed = run(*few, "-o", out, "--resume")
     assert re.search(r"from step [468]\n", resumed.stderr)
     assert json.loads(resumed.stdout)["candidates"] == whole["candidates"]
+
+
+def test_on_another_base_it_does_not_go_on(tiny_base, data, tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    from loraport.sweep import store
+
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    few = (base, data, "-o", tmp_path / "out", "--rank", "2", "--steps", 6, "--save-every", 2)
+    real, kept = store.Store.add, []
+
+    def add(self, trained):
+        if kept:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, trained)
+        kept.append(trained)
+
+    monkeypatch.setattr(store.Store, "add", add)
+    with pytest.raises(LoraportError, match="--resume"):
+        run(*few)
+    monkeypatch.undo()
+    weights = base / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: tensors[name] + 1}, weights, {"format": "pt"})
+    with pytest.raises(LoraportError, match=r"candidate r2-.*the base at hand"):
+        run(*few, "--resume")
+    assert not (tmp_path / "out").exists()
+    save_file(tensors, weights, {"format": "pt"})
+    assert "from step 2" in run(*few, "--resume").stderr

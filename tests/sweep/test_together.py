@@ -206,6 +206,16 @@ def test_a_candidate_that_fails_is_dropped_and_harms_no_other(make_llama, rows, 
             torch.testing.assert_close(other.lora_B, module.lora_B, rtol=1e-7, atol=1e-9)
 
 
+def test_a_candidate_that_fails_names_its_rows(make_llama, rows):
+    numbered = [replace(row, line=100 + number) for number, row in enumerate(rows)]
+    got = together(make_llama().double(), TRIALS, numbered, loss=spoiled(1, 2))
+    (batch,) = list(RowBatches(numbered[:10], 3, 0, 5).epoch(0))[1:2]
+    lines = ", ".join(map(str, sorted(batch.lines)))
+    assert len(batch.lines) == 3
+    assert got["b"].ended == f"step 2: its loss was nan in the batch of data lines {lines}"
+    assert not got["a"].ended
+
+
 def test_a_learning_rate_that_explodes_leaves_the_others_alone(make_llama, rows):
     trials = (TRIALS[0], replace(TRIALS[2], learning_rate=1e30), TRIALS[3])
     got = together(make_llama(), trials, rows, replace(OPTIONS, clip=0.0))
