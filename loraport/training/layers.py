@@ -33,31 +33,27 @@ class LoraLinear(LoraLayer):
         return (rank, layer.in_features), (layer.out_features, rank)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the adapted output; unless inputs are dropped, with the update in one node."""
-        if self.training and isinstance(self.lora_dropout, nn.Dropout):
+        """Return the adapted output; unless inputs are dropped, the update goes into the base's."""
+        modules = self._modules
+        if self.training and isinstance(modules["lora_dropout"], nn.Dropout):
             return super().forward(x)
-        weight, bias = self._frozen_weight()
-        if weight is None:
-            base = self.base_layer(x)
+        layer = modules["base_layer"]
+        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+            base = self.base_layer(x)  # quantized, or watched by someone
             adapted = add_low_rank(base, x, *self._operands(base.dtype))
         else:
+            weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+            assert weight is not None
             operands = self._operands(product_dtype(x.device.type, weight.dtype))
             adapted = lora_linear(x, weight, bias, *operands)
-        return self.refined(adapted).to(adapted.dtype)
+        return self.refined(adapted)
 
     def _operands(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Return A, B and what their product is scaled by, for products in a dtype."""
         # A compiler fuses the rounding, and would compile anew for tensors that come and go.
-        if not torch.compiler.is_compiling() and self.rounded and self.rounded[0].dtype is dtype:
+        if self.rounded and self.rounded[0].dtype is dtype and not torch.compiler.is_compiling():
             return *self.rounded, 1.0
         return *self.matrices(), self.scaling
-
-    def _frozen_weight(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Return weight ``[out, in]`` and bias, where ``x W^T`` is all that the base does."""
-        layer = self.base_layer
-        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-            return None, None  # quantized, or watched by someone
-        return layer.weight, layer.bias
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``scaling * B (A dropout(x))``."""

@@ -93,10 +93,14 @@ class LoraLayer(nn.Module):
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and B as they are multiplied: beside those whose product is subtracted."""
-        if self.initial_A is None or self.initial_B is None:
-            return self.lora_A, self.lora_B
-        both_a = torch.cat([self.lora_A, self.initial_A])
-        return both_a, torch.cat([self.lora_B, -self.initial_B], dim=1)
+        # Not as attributes, for which a module searches: this runs for every layer in every step.
+        a, b = self._parameters["lora_A"], self._parameters["lora_B"]
+        initial_a, initial_b = self._buffers["initial_A"], self._buffers["initial_B"]
+        assert a is not None
+        assert b is not None
+        if initial_a is None or initial_b is None:
+            return a, b
+        return torch.cat([a, initial_a]), torch.cat([b, -initial_b], dim=1)
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``dropout(x)`` in the dtype of ``A``, or as it is where autocast will choose."""
@@ -127,7 +131,15 @@ class LoraLayer(nn.Module):
 
         Args:
             adapted: The output of base and low-rank update.
+
+        Returns:
+            The layer's output, in the dtype of ``adapted``.
         """
+        buffers = self._buffers
+        there = (self._parameters["magnitude"], buffers["gain"], buffers["extra_bias"])
+        if all(part is None for part in there):
+            return adapted
+        dtype = adapted.dtype
         gain = self.present_gain()
         if gain is not None:
             bias = getattr(self.base_layer, "bias", None)
@@ -136,7 +148,7 @@ class LoraLayer(nn.Module):
             adapted = adapted + self.per_output(gain - 1).to(adapted.dtype) * plain
         if self.extra_bias is not None:
             adapted = adapted + self.per_output(self.extra_bias)
-        return adapted
+        return adapted.to(dtype)
 
     def present_gain(self) -> torch.Tensor | None:
         """Return the factor on each output, ``[out]``; ``None`` for plain LoRA."""
