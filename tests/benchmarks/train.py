@@ -2,6 +2,7 @@
 
     python tests/benchmarks/train.py [--rows chat] [--device cuda --dtype bfloat16] [--rounds 3]
     python tests/benchmarks/train.py --base llama-1b ...      (random weights: see random_llamas.py)
+    python tests/benchmarks/train.py --base narrow --longest 40 --steps 60    (the host's time)
 
 Every measurement is a process of its own; the three take turns, round after round. All train the
 same rows, rank 16 on all linear layers, AdamW, gradients clipped, on the same frozen base. Time is
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,7 @@ class Setting:
     steps: int = 12
     warm: int = 2
     checkpointing: int = 0
+    more: int = 0  # tokens in every row
     compile: int = 0  # of loraport's alone, as what follows
     liger: int = 0
 
@@ -82,7 +84,8 @@ def rows(setting, vocabulary):
     highest = min(40000, vocabulary)
 
     def tokens(shortest, longest):
-        return numbers.integers(3, highest, numbers.integers(shortest, longest)).tolist()
+        count = numbers.integers(shortest, longest) + setting.more
+        return numbers.integers(3, highest, count).tolist()
 
     system, made = tokens(48, 49), []
     for _ in range(setting.batch * setting.steps):
@@ -131,9 +134,8 @@ def loraport(model, setting, clock):
     if setting.checkpointing:
         checkpoint_activations(model)
     found = rows(setting, model.config.vocab_size)
-    data = make_batches(
-        model, found, setting.batch, 0, 0, packing="auto", max_length=setting.longest
-    )
+    longest = setting.longest + setting.more
+    data = make_batches(model, found, setting.batch, 0, 0, packing="auto", max_length=longest)
     options = LoopOptions(
         learning_rate=RATE, steps=setting.steps, device=setting.device, dtype=setting.dtype
     )
@@ -258,15 +260,18 @@ def compare(setting, titles=tuple(PEERS), rounds=1, apart=True):
         setting: What they train.
         titles: Which peers.
         rounds: How often.
-        apart: Each in a process of its own; otherwise memory means little.
+        apart: Each in a process of its own; otherwise memory means little on a CPU, and each has
+            rows of a few tokens more than the one before: what a GPU's libraries have planned for
+            the shapes of one must not serve the next.
 
     Raises:
         RuntimeError: If one of them fails, with its last line.
     """
     found = {title: [] for title in titles}
     for _ in range(rounds):
-        for title in titles:
-            found[title].append((measure_apart if apart else measure)(title, setting))
+        for place, title in enumerate(titles):
+            its_own = setting if apart else replace(setting, more=place)
+            found[title].append((measure_apart if apart else measure)(title, its_own))
     return {
         title: tuple(statistics.median(one[key] for one in made) for key in ("seconds", "peak"))
         for title, made in found.items()
