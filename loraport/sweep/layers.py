@@ -23,6 +23,7 @@ from loraport.training.inject import (
 from loraport.training.layers import LoraLinear
 from loraport.training.lora_layer import LoraLayer
 from loraport.training.options import LoraOptions
+from loraport.training.rounded import Matrices
 
 
 @dataclass
@@ -45,7 +46,12 @@ class CandidatesLayer(nn.Module):
         base_layer: The module adapted.
         members: Candidate → its LoRA layer; those that do not adapt this module are missing.
         present: Shared with the other layers.
+
+    Attributes:
+        stacks: The matrices of those who are present, where they are multiplied together.
     """
+
+    stacks: tuple[Stack, ...] = ()
 
     def __init__(
         self, base_layer: nn.Module, members: Mapping[str, LoraLayer], present: Present
@@ -100,8 +106,6 @@ class CandidatesLinear(CandidatesLayer):
     candidate changes its part and nothing else.
     """
 
-    _stacks: tuple[Stack, ...] = ()
-
     def arrange(self) -> None:
         """Stack the matrices of present candidates, side by side where their ranks agree."""
         there = [
@@ -115,12 +119,12 @@ class CandidatesLinear(CandidatesLayer):
         for _, run in groupby(numbered, key=lambda entry: entry[:2]):
             members = [(index, member) for _, _, index, member in run]
             stacks.append(_stack(members))
-        self._stacks = tuple(stacks)
+        self.stacks = tuple(stacks)
 
     def hand_out_gradients(self) -> None:
         """Make each member's gradients views of the stacks'."""
         names = self._present.names
-        for stack in self._stacks:
+        for stack in self.stacks:
             for at, name in enumerate(names[stack.first : stack.last]):
                 member = self._members[name]
                 member.lora_A.grad = None if stack.a.grad is None else stack.a.grad[at]
@@ -128,7 +132,7 @@ class CandidatesLinear(CandidatesLayer):
 
     def clear_gradients(self) -> None:
         """Forget the gradients of the stacks."""
-        for stack in self._stacks:
+        for stack in self.stacks:
             stack.a.grad = stack.b.grad = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -138,14 +142,14 @@ class CandidatesLinear(CandidatesLayer):
             x: ``[count * b, ..., in]``.
         """
         count = len(self._present.names)
-        if not count or not self._stacks:
+        if not count or not self.stacks:
             base: torch.Tensor = self.base_layer(x)
             return base
         _require_groups(x, count)
         layer = cast(nn.Linear, self.base_layer)
         if type(layer) is nn.Linear and layer.weight.dtype.is_floating_point:
-            return stacked_linear(x, layer.weight, layer.bias, count, self._stacks)
-        return add_stacked(layer(x), x, count, self._stacks)
+            return stacked_linear(x, layer.weight, layer.bias, count, self.stacks)
+        return add_stacked(layer(x), x, count, self.stacks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +175,12 @@ class Attached:
         self.present.names = tuple(names)
         for layer in self.layers:
             layer.arrange()
+
+    def matrices(self) -> list[Matrices]:
+        """Return all that has an A and a B, for those who are present."""
+        own = [layer for member in self.members.values() for layer in member.values()]
+        stacks = [stack for layer in self.layers for stack in layer.stacks]
+        return [*stacks] if self.layers else [*own]
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""
@@ -248,13 +258,15 @@ def _stack(members: Sequence[tuple[int, LoraLayer]]) -> Stack:
     b = torch.stack([member.lora_B.detach() for _, member in members]).requires_grad_(True)
     for at, (_, member) in enumerate(members):
         member.lora_A.data, member.lora_B.data = a.detach()[at], b.detach()[at]
-    scaling = torch.tensor([member.scaling for _, member in members], dtype=first.lora_A.dtype)
+    scalings = [member.scaling for _, member in members]
+    scaling = torch.tensor(scalings, dtype=first.lora_A.dtype)
     return Stack(
         first=members[0][0],
         last=members[-1][0] + 1,
         scaling=scaling.to(a.device).reshape(-1, 1, 1),
         a=a,
         b=b,
+        factor=scalings[0] if len(set(scalings)) == 1 else None,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from loraport.training.lora_function import product_dtype
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Stack:
     """Matrices of neighbouring candidates with one rank.
 
@@ -29,6 +29,9 @@ class Stack:
         scaling: ``[n, 1, 1]``, each candidate's scaling.
         a: ``[n, r, in]``, a leaf that collects gradients.
         b: ``[n, out, r]``, a leaf that collects gradients.
+        factor: The candidates' scaling, where it is one for all.
+        rounded: ``a`` and ``factor * b`` in the dtype of the products, while
+            `loraport.training.rounded` provides them.
     """
 
     first: int
@@ -36,11 +39,32 @@ class Stack:
     scaling: torch.Tensor
     a: torch.Tensor
     b: torch.Tensor
+    factor: float | None
+    rounded: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def to_round(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Return what is rounded, and its factor; ``None`` where there is no such factor."""
+        return None if self.factor is None else (self.a, self.b, self.factor)
 
     @property
     def rows(self) -> slice:
         """Which groups of rows it is for."""
         return slice(self.first, self.last)
+
+    def operands(self, dtype: torch.dtype) -> _Operands:
+        """Return what is multiplied, where products are in a dtype."""
+        if self.rounded is not None and self.rounded[0].dtype is dtype:
+            return _Operands(self.rows, *self.rounded, None)
+        return _Operands(self.rows, self.a, self.b, self.scaling)
+
+
+class _Operands(NamedTuple):
+    """A stack's part in a product: its groups of rows, A, B, and its scaling, if B has it not."""
+
+    rows: slice
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: torch.Tensor | None
 
 
 def stacked_linear(
@@ -60,9 +84,10 @@ def stacked_linear(
         stacks: The candidates that have matrices here; the others get the base alone.
     """
     dtype = product_dtype(x.device.type, weight.dtype)
+    operands = [stack.operands(dtype) for stack in stacks]
     with torch.autocast(x.device.type, enabled=False):
         output: torch.Tensor = _StackedLinear.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, count, stacks, dtype, *_leaves(stacks)
+            x, weight, bias, count, operands, dtype, *_leaves(operands)
         )
     return output
 
@@ -80,15 +105,16 @@ def add_stacked(
         count: Candidates in the batch.
         stacks: See `stacked_linear`.
     """
+    operands = [stack.operands(base.dtype) for stack in stacks]
     with torch.autocast(x.device.type, enabled=False):
         output: torch.Tensor = _AddStacked.apply(  # type: ignore[no-untyped-call]
-            base, x, count, stacks, *_leaves(stacks)
+            base, x, count, operands, *_leaves(operands)
         )
     return output
 
 
-def _leaves(stacks: Sequence[Stack]) -> list[torch.Tensor]:
-    return [matrix for stack in stacks for matrix in (stack.a, stack.b)]
+def _leaves(operands: Sequence[_Operands]) -> list[torch.Tensor]:
+    return [matrix for each in operands for matrix in (each.a, each.b)]
 
 
 class _StackedLinear(torch.autograd.Function):
@@ -99,15 +125,15 @@ class _StackedLinear(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         count: int,
-        stacks: Sequence[Stack],
+        operands: Sequence[_Operands],
         dtype: torch.dtype,
         *_: torch.Tensor,
     ) -> torch.Tensor:
         groups = x.reshape(count, -1, x.shape[-1]).to(dtype)  # [count, t, in]
         y = F.linear(groups, weight.to(dtype), None if bias is None else bias.to(dtype))
-        hidden = _add(y, groups, stacks)
-        ctx.save_for_backward(groups, weight, *_leaves(stacks), *hidden)
-        ctx.stacks, ctx.shape, ctx.x_dtype = stacks, x.shape, x.dtype
+        hidden = _add(y, groups, operands)
+        ctx.save_for_backward(groups, weight, *_leaves(operands), *hidden)
+        ctx.operands, ctx.shape, ctx.x_dtype = operands, x.shape, x.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -118,7 +144,7 @@ class _StackedLinear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = gradients @ weight.to(gradients.dtype)  # [count, t, in]
-        found = _gradients(gradients, groups, grad_x, ctx.stacks, rest)
+        found = _gradients(gradients, groups, grad_x, ctx.operands, rest)
         if grad_x is not None:
             grad_x = grad_x.view(ctx.shape).to(ctx.x_dtype)
         return (grad_x, None, None, None, None, None, *found)
@@ -131,14 +157,14 @@ class _AddStacked(torch.autograd.Function):
         base: torch.Tensor,
         x: torch.Tensor,
         count: int,
-        stacks: Sequence[Stack],
+        operands: Sequence[_Operands],
         *_: torch.Tensor,
     ) -> torch.Tensor:
         groups = x.reshape(count, -1, x.shape[-1]).to(base.dtype)  # [count, t, in]
         y = base.reshape(count, -1, base.shape[-1]).clone()
-        hidden = _add(y, groups, stacks)
-        ctx.save_for_backward(groups, *_leaves(stacks), *hidden)
-        ctx.stacks, ctx.shape, ctx.x_dtype = stacks, x.shape, x.dtype
+        hidden = _add(y, groups, operands)
+        ctx.save_for_backward(groups, *_leaves(operands), *hidden)
+        ctx.operands, ctx.shape, ctx.x_dtype = operands, x.shape, x.dtype
         return y.view(base.shape)
 
     @staticmethod
@@ -147,19 +173,22 @@ class _AddStacked(torch.autograd.Function):
         groups, *rest = ctx.saved_tensors
         gradients = gradient.reshape(*groups.shape[:2], -1)  # [count, t, out]
         grad_x = torch.zeros_like(groups) if ctx.needs_input_grad[1] else None
-        found = _gradients(gradients, groups, grad_x, ctx.stacks, rest)
+        found = _gradients(gradients, groups, grad_x, ctx.operands, rest)
         if grad_x is not None:
             grad_x = grad_x.view(ctx.shape).to(ctx.x_dtype)
         return (gradient, grad_x, None, None, *found)
 
 
-def _add(y: torch.Tensor, groups: torch.Tensor, stacks: Sequence[Stack]) -> list[torch.Tensor]:
+def _add(
+    y: torch.Tensor, groups: torch.Tensor, operands: Sequence[_Operands]
+) -> list[torch.Tensor]:
     """Add the updates to ``y [count, t, out]`` in place; return each stack's scaled ``A x``."""
     hidden = []
-    for stack in stacks:
-        a, b = stack.a.to(y.dtype), stack.b.to(y.dtype)
-        h = torch.bmm(groups[stack.rows], a.mT).mul_(stack.scaling)  # [n, t, r]
-        y[stack.rows].baddbmm_(h, b.mT)
+    for each in operands:
+        h = torch.bmm(groups[each.rows], each.a.to(y.dtype).mT)  # [n, t, r]
+        if each.scaling is not None:
+            h.mul_(each.scaling)
+        y[each.rows].baddbmm_(h, each.b.to(y.dtype).mT)
         hidden.append(h)
     return hidden
 
@@ -168,7 +197,7 @@ def _gradients(
     gradients: torch.Tensor,
     groups: torch.Tensor,
     grad_x: torch.Tensor | None,
-    stacks: Sequence[Stack],
+    operands: Sequence[_Operands],
     saved: Sequence[torch.Tensor],
 ) -> list[torch.Tensor]:
     """Return the gradients of all A and B; add those of ``x`` to ``grad_x`` in place.
@@ -177,17 +206,31 @@ def _gradients(
         gradients: ``[count, t, out]``.
         groups: ``[count, t, in]``, the input.
         grad_x: Of the input's shape, or ``None``.
-        stacks: As in the forward pass.
+        operands: As in the forward pass.
         saved: Every stack's A and B, then every stack's scaled ``A x``.
     """
-    matrices, hidden = saved[: 2 * len(stacks)], saved[2 * len(stacks) :]
+    matrices, hidden = saved[: 2 * len(operands)], saved[2 * len(operands) :]
     found = []
-    for stack, a, b, h in zip(stacks, matrices[::2], matrices[1::2], hidden, strict=True):
-        g = gradients[stack.rows]
-        narrow = torch.bmm(g, b.to(g.dtype)).mul_(stack.scaling)  # [n, t, r]
-        found.append(torch.bmm(narrow.mT, groups[stack.rows]).to(a.dtype))  # [n, r, in]
-        # Small side first: on a CPU that takes half the time of its transpose.
-        found.append(torch.bmm(h.mT, g).mT.to(b.dtype))  # [n, out, r]
+    for each, a, b, h in zip(operands, matrices[::2], matrices[1::2], hidden, strict=True):
+        g = gradients[each.rows]
+        narrow = torch.bmm(g, b.to(g.dtype))  # [n, t, r]
+        if each.scaling is not None:
+            narrow.mul_(each.scaling)
+        found.append(torch.bmm(narrow.mT, groups[each.rows]).to(a.dtype))  # [n, r, in]
+        found.append(_gradient_of_b(g, h).to(b.dtype))
         if grad_x is not None:
-            grad_x[stack.rows].baddbmm_(narrow, a.to(g.dtype))
+            grad_x[each.rows].baddbmm_(narrow, a.to(g.dtype))
     return found
+
+
+def _gradient_of_b(gradient: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Return ``[n, out, r]``.
+
+    Args:
+        gradient: ``[n, t, out]``.
+        hidden: ``[n, t, r]``, the scaled ``A x``.
+    """
+    if gradient.is_cpu:
+        # Small side first: on a CPU that takes half the time of its transpose.
+        return torch.bmm(hidden.mT, gradient).mT
+    return torch.bmm(gradient.mT, hidden)  # lies as B does: autograd need not copy it

@@ -31,7 +31,6 @@ from loraport.training import rng
 from loraport.training.checkpoints import Position
 from loraport.training.devices import Placement, choose_placement, to_device
 from loraport.training.faults import data_lines
-from loraport.training.inject import lora_layers
 from loraport.training.interruption import Stopped, StopRequest, stop_requests
 from loraport.training.modes import training_mode
 from loraport.training.optimizer import set_learning_rate
@@ -93,7 +92,6 @@ def train_together(
             loss=loss,
             options=options,
             placement=placement,
-            rounded=RoundedMatrices(lora_layers(model).values(), placement.dtype),
             observer=observer or SilentSweep(),
             steps=total_steps(batches, options),
             stream=BatchStream(batches, options.accumulate),
@@ -119,7 +117,6 @@ class _GroupRun:
     loss: GroupLoss
     options: LoopOptions
     placement: Placement
-    rounded: RoundedMatrices
     observer: SweepObserver
     steps: int
     stream: BatchStream
@@ -128,6 +125,7 @@ class _GroupRun:
     step: int = 0
     running: list[Member] = field(default_factory=list)
     stop: StopRequest = field(default_factory=StopRequest)
+    rounded: RoundedMatrices = field(init=False)
 
     def resume(self, starts: Mapping[str, Outcome]) -> None:
         """Go on from where candidates stood, if any did."""
@@ -299,3 +297,4 @@ class _GroupRun:
     def _set_running(self, members: list[Member]) -> None:
         self.running = list(members)
         self.attached.set_present([member.name for member in members])
+        self.rounded = RoundedMatrices(self.attached.matrices(), self.placement.dtype)

@@ -17,14 +17,7 @@ from loraport.training.lora_layer import LoraLayer
 
 
 class LoraLinear(LoraLayer):
-    """LoRA beside ``nn.Linear``.
-
-    Attributes:
-        rounded: ``A`` and ``scaling * B`` in the dtype of the products, while
-            `loraport.training.rounded` provides them.
-    """
-
-    rounded: tuple[torch.Tensor, torch.Tensor] | None = None
+    """LoRA beside ``nn.Linear``."""
 
     @staticmethod
     def shapes(base_layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -54,6 +47,12 @@ class LoraLinear(LoraLayer):
         if self.rounded and self.rounded[0].dtype is dtype and not torch.compiler.is_compiling():
             return *self.rounded, 1.0
         return *self.matrices(), self.scaling
+
+    def to_round(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Return A, B and the scaling, if they are multiplied as they are; else ``None``."""
+        if self.initial_A is not None or isinstance(self.lora_dropout, nn.Dropout):
+            return None  # put together first, or given another input
+        return self.lora_A, self.lora_B, self.scaling
 
     def low_rank(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``scaling * B (A dropout(x))``."""

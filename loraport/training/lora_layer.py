@@ -46,6 +46,8 @@ class LoraLayer(nn.Module):
     # What the canonical form has beyond low rank; set when an adapter with such parts is loaded.
     gain: torch.Tensor | None
     extra_bias: torch.Tensor | None
+    # A and scaling * B in the dtype of the products, while `loraport.training.rounded` has them.
+    rounded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -101,6 +103,10 @@ class LoraLayer(nn.Module):
         if initial_a is None or initial_b is None:
             return a, b
         return torch.cat([a, initial_a]), torch.cat([b, -initial_b], dim=1)
+
+    def to_round(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Return A, B and the scaling, if they are multiplied as they are; else ``None``."""
+        return None
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``dropout(x)`` in the dtype of ``A``, or as it is where autocast will choose."""

@@ -10,12 +10,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
-from torch import nn
 
-from loraport.training.layers import LoraLinear
-from loraport.training.lora_layer import LoraLayer
+
+class Matrices(Protocol):
+    """What has an A and a B: a layer, or a stack of several candidates'.
+
+    Attributes:
+        rounded: ``A`` and ``scaling * B``, while they are provided.
+    """
+
+    rounded: tuple[torch.Tensor, torch.Tensor] | None
+
+    def to_round(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Return A, B and the scaling, if they are multiplied as they are; else ``None``."""
+        ...
 
 
 class RoundedMatrices:
@@ -24,17 +35,19 @@ class RoundedMatrices:
     Layers whose matrices are not narrowed stay as they are.
 
     Args:
-        layers: LoRA layers, where they are to be trained.
+        layers: LoRA layers, or what else has matrices, where they are to be trained.
         dtype: Of the products.
     """
 
-    def __init__(self, layers: Iterable[LoraLayer], dtype: torch.dtype) -> None:
-        self._layers = [
-            layer for layer in layers if isinstance(layer, LoraLinear) and _narrowed(layer, dtype)
+    def __init__(self, layers: Iterable[Matrices], dtype: torch.dtype) -> None:
+        found = [
+            (layer, parts)
+            for layer in layers
+            if (parts := layer.to_round()) is not None and _narrowed(parts[0].dtype, dtype)
         ]
-        self._scalings = [layer.scaling for layer in self._layers]
-        a, b = ([getattr(layer, name) for layer in self._layers] for name in ("lora_A", "lora_B"))
-        self._matrices: list[torch.Tensor] = [*a, *b]
+        self._layers = [layer for layer, _ in found]
+        self._scalings = [scaling for _, (_, _, scaling) in found]
+        self._matrices = [a for _, (a, _, _) in found] + [b for _, (_, b, _) in found]
         self._rounded = [
             torch.empty_like(matrix, dtype=dtype, requires_grad=True) for matrix in self._matrices
         ]
@@ -92,10 +105,5 @@ class RoundedMatrices:
                 matrix.grad += gradient
 
 
-def _narrowed(layer: LoraLinear, dtype: torch.dtype) -> bool:
-    return (
-        layer.lora_A.dtype is torch.float32
-        and torch.promote_types(torch.float32, dtype) is not dtype
-        and layer.initial_A is None  # such matrices are put together first
-        and not isinstance(layer.lora_dropout, nn.Dropout)
-    )
+def _narrowed(present: torch.dtype, dtype: torch.dtype) -> bool:
+    return present is torch.float32 and torch.promote_types(present, dtype) is not dtype
