@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +17,9 @@ _KINDS = 64
 
 
 @contextlib.contextmanager
-def compiled_layers(model: nn.Module, backend: str = "inductor") -> Iterator[None]:
+def compiled_layers(
+    model: nn.Module, backend: str | Callable[..., Any] = "inductor"
+) -> Iterator[None]:
     """Let the layers of a model run compiled, as one kind of layer for batches of any length.
 
     Layers, not the whole model: they are alike, so one is compiled for all, in a fraction of the
