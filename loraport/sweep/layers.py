@@ -178,9 +178,9 @@ class Attached:
 
     def matrices(self) -> list[Matrices]:
         """Return all that has an A and a B, for those who are present."""
-        own = [layer for member in self.members.values() for layer in member.values()]
-        stacks = [stack for layer in self.layers for stack in layer.stacks]
-        return [*stacks] if self.layers else [*own]
+        if self.layers:
+            return [stack for layer in self.layers for stack in layer.stacks]
+        return [layer for member in self.members.values() for layer in member.values()]
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""

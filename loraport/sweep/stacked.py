@@ -2,8 +2,8 @@
 
 A batch of ``count`` candidates has ``count * b`` rows, the first ``b`` of them the first
 candidate's. Candidates that stand side by side and have one rank share a stack, so that their
-small products run as one batched product, without padding to the largest rank. As in
-`loraport.training.lora_function`, a layer is one node of autograd's graph, and ``W`` is frozen.
+small products run as one batched product, without padding to the largest rank. A layer is one node
+of autograd's graph for all of them, and ``W`` is frozen.
 """
 
 from __future__ import annotations
