@@ -7,7 +7,7 @@ gets no gradient.
 
 Every layer comes by here in every step, and in a small model a GPU is done before the next
 operation is there. So these are torch's own operations on matrices, whose backward pass is not
-written in Python, and none of them does nothing.
+written in Python, and none is called that would do nothing.
 """
 
 from __future__ import annotations

@@ -146,6 +146,38 @@ def test_autocast_chooses_the_dtype_of_the_products():
     torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.1)
 
 
+def test_autocast_changes_nothing_where_the_base_says_the_dtype():
+    """A float64 weight, and the output of a base that is not ours."""
+    x, weight, bias, a, b = parts()
+    single = [tensor.detach().float() for tensor in (F.linear(x, weight, bias), x, a, b)]
+    calls = (lambda: lora_linear(x, weight, bias, a, b, 1.5), lambda: add_low_rank(*single, 1.5))
+    for call in calls:
+        expected = call()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = call()
+        assert got.dtype is expected.dtype
+        assert torch.equal(got, expected)
+    # The control: in bfloat16 the numbers are others.
+    assert not torch.equal(add_low_rank(*(t.bfloat16() for t in single), 1.5).float(), expected)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_gain_and_a_bias_in_float32_leave_the_dtype_of_the_base(watched):
+    torch.manual_seed(0)
+    exact = nn.Linear(5, 7)
+    layer = attach(nn.Sequential(exact.bfloat16()), LoraOptions(rank=2))["0"]
+    layer.gain, layer.extra_bias = torch.full((7,), 1.5), torch.arange(7.0)
+    if watched:
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    x = torch.randn(3, 5).bfloat16()
+    y = layer(x)
+    assert y.dtype is torch.bfloat16
+    weight, bias = exact.weight.float(), exact.bias.float()
+    expected = 1.5 * (x.float() @ weight.T) + bias + torch.arange(7.0)  # B is zero
+    torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2)  # 8 bits of mantissa
+    assert (F.linear(x, exact.weight, exact.bias).float() - expected).abs().max() > 1  # control
+
+
 def test_a_hook_on_the_base_still_sees_it_called():
     model = nn.Sequential(nn.Linear(5, 7))
     layer = attach(model, LoraOptions(rank=2))["0"]
