@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from loraport.training.batches import IGNORED, Row, TokenBatch
 
@@ -44,6 +45,20 @@ class SegmentedBatch(TokenBatch):
             known=self.learned().to(device),
             positions=self.positions.to(device),
             segments=self.segments.to(device),
+        )
+
+    def lengthened(self, length: int, pad: int) -> SegmentedBatch:
+        """Return the batch with more padding, on the right."""
+        assert self.positions is not None
+        assert self.segments is not None
+        more = (0, length - self.tokens.shape[1])
+        return SegmentedBatch(
+            F.pad(self.tokens, more, value=pad),
+            None,
+            F.pad(self.labels, more, value=IGNORED),
+            self.lines,
+            positions=F.pad(self.positions, more),
+            segments=F.pad(self.segments, more, value=_PADDING),
         )
 
     def row_numbers(self) -> tuple[torch.Tensor, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from loraport.training.output_head import logit_transform, output_head
 _WIDE = 256_000  # what a vocabulary is taken for where the head does not say
 
 
-def language_model_loss(model: nn.Module, batch: TokenBatch) -> LossSum:
+# From a model, its output head and a batch to what the model gives the head.
+HiddenStates = Callable[[nn.Module, nn.Module, TokenBatch], torch.Tensor]
+
+
+def language_model_loss(
+    model: nn.Module, batch: TokenBatch, hidden: HiddenStates | None = None
+) -> LossSum:
     """Return the summed cross entropy of the labelled tokens, each from those before it.
 
     Logits are computed only for labelled tokens and a chunk at a time (see
@@ -26,9 +33,11 @@ def language_model_loss(model: nn.Module, batch: TokenBatch) -> LossSum:
     Args:
         model: A transformers causal language model.
         batch: Tokens ``[batch, length]``.
+        hidden: Gives the head's input, ``[batch, length, dim]``; `hidden_before` where ``None``.
     """
     places = batch.learned().places  # [n]
-    total = cross_entropy_at(model, batch, places, batch.labels[:, 1:].flatten()[places])
+    targets = batch.labels[:, 1:].flatten()[places]
+    total = cross_entropy_at(model, batch, places, targets, hidden=hidden)
     return LossSum(total, places.numel(), batch.tokens.numel())
 
 
@@ -38,6 +47,7 @@ def cross_entropy_at(
     positions: torch.Tensor,
     targets: torch.Tensor,
     reduction: Reduction = "sum",
+    hidden: HiddenStates | None = None,
 ) -> torch.Tensor:
     """Return the cross entropy of the tokens that follow some positions.
 
@@ -47,23 +57,24 @@ def cross_entropy_at(
         positions: ``[n]``, indices into ``[batch, length - 1]`` flattened.
         targets: ``[n]``, the tokens that follow.
         reduction: ``"sum"`` for a scalar, ``"none"`` for each token's loss ``[n]``.
+        hidden: Gives the head's input, ``[batch, length, dim]``; `hidden_before` where ``None``.
     """
     head = output_head(model)
     transform = None if head is None else logit_transform(model, head)
     if head is None or transform is None:
         logits = logits_at(model, batch, positions)  # [n, vocab]
         return F.cross_entropy(logits.float(), targets, reduction=reduction)
-    hidden = _hidden_before(model, head, batch)  # [batch, length, dim]
-    hidden = hidden[:, :-1].flatten(0, 1).index_select(0, positions)  # [n, dim]
+    states = (hidden or hidden_before)(model, head, batch)  # [batch, length, dim]
+    states = states[:, :-1].flatten(0, 1).index_select(0, positions)  # [n, dim]
     if type(head) is nn.Linear and not head.weight.requires_grad:
         return linear_cross_entropy(
-            hidden, head.weight, head.bias, targets, transform, reduction=reduction
+            states, head.weight, head.bias, targets, transform, reduction=reduction
         )
     vocabulary: int = getattr(head, "out_features", _WIDE)
-    return module_cross_entropy(hidden, head, vocabulary, targets, transform, reduction=reduction)
+    return module_cross_entropy(states, head, vocabulary, targets, transform, reduction=reduction)
 
 
-def _hidden_before(model: nn.Module, head: nn.Module, batch: TokenBatch) -> torch.Tensor:
+def hidden_before(model: nn.Module, head: nn.Module, batch: TokenBatch) -> torch.Tensor:
     """Return what the model gives its head, ``[batch, length, dim]``; the head gets one token."""
     found: list[torch.Tensor] = []
 

@@ -150,6 +150,8 @@ class TrainOptions:
             others keep theirs: more memory, less time.
         compile: Compile the model's layers (`torch.compile`): fewer and larger kernels, after a
             minute or so; losses equal but for the order of sums.
+        cuda_graphs: Record forward and backward pass once for each shape of batch, on a GPU that
+            waits for the host; batches are padded to few lengths.
         liger_kernel: Let liger-kernel compute norms, rotations and gates on a GPU.
         packing: How rows lie in a batch: ``"auto"`` lays them end to end, their common beginning
             once, where that is less work than padding; ``"fill"`` packs as many as fit into
@@ -166,6 +168,7 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     checkpointed_layers: int | None = None
     compile: bool = False
+    cuda_graphs: bool = False
     liger_kernel: bool = False
     packing: Literal["auto", "fill", "none"] = "auto"
     base_dtype: Literal["auto", "float32", "bfloat16", "nf4", "int8"] = "auto"
@@ -179,6 +182,8 @@ class TrainOptions:
             _at_least(problems, "checkpointed_layers", self.checkpointed_layers, 1)
             if not self.gradient_checkpointing:
                 problems.add("checkpointed_layers", "gradient checkpointing, too", "none")
+        if self.cuda_graphs and self.gradient_checkpointing:
+            problems.add("cuda_graphs", "no gradient checkpointing, which asks the GPU", "both")
         if self.packing not in ("auto", "fill", "none"):
             problems.add("packing", "auto, fill or none", repr(self.packing))
         if self.base_dtype not in ("auto", "float32", "bfloat16", "nf4", "int8"):

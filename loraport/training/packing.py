@@ -16,6 +16,10 @@ from loraport.training.model_inputs import shortcuts
 from loraport.training.sharing import Idle
 
 Packing = Literal["auto", "fill", "none"]
+Layout = Callable[[Sequence[Row], int], TokenBatch]
+
+LENGTHS = 16
+_ALIGNED = 8  # tokens: what matrix units take at once
 
 
 def make_batches(
@@ -27,6 +31,7 @@ def make_batches(
     *,
     packing: Packing,
     max_length: int,
+    few_lengths: bool = False,
 ) -> RowBatches | PackedBatches:
     """Return batches of rows in the layout asked for.
 
@@ -39,12 +44,20 @@ def make_batches(
         packing: ``none`` pads, ``auto`` lays a batch's rows end to end where that is less work,
             ``fill`` packs rows into sequences of up to ``max_length`` tokens.
         max_length: Tokens of a packed sequence.
+        few_lengths: Pad batches further, to at most `LENGTHS` lengths of each layout, for what is
+            prepared once for a shape.
 
     Raises:
         LoraportError: If rows are to be packed that the model would mix.
     """
+    longest = max(len(row.tokens) for row in rows)
+
+    def in_layout(layout: Layout) -> RowBatches:
+        chosen = in_few_lengths(layout, longest, batch_size) if few_lengths else layout
+        return RowBatches(rows, batch_size, pad, seed, layout=chosen)
+
     if packing == "none":
-        return RowBatches(rows, batch_size, pad, seed)
+        return in_layout(collate)
     able = shortcuts(model)
     if packing == "fill":
         if not able.rows_apart or able.longest < max_length:
@@ -57,14 +70,46 @@ def make_batches(
                 f"packing: expected a model that keeps packed rows apart, got "
                 f"{type(model).__name__}: {reason}, or use --packing none"
             )
-        return PackedBatches(rows, batch_size, pad, seed, max_length)
+        return PackedBatches(rows, batch_size, pad, seed, max_length, few_lengths=few_lengths)
     if not able.rows_apart:
-        return RowBatches(rows, batch_size, pad, seed)
+        return in_layout(collate)
     width = getattr(getattr(model, "config", None), "hidden_size", None) or 1024
-    return RowBatches(rows, batch_size, pad, seed, layout=cheapest_layout(width, able.longest))
+    return in_layout(cheapest_layout(width, able.longest))
 
 
-def cheapest_layout(width: int, longest: int) -> Callable[[Sequence[Row], int], TokenBatch]:
+def in_few_lengths(layout: Layout, longest: int, batch_size: int) -> Layout:
+    """Return a layout whose batches are padded further, so that many have the same shape.
+
+    Lengths are multiples of a part of the largest, not powers: padding then costs the same few
+    tokens at any length, and never more than a part of the longest batch.
+
+    Args:
+        layout: Makes the batches.
+        longest: Tokens of the longest row.
+        batch_size: Rows of a batch at most.
+    """
+
+    def laid(rows: Sequence[Row], pad: int) -> TokenBatch:
+        batch = layout(rows, pad)
+        sequences, length = batch.tokens.shape
+        largest = longest * batch_size if sequences == 1 else longest
+        return batch.lengthened(_next_of_few(length, largest), pad)
+
+    return laid
+
+
+def _next_of_few(length: int, largest: int) -> int:
+    """Return the smallest of few lengths that is enough.
+
+    >>> [_next_of_few(length, 4096) for length in (1, 257, 4096, 4097)]
+    [256, 512, 4096, 4097]
+    """
+    step = -(-largest // LENGTHS)
+    step = -(-step // _ALIGNED) * _ALIGNED
+    return max(length, min(-(-length // step) * step, largest))
+
+
+def cheapest_layout(width: int, longest: int) -> Layout:
     """Return a layout that pads, or lays rows end to end where that is less work.
 
     A token passes some 12 width² weights a layer, a pair of tokens that attention looks at costs
@@ -103,6 +148,7 @@ class PackedBatches:
         seed: Decides the order; ``None`` keeps it.
         length: Tokens of a sequence at most.
         part: Of each batch, every ``part[1]``-th sequence from ``part[0]`` on.
+        few_lengths: See `make_batches`.
     """
 
     def __init__(
@@ -113,6 +159,8 @@ class PackedBatches:
         seed: int | None,
         length: int,
         part: tuple[int, int] = (0, 1),
+        *,
+        few_lengths: bool = False,
     ) -> None:
         self._rows = rows
         self._batch_size = batch_size
@@ -120,6 +168,7 @@ class PackedBatches:
         self._seed = seed
         self._length = length
         self._part = part
+        self._few_lengths = few_lengths
         shared = shared_beginning(rows)
         sizes = [len(row.tokens) - shared for row in rows]
         self._sequences = pack_by_size(sizes, length - shared)
@@ -131,7 +180,13 @@ class PackedBatches:
     def share(self, rank: int, size: int) -> PackedBatches:
         """Return the part of every batch that one of several processes computes."""
         return PackedBatches(
-            self._rows, self._batch_size, self._pad, self._seed, self._length, (rank, size)
+            self._rows,
+            self._batch_size,
+            self._pad,
+            self._seed,
+            self._length,
+            (rank, size),
+            few_lengths=self._few_lengths,
         )
 
     def epoch(self, number: int) -> Iterator[TokenBatch | Idle]:
@@ -147,6 +202,9 @@ class PackedBatches:
                 [self._rows[index] for index in self._sequences[i]] for i in mine or chosen[:1]
             ]
             batch = lay_end_to_end(sequences, self._pad)
+            if self._few_lengths:
+                length = _next_of_few(batch.tokens.shape[1], self._length)
+                batch = batch.lengthened(length, self._pad)
             yield batch if mine else Idle(batch)
 
 

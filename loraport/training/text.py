@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from loraport.output import new_directory, refuse_existing
 from loraport.peft_layout.write import peft_contents, save_contents
 from loraport.training.batches import Row
 from loraport.training.compiled import compiled_layers
+from loraport.training.cuda_graphs import RecordedPasses
 from loraport.training.curve import draw_losses
 from loraport.training.devices import choose_placement
 from loraport.training.faults import MemoryRanOutError, faults_explained, kept
@@ -184,6 +186,8 @@ def _train(
         checkpoint_activations(model, options.checkpointed_layers)
     pad = padding_token(tokenizer)
 
+    hidden = RecordedPasses(model, placement.device) if options.cuda_graphs else None
+
     def batches(part: tuple[Row, ...], seed: int | None) -> Batches:
         return make_batches(
             model,
@@ -193,6 +197,7 @@ def _train(
             seed,
             packing=options.packing,
             max_length=rows.length,
+            few_lengths=options.cuda_graphs and seed is not None,
         )
 
     data_batches = batches(rows.train, options.loop.seed)
@@ -203,7 +208,7 @@ def _train(
         result = train(
             model,
             data_batches,
-            language_model_loss,
+            partial(language_model_loss, hidden=hidden),
             options.loop,
             validation=held_out,
             work=work,
@@ -265,7 +270,11 @@ def _memory_savers(options: TrainOptions) -> str:
 
 
 def _refuse_for_processes(options: TrainOptions, processes: Processes) -> None:
-    flags = {"--compile": options.compile, "--liger-kernel": options.liger_kernel}
+    flags = {
+        "--compile": options.compile,
+        "--cuda-graphs": options.cuda_graphs,
+        "--liger-kernel": options.liger_kernel,
+    }
     for flag in [flag for flag, given in flags.items() if given]:
         if options.loop.shard_base and processes.size > 1:
             raise LoraportError(

@@ -6,7 +6,8 @@
 
 Every measurement is a process of its own; the three take turns, round after round. All train the
 same rows, rank 16 on all linear layers, AdamW, gradients clipped, on the same frozen base. Time is
-the mean of a process's steps after the first two, the median of the rounds. Memory is the largest
+the mean of a process's steps after the first two (of the last epoch, with several), the median of
+the rounds. Memory is the largest
 resident set (on a GPU: allocated memory) after the base was loaded.
 
 Rows are 4 a step, each tool in its own batches, PEFT's shuffled and padded as a DataLoader does it:
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ from random_llamas import SHAPES, random_llama
 from loraport.base_model import load_causal_lm
 from loraport.training import LoopOptions, LoraOptions, attach, train
 from loraport.training.batches import IGNORED, Row, collate
+from loraport.training.cuda_graphs import RecordedPasses
 from loraport.training.compiled import compiled_layers
 from loraport.training.frozen_base import checkpoint_activations
 from loraport.training.language_model import language_model_loss
@@ -65,11 +68,13 @@ class Setting:
     rows: str = "text"
     longest: int = 256
     steps: int = 12
+    epochs: int = 1  # of so many steps each; where there are several, only the last counts
     warm: int = 2
     checkpointing: int = 0
     more: int = 0  # tokens in every row
     compile: int = 0  # of loraport's alone, as what follows
     liger: int = 0
+    graphs: int = 0
 
     def flags(self):
         return [f"--{key.replace('_', '-')}={value}" for key, value in asdict(self).items()]
@@ -77,6 +82,14 @@ class Setting:
     @property
     def batch(self):
         return 1 if self.rows == "long" else ROWS
+
+    @property
+    def all_steps(self):
+        return self.steps * self.epochs
+
+    @property
+    def uncounted(self):
+        return self.warm if self.epochs == 1 else self.all_steps - self.steps
 
 
 def rows(setting, vocabulary):
@@ -100,10 +113,11 @@ def rows(setting, vocabulary):
 
 
 def padded(model, setting):
-    """Batches of rows in a random order, padded to the longest."""
-    found = rows(setting, model.config.vocab_size)
-    order = np.random.default_rng(1).permutation(len(found)).reshape(-1, setting.batch)
-    return [collate([found[index] for index in part], 0) for part in order]
+    """Batches of rows in a random order each epoch, padded to the longest."""
+    found, numbers = rows(setting, model.config.vocab_size), np.random.default_rng(1)
+    orders = [numbers.permutation(len(found)) for _ in range(setting.epochs)]
+    parts = np.concatenate(orders).reshape(-1, setting.batch)
+    return [collate([found[index] for index in part], 0) for part in parts]
 
 
 class Clock(Silent):
@@ -116,14 +130,14 @@ class Clock(Silent):
         self.tick()
 
     def tick(self):
-        counts = len(self.times) + 1 in (self.setting.warm, self.setting.steps)
+        counts = len(self.times) + 1 in (self.setting.uncounted, self.setting.all_steps)
         if counts and self.setting.device == "cuda":
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
 
     def seconds(self):
         """Return the mean of the steps that count."""
-        warm = self.setting.warm
+        warm = self.setting.uncounted
         return (self.times[-1] - self.times[warm - 1]) / (len(self.times) - warm)
 
 
@@ -135,12 +149,23 @@ def loraport(model, setting, clock):
         checkpoint_activations(model)
     found = rows(setting, model.config.vocab_size)
     longest = setting.longest + setting.more
-    data = make_batches(model, found, setting.batch, 0, 0, packing="auto", max_length=longest)
+    data = make_batches(
+        model,
+        found,
+        setting.batch,
+        0,
+        0,
+        packing="auto",
+        max_length=longest,
+        few_lengths=bool(setting.graphs),
+    )
+    device = torch.device(setting.device)
+    hidden = RecordedPasses(model, device) if setting.graphs else None
     options = LoopOptions(
-        learning_rate=RATE, steps=setting.steps, device=setting.device, dtype=setting.dtype
+        learning_rate=RATE, steps=setting.all_steps, device=setting.device, dtype=setting.dtype
     )
     with compiled_layers(model) if setting.compile else contextlib.nullcontext():
-        train(model, data, language_model_loss, options, observer=clock)
+        train(model, data, partial(language_model_loss, hidden=hidden), options, observer=clock)
 
 
 def peft_model(model, setting):
@@ -193,7 +218,7 @@ def peft_trainer(model, setting, clock):
     with tempfile.TemporaryDirectory() as scratch:
         options = TrainingArguments(
             scratch,
-            max_steps=setting.steps,
+            max_steps=setting.all_steps,
             per_device_train_batch_size=1,  # a batch of rows that are already side by side
             learning_rate=RATE,
             save_strategy="no",

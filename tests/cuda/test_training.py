@@ -1,7 +1,10 @@
 """Training on a GPU: the same numbers as float64 on the CPU, exact resume, quantized bases."""
 
+import contextlib
 import copy
 import shutil
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +12,12 @@ import torch.nn.functional as F
 from tiny_llm import SIZES
 from torch import nn
 
+from loraport.errors import LoraportError
 from loraport.training import LoopOptions, LoraOptions, adapter_of, attach, train
+from loraport.training.batches import Row
+from loraport.training.cuda_graphs import RecordedPasses
+from loraport.training.language_model import language_model_loss
+from loraport.training.packing import make_batches
 
 
 @pytest.fixture
@@ -69,6 +77,82 @@ def test_compiled_layers_have_the_same_losses(llama, options):
     for (_, mine), (_, other) in zip(got, expected, strict=True):
         assert mine == pytest.approx(other, abs=1e-3)  # 24-bit mantissas, sums in another order
     assert expected[0][1] - expected[-1][1] > 2e-3
+
+
+def text_batches(model):
+    """Rows of many lengths in few shapes."""
+    numbers = torch.Generator().manual_seed(5)
+    rows = []
+    for index in range(24):
+        tokens = torch.randint(250, (4 + 3 * (index % 5),), generator=numbers).tolist()
+        rows.append(Row(tuple(tokens), tuple(tokens)))
+    return make_batches(model, rows, 4, 0, 0, packing="auto", max_length=32, few_lengths=True)
+
+
+def recorded(model, options, lora, **more):
+    """Train with recorded passes; the losses, and what records."""
+    attach(model, lora)
+    model.to("cuda")  # the head is measured where it will be
+    hidden = RecordedPasses(model, torch.device("cuda"))
+    loss = partial(language_model_loss, hidden=hidden)
+    return train(model, text_batches(model), loss, options, **more).losses, hidden
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
+@pytest.mark.parametrize("more", ["", "compile", "liger"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "lora", [LoraOptions(rank=4), LoraOptions(rank=4, use_dora=True), LoraOptions(rank=4, alpha=3)]
+)
+def test_recorded_passes_have_the_same_losses(llama, lora, dtype, more):
+    options = loop(steps=30, accumulate=2, dtype=dtype, learning_rate=0.01)
+    attach(plain := copy.deepcopy(llama), lora)
+    expected = train(plain, text_batches(plain), language_model_loss, options).losses
+    compiled = contextlib.nullcontext()
+    if more == "liger":
+        pytest.importorskip("liger_kernel")
+        from loraport.training.liger_kernels import use_liger_kernels
+
+        use_liger_kernels(llama, torch.device("cuda"))
+    if more == "compile":
+        from loraport.training.compiled import compiled_layers
+
+        compiled = compiled_layers(llama)
+    with compiled:
+        got, hidden = recorded(llama, options, lora)
+    assert sum(made is not None for made in hidden._passes.values()) >= 2
+    bound = 1e-3 if dtype == "float32" else 2e-2
+    for (_, mine), (_, other) in zip(got, expected, strict=True):
+        assert mine == pytest.approx(other, abs=bound)
+    assert expected[0][1] - expected[-1][1] > 4 * bound
+
+
+def test_a_recorded_run_resumed_equals_one_never_stopped(llama, tmp_path):
+    """Shapes are recorded at other steps then; what is dropped out is the same."""
+    lora = LoraOptions(rank=4, dropout=0.2)
+    options = loop(steps=24, save_every=11, keep=9)
+    fresh, other = copy.deepcopy(llama), copy.deepcopy(llama)
+    whole, _ = recorded(llama, options, lora, work=tmp_path / "whole")
+    (tmp_path / "work").mkdir()
+    shutil.copytree(tmp_path / "whole/checkpoint-00000011", tmp_path / "work/checkpoint-00000011")
+    shutil.copy(tmp_path / "whole/metrics.jsonl", tmp_path / "work")
+    resumed, _ = recorded(fresh, options, lora, work=tmp_path / "work", resume=True)
+    assert resumed == whole
+    mine, others = adapter_of(fresh), adapter_of(llama)
+    for path, module in mine.modules.items():
+        assert torch.equal(module.lora_A, others.modules[path].lora_A)
+        assert torch.equal(module.lora_B, others.modules[path].lora_B)
+    still, _ = recorded(other, replace(options, seed=1), lora)
+    assert still != whole
+
+
+def test_what_waits_for_the_gpu_cannot_be_recorded_and_says_so(llama):
+    def asks(module, inputs):
+        assert inputs[0].isfinite().all()  # the host waits for the answer
+
+    llama.model.layers[0].mlp.register_forward_pre_hook(asks)
+    with pytest.raises(LoraportError, match="--cuda-graphs: a pass of LlamaForCausalLM cannot be"):
+        recorded(llama, loop(steps=30), LoraOptions(rank=4))
 
 
 def test_liger_kernels_have_the_same_losses(llama):

@@ -1,0 +1,184 @@
+"""``--cuda-graphs``: a model's forward and backward pass recorded once for each shape of batch.
+
+A step of a small model is thousands of small operations, and a GPU waits for the host to name each.
+A CUDA graph names them all at once. What is recorded is the model up to its output head; the loss,
+whose shapes depend on how many tokens are learned, stays as it is. A recording is for one shape, so
+batches come in few lengths (`loraport.training.few_lengths`); a shape that is seen for the first
+time runs as ever, at the second time it is recorded.
+
+Source: CUDA programming guide, "CUDA Graphs"; PyTorch notes on CUDA semantics, "CUDA Graphs".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from loraport.errors import LoraportError
+from loraport.training.batches import TokenBatch
+from loraport.training.inject import lora_layers
+from loraport.training.language_model import hidden_before
+from loraport.training.output_head import logit_transform, output_head
+
+# Records what a function has a GPU do, and returns what repeats it.
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+
+_MOST = 64  # recordings: each keeps its output, and what CUDA needs to know of it
+
+
+class RecordedPasses:
+    """Gives `language_model_loss` the hidden states of a model that trains on one GPU.
+
+    Args:
+        model: A transformers causal language model with LoRA layers, in training mode when called.
+        device: Where it computes.
+        record: See `Recorder`; on a GPU where ``None``.
+
+    Raises:
+        LoraportError: If the device is no GPU, or the model's output head cannot be told apart.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, record: Recorder | None = None
+    ) -> None:
+        if record is None and device.type != "cuda":
+            raise LoraportError(
+                f"--cuda-graphs: expected a CUDA GPU, got {device}; leave out --cuda-graphs"
+            )
+        head = output_head(model)
+        if head is None or logit_transform(model, head) is None:
+            raise LoraportError(
+                f"--cuda-graphs: expected a model whose output head can be told apart, got "
+                f"{type(model).__name__}; leave out --cuda-graphs"
+            )
+        self._record = record or _gpu_recorder()
+        self._passes: dict[Hashable, _Pass | None] = {}
+        self._gradients: dict[torch.Tensor, torch.Tensor] = {}
+
+    def __call__(self, model: nn.Module, head: nn.Module, batch: TokenBatch) -> torch.Tensor:
+        """Return what the model gives its head, ``[batch, length, dim]``.
+
+        Raises:
+            LoraportError: If the model does what cannot be recorded.
+        """
+        shape = (type(batch), batch.tokens.shape, batch.mask is None)
+        known = shape in self._passes
+        if not torch.is_grad_enabled() or (not known and len(self._passes) == _MOST):
+            return hidden_before(model, head, batch)
+        if not known:
+            self._passes[shape] = None
+            return hidden_before(model, head, batch)
+        made = self._passes[shape]
+        if made is None:
+            made = _Pass(model, head, batch, self._record, self._gradients)
+            self._passes[shape] = made
+        hidden: torch.Tensor = _Replayed.apply(made.leaves[0], made, batch)  # type: ignore[no-untyped-call]
+        return hidden
+
+
+class _Pass:
+    """One recording.
+
+    Attributes:
+        leaves: The tensors that get gradients: trained matrices, and their rounded copies.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: nn.Module,
+        batch: TokenBatch,
+        record: Recorder,
+        gradients: dict[torch.Tensor, torch.Tensor],
+    ) -> None:
+        self.leaves = [p for p in model.parameters() if p.requires_grad]
+        for layer in lora_layers(model).values():
+            self.leaves += layer.rounded or ()
+        self._model, self._head = model, head
+        self._gradients = gradients  # of all recordings: one is read before another is replayed
+        self._reached: list[torch.Tensor] = []
+        self._batch = replace(batch, **{name: x.clone() for name, x in _given(batch).items()})
+        device = batch.tokens.device.type
+        dtype, on = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        try:
+            with torch.autocast(device, dtype=dtype, enabled=on, cache_enabled=False):
+                self._replay_forward = record(self._forward)
+            self._slope = torch.zeros_like(self._hidden)
+            with torch.autocast(device, enabled=False):
+                self._replay_backward = record(self._backward)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error.__context__ or error).strip().splitlines()[0]
+            raise LoraportError(
+                f"--cuda-graphs: a pass of {type(model).__name__} cannot be recorded: {reason}; "
+                "leave out --cuda-graphs"
+            ) from error
+
+    def _forward(self) -> None:
+        self._hidden = hidden_before(self._model, self._head, self._batch)
+
+    def _backward(self) -> None:
+        found = torch.autograd.grad(self._hidden, self.leaves, self._slope, allow_unused=True)
+        self._hidden = self._hidden.detach()
+        there = {leaf: g for leaf, g in zip(self.leaves, found, strict=True) if g is not None}
+        for leaf in there:
+            if leaf not in self._gradients:
+                self._gradients[leaf] = torch.empty_like(leaf)
+        self._reached = list(there)
+        torch._foreach_copy_([self._gradients[leaf] for leaf in there], list(there.values()))
+
+    def forward(self, batch: TokenBatch) -> torch.Tensor:
+        for name, tensor in _given(self._batch).items():
+            tensor.copy_(getattr(batch, name))
+        self._replay_forward()
+        return self._hidden.detach()
+
+    def backward(self, slope: torch.Tensor) -> None:
+        self._slope.copy_(slope)
+        self._replay_backward()
+        # Copies: the next replay writes where these were.
+        made = torch._foreach_mul([self._gradients[leaf] for leaf in self._reached], 1.0)
+        for leaf, gradient in zip(self._reached, made, strict=True):
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+
+
+class _Replayed(torch.autograd.Function):
+    """A recorded pass among what is not; the first argument alone says that there are gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, _: torch.Tensor, made: _Pass, batch: TokenBatch) -> torch.Tensor:
+        ctx.made = made
+        return made.forward(batch)
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[None, None, None]:
+        ctx.made.backward(slope)
+        return None, None, None
+
+
+# What a model is given of a batch.
+_GIVEN = ("tokens", "mask", "positions", "segments")
+
+
+def _given(batch: TokenBatch) -> dict[str, torch.Tensor]:
+    named = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: named[name] for name in _GIVEN if named.get(name) is not None}
+
+
+def _gpu_recorder() -> Recorder:
+    """Return what records with CUDA, all in one pool of memory: nothing of two is needed at once."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(run: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # Autograd's own thread takes part.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            run()
+        return graph.replay
+
+    return record
