@@ -65,7 +65,7 @@ class RecordedPasses:
         Raises:
             LoraportError: If the model does what cannot be recorded.
         """
-        shape = (type(batch), batch.tokens.shape, batch.mask is None)
+        shape = tuple((name, tensor.shape) for name, tensor in _given(batch).items())
         known = shape in self._passes
         if not torch.is_grad_enabled() or (not known and len(self._passes) == _MOST):
             return hidden_before(model, head, batch)
@@ -95,13 +95,16 @@ class _Pass:
         record: Recorder,
         gradients: dict[torch.Tensor, torch.Tensor],
     ) -> None:
-        self.leaves = [p for p in model.parameters() if p.requires_grad]
-        for layer in lora_layers(model).values():
-            self.leaves += layer.rounded or ()
+        matrices = [p for p in model.parameters() if p.requires_grad]
+        rounded = [each for layer in lora_layers(model).values() for each in layer.rounded or ()]
+        self.leaves = [*matrices, *rounded]
+        self._taken_at_once = set(rounded)  # their gradients, by `RoundedMatrices`
         self._model, self._head = model, head
         self._gradients = gradients  # of all recordings: one is read before another is replayed
-        self._reached: list[torch.Tensor] = []
-        self._batch = replace(batch, **{name: x.clone() for name, x in _given(batch).items()})
+        self._taken: list[torch.Tensor] = []
+        self._held: list[torch.Tensor] = []
+        copies: dict[str, Any] = {name: each.clone() for name, each in _given(batch).items()}
+        self._batch = replace(batch, **copies)
         device = batch.tokens.device.type
         dtype, on = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         try:
@@ -129,7 +132,8 @@ class _Pass:
         for leaf in there:
             if leaf not in self._gradients:
                 self._gradients[leaf] = torch.empty_like(leaf)
-        self._reached = list(there)
+        self._taken = [leaf for leaf in there if leaf in self._taken_at_once]
+        self._held = [leaf for leaf in there if leaf not in self._taken_at_once]
         torch._foreach_copy_([self._gradients[leaf] for leaf in there], list(there.values()))
 
     def forward(self, batch: TokenBatch) -> torch.Tensor:
@@ -141,9 +145,13 @@ class _Pass:
     def backward(self, slope: torch.Tensor) -> None:
         self._slope.copy_(slope)
         self._replay_backward()
+        for leaf in self._taken:
+            leaf.grad = self._gradients[leaf]
+        if not self._held:
+            return
         # Copies: the next replay writes where these were.
-        made = torch._foreach_mul([self._gradients[leaf] for leaf in self._reached], 1.0)
-        for leaf, gradient in zip(self._reached, made, strict=True):
+        made = torch._foreach_mul([self._gradients[leaf] for leaf in self._held], 1.0)
+        for leaf, gradient in zip(self._held, made, strict=True):
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
 
 
@@ -162,7 +170,7 @@ class _Replayed(torch.autograd.Function):
 
 
 # What a model is given of a batch.
-_GIVEN = ("tokens", "mask", "positions", "segments")
+_GIVEN = ("tokens", "mask", "positions", "segments", "bounds")
 
 
 def _given(batch: TokenBatch) -> dict[str, torch.Tensor]:
@@ -171,7 +179,7 @@ def _given(batch: TokenBatch) -> dict[str, torch.Tensor]:
 
 
 def _gpu_recorder() -> Recorder:
-    """Return what records with CUDA, all in one pool of memory: nothing of two is needed at once."""
+    """Return what records with CUDA, in one pool of memory: two are never under way at once."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(run: Callable[[], None]) -> Callable[[], None]:

@@ -28,15 +28,21 @@ class SegmentedBatch(TokenBatch):
         positions: ``[batch, length]`` int64, each token's place in its own row.
         segments: ``[batch, length]`` int64: 0 for what all rows of the sequence share, else the
             number of the row; -1 on padding.
+        bounds: ``[n + 1]`` int32, where rows and padding begin in ``[batch * length]``, and its
+            end as often as makes `n` a multiple of 8; known once the batch is on its device, and
+            ``None`` where rows share something.
     """
 
     positions: torch.Tensor | None = None
     segments: torch.Tensor | None = None
+    bounds: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> SegmentedBatch:
         """Return the batch on a device."""
         assert self.positions is not None
         assert self.segments is not None
+        # Looked for before a GPU would have to be asked.
+        bounds = _bounds(self.segments) if self.bounds is None else self.bounds
         return SegmentedBatch(
             tokens=self.tokens.to(device),
             mask=None,
@@ -45,6 +51,7 @@ class SegmentedBatch(TokenBatch):
             known=self.learned().to(device),
             positions=self.positions.to(device),
             segments=self.segments.to(device),
+            bounds=None if bounds is None else bounds.to(device),
         )
 
     def lengthened(self, length: int, pad: int) -> SegmentedBatch:
@@ -70,6 +77,21 @@ class SegmentedBatch(TokenBatch):
         each = self.segments.amax(dim=1)  # rows of each sequence: they are numbered from 1
         ends = each.cumsum(dim=0)
         return (self.segments - 1).clamp(min=0) + (ends - each)[:, None], int(ends[-1])
+
+
+def _bounds(segments: torch.Tensor) -> torch.Tensor | None:
+    """Return `SegmentedBatch.bounds`.
+
+    >>> _bounds(torch.tensor([[1, 1, 2, -1], [1, 1, 1, 1]])).tolist()
+    [0, 2, 3, 4, 8, 8, 8, 8, 8]
+    """
+    if bool((segments == _SHARED).any()):
+        return None
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = begins.flatten().nonzero().flatten()
+    more = 1 + -starts.numel() % 8
+    return F.pad(starts, (0, more), value=segments.numel()).to(torch.int32)
 
 
 def attention_mask(segments: torch.Tensor) -> torch.Tensor:
@@ -107,14 +129,17 @@ def shared_beginning(rows: Sequence[Row]) -> int:
     return min(common, learned - 1)
 
 
-def lay_end_to_end(sequences: Sequence[Sequence[Row]], pad: int) -> SegmentedBatch:
+def lay_end_to_end(
+    sequences: Sequence[Sequence[Row]], pad: int, *, share: bool = True
+) -> SegmentedBatch:
     """Return a batch with one sequence for each group of rows.
 
     Args:
         sequences: The rows of each sequence; every row has a token to learn after its first.
         pad: Token id to pad shorter sequences with.
+        share: Have what all rows of a sequence begin with there once.
     """
-    laid = [_sequence(rows) for rows in sequences]
+    laid = [_sequence(rows, shared_beginning(rows) if share else 0) for rows in sequences]
     length = max(len(tokens) for tokens, _, _, _ in laid)
     fills = (pad, IGNORED, 0, _PADDING)
     tensors = []
@@ -128,9 +153,10 @@ def lay_end_to_end(sequences: Sequence[Sequence[Row]], pad: int) -> SegmentedBat
     return SegmentedBatch(tokens, None, labels, lines, positions=positions, segments=segments)
 
 
-def _sequence(rows: Sequence[Row]) -> tuple[list[int], list[int], list[int], list[int]]:
+def _sequence(
+    rows: Sequence[Row], shared: int
+) -> tuple[list[int], list[int], list[int], list[int]]:
     """Return tokens, labels, positions and segments of one sequence."""
-    shared = shared_beginning(rows)
     tokens = list(rows[0].tokens[:shared])
     labels = [IGNORED] * shared
     positions = list(range(shared))

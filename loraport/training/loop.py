@@ -39,6 +39,7 @@ from loraport.training.optimizer import (
     optimizer_tensors,
     restore_optimizer,
     set_learning_rate,
+    step_where_finite,
 )
 from loraport.training.options import LoopOptions
 from loraport.training.processes import Processes, processes_now
@@ -222,6 +223,12 @@ class _Run:
         losses = tuple(log.losses())
         return TrainingResult(self.step, self.tokens, losses, validations, kept, self.fingerprint)
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the device can be told of a step before its loss is read."""
+        own = isinstance(self.optimizer, torch.optim.AdamW)
+        return own and self.placement.device.type == "cuda"
+
     def _all_steps(self, stream: BatchStream, validation: Batches | None, log: MetricsLog) -> None:
         every, save = self.options.validate_every, self.options.save_every
         groups = iter(stream)
@@ -261,17 +268,21 @@ class _Run:
         torch._foreach_mul_(gradients, 1 / weight)
         clip = self.options.clip or math.inf
         found = nn.utils.clip_grad_norm_(self.parameters.values(), clip)
+        rate = learning_rate(step, self.steps, self.options.learning_rate, self.options.warmup)
+        set_learning_rate(self.optimizer, rate)
+        figures = torch.stack([total, found.to(total)])
+        if self.ahead:
+            step_where_finite(self.optimizer, figures)
         # Read together: this is where a GPU is waited for, once a step.
-        own_total, norm = torch.stack([total, found.to(total)]).tolist()
+        own_total, norm = figures.tolist()
         (total_of_all,) = self.processes.sums(own_total)
         value, tokens = total_of_all / weight, int(counted)
         if not math.isfinite(value):
             group = [batch for part in self.processes.from_all(group) for batch in part]
         require_finite(value, "loss", step, group, self.work)
         require_finite(norm, "gradient norm", step, group, self.work)
-        rate = learning_rate(step, self.steps, self.options.learning_rate, self.options.warmup)
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
+        if not self.ahead:
+            self.optimizer.step()
         self.step, self.tokens = step, self.tokens + tokens
         log.add(
             step=step,

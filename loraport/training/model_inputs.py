@@ -39,6 +39,9 @@ class Shortcuts:
     longest: int
 
 
+# Under this name transformers finds the attention of `loraport.training.row_attention`.
+ROW_ATTENTION = "loraport_rows"
+
 _measured: weakref.WeakKeyDictionary[nn.Module, Shortcuts] = weakref.WeakKeyDictionary()
 
 
@@ -72,15 +75,35 @@ def model_inputs(model: nn.Module, batch: TokenBatch) -> dict[str, Any]:
         batch: Padded rows, or rows end to end.
     """
     if isinstance(batch, SegmentedBatch):
-        assert batch.segments is not None
-        allowed = _as_model_wants(attention_mask(batch.segments), model)
-        return _inputs(batch.tokens, allowed, batch.positions)
+        return _inputs(batch.tokens, _allowed(model, batch), batch.positions)
     # Measured whether or not this batch has padding: all processes of a run take part.
     unseen = shortcuts(model).padding_unseen
     mask = batch.mask
     if mask is not None and unseen:
         mask = None  # attention without a mask needs no [length, length] tensor
     return _inputs(batch.tokens, mask)
+
+
+def attends_within_rows(model: nn.Module) -> bool:
+    """Tell whether a model is told where rows begin, see `loraport.training.row_attention`."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == ROW_ATTENTION
+
+
+def _allowed(model: nn.Module, batch: SegmentedBatch) -> torch.Tensor:
+    """Return a mask, or where rows begin."""
+    bounds = batch.bounds if attends_within_rows(model) else None
+    if bounds is not None:
+        return bounds[None, None, None]
+    assert batch.segments is not None
+    return _as_model_wants(attention_mask(batch.segments), model)
+
+
+def trial_rows(vocabulary: int) -> list[Row]:
+    """Return two rows of seven tokens that begin alike, drawn from a vocabulary."""
+    numbers = torch.Generator().manual_seed(0)
+    drawn = torch.randint(vocabulary, (11,), generator=numbers).tolist()
+    beginning, rest = drawn[:3], (drawn[3:7], drawn[7:])
+    return [Row((*beginning, *end), (-100,) * 5 + tuple(end[2:])) for end in rest]
 
 
 def _inputs(
@@ -102,10 +125,7 @@ def _as_model_wants(mask: torch.Tensor, model: nn.Module) -> torch.Tensor:
 @torch.no_grad()
 def _measure(model: nn.Module) -> Shortcuts:
     vocabulary = _setting(model, "vocab_size") or 2
-    numbers = torch.Generator().manual_seed(0)
-    drawn = torch.randint(vocabulary, (11,), generator=numbers).tolist()
-    beginning, rest = drawn[:3], (drawn[3:7], drawn[7:])
-    rows = [Row((*beginning, *end), (-100,) * 5 + tuple(end[2:])) for end in rest]
+    rows = trial_rows(vocabulary)
     device = next(model.parameters()).device
     alone = collate(rows, 0).tokens.to(device)
     together = lay_end_to_end([rows], 0).to(device)
@@ -114,9 +134,7 @@ def _measure(model: nn.Module) -> Shortcuts:
         try:
             apart = model(**_inputs(alone, None)).logits
             short = model(**_inputs(alone[:, :5], None)).logits
-            padding = _near(
-                short, apart[:, :5], model(**_inputs(alone.flip(1), None)).logits[:, :5]
-            )
+            padding = near(short, apart[:, :5], model(**_inputs(alone.flip(1), None)).logits[:, :5])
             laid = model(**model_inputs(model, together)).logits[0]
             open_mask = _as_model_wants(attention_mask(torch.zeros_like(together.segments)), model)
             mixed = model(**_inputs(together.tokens, open_mask, together.positions)).logits[0]
@@ -124,10 +142,10 @@ def _measure(model: nn.Module) -> Shortcuts:
             # It does not take such arguments: then it is used as it wants to be.
             return Shortcuts(False, False, 0)
     expected = torch.cat([apart[0], apart[1, 3:]])  # the beginning is there once
-    return Shortcuts(padding, _near(laid, expected, mixed), attention_window(model))
+    return Shortcuts(padding, near(laid, expected, mixed), attention_window(model))
 
 
-def _near(got: torch.Tensor, expected: torch.Tensor, wrong: torch.Tensor) -> bool:
+def near(got: torch.Tensor, expected: torch.Tensor, wrong: torch.Tensor) -> bool:
     """Tell whether a result is what is expected, measured by how far a wrong one is off."""
     if got.shape != expected.shape or not bool(got.isfinite().all()):
         return False

@@ -56,6 +56,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group[_FACTOR]
 
 
+def step_where_finite(optimizer: torch.optim.Optimizer, figures: torch.Tensor) -> None:
+    """Take a step if all of some figures are finite, which the device alone looks at.
+
+    So a GPU has its next work before the host has read the last step's.
+
+    Args:
+        optimizer: Fused, of torch's own.
+        figures: Any floating-point tensor on the parameters' device.
+    """
+    # What `torch.amp.GradScaler` tells fused optimizers, where a step must not be taken.
+    optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, dict[str, torch.Tensor]]:

@@ -12,7 +12,7 @@ from torch import nn
 from loraport.errors import LoraportError
 from loraport.training.batches import Row, RowBatches, TokenBatch, collate
 from loraport.training.end_to_end import lay_end_to_end, shared_beginning
-from loraport.training.model_inputs import shortcuts
+from loraport.training.model_inputs import attends_within_rows, shortcuts
 from loraport.training.sharing import Idle
 
 Packing = Literal["auto", "fill", "none"]
@@ -74,6 +74,8 @@ def make_batches(
     if not able.rows_apart:
         return in_layout(collate)
     width = getattr(getattr(model, "config", None), "hidden_size", None) or 1024
+    if attends_within_rows(model):
+        return in_layout(cheapest_within_rows(width))
     return in_layout(cheapest_layout(width, able.longest))
 
 
@@ -131,6 +133,28 @@ def cheapest_layout(width: int, longest: int) -> Layout:
         if len(rows) > 1 and total <= longest and work_end_to_end < work_padded:
             return lay_end_to_end([rows], pad)
         return collate(rows, pad)
+
+    return layout
+
+
+def cheapest_within_rows(width: int) -> Layout:
+    """Return a layout that lays rows end to end, for a model that attends within rows.
+
+    A beginning that all rows share is there once where that is less work although it takes a mask,
+    and with it all pairs of the sequence. On a GPU a pair costs about as much as ``1 / width`` of
+    a token: measured on an H200 (bfloat16, width 2048), where attention computes at a quarter of
+    the rate of other products.
+
+    Args:
+        width: Numbers in a hidden state.
+    """
+
+    def layout(rows: Sequence[Row], pad: int) -> TokenBatch:
+        lengths = [len(row.tokens) for row in rows]
+        total = sum(lengths) - shared_beginning(rows) * (len(rows) - 1)
+        work_shared = total + total**2 / width
+        work_apart = sum(lengths) + sum(length**2 for length in lengths) / (2 * width)
+        return lay_end_to_end([rows], pad, share=work_shared < work_apart)
 
     return layout
 

@@ -51,6 +51,8 @@ class RoundedMatrices:
         self._rounded = [
             torch.empty_like(matrix, dtype=dtype, requires_grad=True) for matrix in self._matrices
         ]
+        half = len(self._layers)
+        self._pairs = list(zip(self._rounded[:half], self._rounded[half:], strict=True))
 
     @contextlib.contextmanager
     def provided(self) -> Iterator[None]:
@@ -67,22 +69,22 @@ class RoundedMatrices:
             torch._foreach_copy_(self._rounded, [*self._matrices[:half], *scaled])
             del scaled
         try:
-            for layer, a, b in zip(
-                self._layers, self._rounded[:half], self._rounded[half:], strict=True
-            ):
-                layer.rounded = (a, b)
+            # Not by setattr, for which a module looks through all it has: there are many layers.
+            for layer, pair in zip(self._layers, self._pairs, strict=True):
+                vars(layer)["rounded"] = pair
             yield
             self._hand_over()
         finally:
             for layer in self._layers:
-                layer.rounded = None
+                vars(layer)["rounded"] = None
             for rounded in self._rounded:
                 rounded.grad = None
 
     @torch.no_grad()
     def _hand_over(self) -> None:
         """Add the gradients of what was rounded to those of the matrices themselves."""
-        factors = [1.0] * len(self._layers) + self._scalings
+        half = len(self._layers)
+        factors = [1.0] * half + self._scalings
         there = [  # a layer that took no part has no gradient
             (matrix, rounded.grad, factor)
             for matrix, rounded, factor in zip(self._matrices, self._rounded, factors, strict=True)
@@ -91,18 +93,16 @@ class RoundedMatrices:
         if not there:
             return
         matrices, narrow, factors = (list(part) for part in zip(*there, strict=True))
-        sizes = [matrix.numel() for matrix in matrices]
-        flat = matrices[0].new_empty(sum(sizes))
-        wide = [
-            part.view_as(matrix) for part, matrix in zip(flat.split(sizes), matrices, strict=True)
-        ]
+        flat = matrices[0].new_empty(sum(matrix.numel() for matrix in matrices))
+        wide = list(torch._C._nn.unflatten_dense_tensors(flat, matrices))
         torch._foreach_copy_(wide, narrow)
         torch._foreach_mul_(wide, factors)
-        for matrix, gradient in zip(matrices, wide, strict=True):
-            if matrix.grad is None:
+        present = [matrix.grad for matrix in matrices]
+        for matrix, gradient, before in zip(matrices, wide, present, strict=True):
+            if before is None:
                 matrix.grad = gradient
             else:  # of an earlier part of the step, or of DoRA's norms
-                matrix.grad += gradient
+                before += gradient
 
 
 def _narrowed(present: torch.dtype, dtype: torch.dtype) -> bool:

@@ -33,6 +33,7 @@ from loraport.training.observer import Observer, Silent
 from loraport.training.options import TrainOptions
 from loraport.training.packing import make_batches
 from loraport.training.processes import Processes, processes_now
+from loraport.training.row_attention import use_row_attention
 from loraport.training.stream import Batches
 from loraport.training.targets import select_targets
 from loraport.training.text_data import TextData, digest, padding_token, read_data
@@ -181,6 +182,8 @@ def _train(
                 model.to(placement.device)  # whole: quantized layers are there already
     if options.liger_kernel:
         use_liger_kernels(model, placement.device)
+    if not (options.compile or sharded):
+        use_row_attention(model, placement)
     attach(model, options.lora)
     if options.gradient_checkpointing:
         checkpoint_activations(model, options.checkpointed_layers)

@@ -38,13 +38,15 @@ from random_llamas import SHAPES, random_llama
 from loraport.base_model import load_causal_lm
 from loraport.training import LoopOptions, LoraOptions, attach, train
 from loraport.training.batches import IGNORED, Row, collate
-from loraport.training.cuda_graphs import RecordedPasses
 from loraport.training.compiled import compiled_layers
+from loraport.training.cuda_graphs import RecordedPasses
+from loraport.training.devices import choose_placement
 from loraport.training.frozen_base import checkpoint_activations
 from loraport.training.language_model import language_model_loss
 from loraport.training.liger_kernels import use_liger_kernels
 from loraport.training.observer import Silent
 from loraport.training.packing import make_batches
+from loraport.training.row_attention import use_row_attention
 
 ROWS, RANK, RATE = 4, 16, 1e-3
 _LONGEST_CHILD = 600  # seconds
@@ -144,6 +146,8 @@ class Clock(Silent):
 def loraport(model, setting, clock):
     if setting.liger:
         use_liger_kernels(model, torch.device(setting.device))
+    if not setting.compile:
+        use_row_attention(model, choose_placement(setting.device, setting.dtype))
     attach(model, LoraOptions(rank=RANK, targets=tuple(TARGETS)))
     if setting.checkpointing:
         checkpoint_activations(model)

@@ -16,8 +16,12 @@ from loraport.errors import LoraportError
 from loraport.training import LoopOptions, LoraOptions, adapter_of, attach, train
 from loraport.training.batches import Row
 from loraport.training.cuda_graphs import RecordedPasses
+from loraport.training.devices import choose_placement
+from loraport.training.end_to_end import lay_end_to_end
+from loraport.training.inject import lora_layers
 from loraport.training.language_model import language_model_loss
 from loraport.training.packing import make_batches
+from loraport.training.row_attention import use_row_attention
 
 
 @pytest.fixture
@@ -89,18 +93,61 @@ def text_batches(model):
     return make_batches(model, rows, 4, 0, 0, packing="auto", max_length=32, few_lengths=True)
 
 
-def recorded(model, options, lora, **more):
+def recorded(model, options, lora, *, within_rows=False, **more):
     """Train with recorded passes; the losses, and what records."""
     attach(model, lora)
     model.to("cuda")  # the head is measured where it will be
+    if within_rows:
+        assert use_row_attention(model, choose_placement("cuda", options.dtype))
     hidden = RecordedPasses(model, torch.device("cuda"))
     loss = partial(language_model_loss, hidden=hidden)
     return train(model, text_batches(model), loss, options, **more).losses, hidden
 
 
+def test_attention_within_rows_has_the_gradients_of_masks(llama):
+    """Rows of other lengths, padding at the end, fewer heads of keys."""
+    numbers = torch.Generator().manual_seed(5)
+    drawn = [torch.randint(250, (n,), generator=numbers).tolist() for n in (5, 70, 33)]
+    rows = [Row(tuple(tokens), tuple(tokens)) for tokens in drawn]
+    sequences = [rows, rows[1:]]
+    batch = lay_end_to_end(sequences, 0, share=False).lengthened(128, 0).to(torch.device("cuda"))
+    others = lay_end_to_end([rows[::-1], rows[1:]], 0, share=False).to(torch.device("cuda"))
+    placement = choose_placement("cuda", "bfloat16")
+    attach(llama.to("cuda"), LoraOptions(rank=4))
+    for layer in lora_layers(llama).values():
+        nn.init.normal_(layer.lora_B, std=0.3)
+
+    def gradients(batch, model):
+        model.zero_grad()
+        with placement.autocast():
+            language_model_loss(model, batch).total.backward()
+        return {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad}
+
+    exact = copy.deepcopy(llama).double()
+    placement = choose_placement("cuda", "float32")
+    expected, wrong = gradients(batch, exact), gradients(others, exact)
+    placement = choose_placement("cuda", "bfloat16")
+    masked = gradients(batch, llama)
+    assert use_row_attention(llama, placement)
+    got = gradients(batch, llama)
+    for name, gradient in expected.items():
+        far, theirs = ((each[name] - gradient).norm() for each in (got, masked))
+        assert far < 2 * theirs + 1e-2 * gradient.norm(), name
+        assert 0 < far < 0.1 * gradient.norm(), name
+    assert any((wrong[n] - g).norm() > 0.2 * g.norm() for n, g in expected.items())
+
+
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
-@pytest.mark.parametrize("more", ["", "compile", "liger"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "more"),
+    [
+        ("float32", ""),
+        ("bfloat16", ""),
+        ("bfloat16", "rows"),
+        ("bfloat16", "liger"),
+        ("bfloat16", "compile"),
+    ],
+)
 @pytest.mark.parametrize(
     "lora", [LoraOptions(rank=4), LoraOptions(rank=4, use_dora=True), LoraOptions(rank=4, alpha=3)]
 )
@@ -119,7 +166,7 @@ def test_recorded_passes_have_the_same_losses(llama, lora, dtype, more):
 
         compiled = compiled_layers(llama)
     with compiled:
-        got, hidden = recorded(llama, options, lora)
+        got, hidden = recorded(llama, options, lora, within_rows=more == "rows")
     assert sum(made is not None for made in hidden._passes.values()) >= 2
     bound = 1e-3 if dtype == "float32" else 2e-2
     for (_, mine), (_, other) in zip(got, expected, strict=True):
@@ -147,7 +194,7 @@ def test_a_recorded_run_resumed_equals_one_never_stopped(llama, tmp_path):
 
 
 def test_what_waits_for_the_gpu_cannot_be_recorded_and_says_so(llama):
-    def asks(module, inputs):
+    def asks(_, inputs):
         assert inputs[0].isfinite().all()  # the host waits for the answer
 
     llama.model.layers[0].mlp.register_forward_pre_hook(asks)

@@ -3,18 +3,14 @@
 A recorder that runs again what it was given stands for a GPU's; the GPU's own is in ``tests/cuda``.
 """
 
-import copy
 from functools import partial
 
 import pytest
 import torch
-from torch import nn
 
-from loraport.errors import LoraportError
-from loraport.training import LoopOptions, LoraOptions, TrainOptions, adapter_of, attach, train
-from loraport.training.batches import IGNORED, Row, collate
+from loraport.training import LoopOptions, LoraOptions, adapter_of, attach, train
+from loraport.training.batches import IGNORED, Row
 from loraport.training.cuda_graphs import RecordedPasses
-from loraport.training.end_to_end import lay_end_to_end
 from loraport.training.language_model import language_model_loss
 from loraport.training.packing import make_batches
 

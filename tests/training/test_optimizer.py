@@ -1,5 +1,7 @@
 """AdamW with its state in 8 bits: near AdamW's course, resumed bit for bit."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from loraport.errors import LoraportError
 from loraport.training import LoopOptions, LoraOptions, attach, train
 from loraport.training.checkpoints import last_checkpoint, load_checkpoint
-from loraport.training.optimizer import make_optimizer
+from loraport.training.optimizer import make_optimizer, step_where_finite
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -102,3 +104,31 @@ def test_paged_needs_a_gpu_and_says_so():
 def test_a_name_it_does_not_know():
     with pytest.raises(LoraportError, match="optimizer: expected adamw, adamw-8bit or paged"):
         LoopOptions(optimizer="sgd")
+
+
+def test_a_step_is_taken_only_where_all_is_finite():
+    """Without the host having looked: matrices, moments and the count of steps stay."""
+    torch.manual_seed(0)
+    options = LoopOptions(learning_rate=0.1)
+
+    def made():
+        parameter = nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4))
+        optimizer = make_optimizer({"x.lora_A": parameter}, options, torch.device("cpu"))
+        return parameter, optimizer
+
+    plain, guarded = made(), made()
+    for turn in range(4):
+        gradient = torch.randn(3, 4)
+        for parameter, _ in (plain, guarded):
+            parameter.grad = gradient.clone()
+        plain[1].step()
+        step_where_finite(guarded[1], torch.tensor([float(turn), 2.0]))
+        before = guarded[0].detach().clone()
+        state = {k: v.clone() for k, v in guarded[1].state[guarded[0]].items()}
+        for bad in (math.nan, math.inf, -math.inf):
+            guarded[0].grad = torch.full((3, 4), bad)
+            step_where_finite(guarded[1], torch.tensor([1.0, bad]))
+        assert torch.equal(guarded[0], before)
+        assert all(torch.equal(guarded[1].state[guarded[0]][k], v) for k, v in state.items())
+    assert torch.equal(guarded[0], plain[0])
+    assert not torch.equal(guarded[0], torch.linspace(-1, 1, 12).reshape(3, 4))

@@ -19,6 +19,7 @@ from loraport.training.dry_run import dry_run
 # How far a step's loss may be from float64's: 24 bits of mantissa (TF32 off), or 8.
 _BOUNDS = {"float32": 1e-3, "bfloat16": 5e-2}
 OURS, LOOP = "loraport", "PEFT, plain loop"
+GRAPHS = f"{OURS} --cuda-graphs"
 
 
 def losses(place: Place) -> Iterator[Row]:
@@ -52,39 +53,35 @@ def next_token_loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tenso
 
 
 def speed(place: Place) -> Iterator[Row]:
-    """Step time and peak memory beside PEFT, bfloat16, in processes of their own."""
+    """Step time and peak memory beside PEFT, bfloat16, the last of some epochs."""
     titles = peers()
     if LOOP not in titles:
         yield Row("training beside PEFT", "PEFT not measured: peft is not installed")
     narrow = {"device": place.device, "dtype": "bfloat16", "base_dtype": "bfloat16"}
     for base in (place.base,) if place.tiny else (place.base, "llama-1b"):
-        sizes = {"steps": 4} if place.tiny else {"steps": 24, "warm": 6, "longest": 1024}
+        sizes = {"steps": 4} if place.tiny else {"steps": 24, "epochs": 2, "longest": 1024}
         setting = Setting(base=base, **narrow, **sizes)
         # On a GPU the allocator counts each one's memory, and starting processes takes minutes.
-        apart = place.device == "cpu" and not place.tiny
-        found = compare(setting, titles, apart=apart)
-        own_time, own_peak = found[OURS]
+        found = compare(setting, titles, apart=place.device == "cpu" and not place.tiny)
+        if place.device == "cuda":
+            # Every shape was there twice before what counts.
+            recorded = replace(setting, graphs=1, epochs=4)
+            found[GRAPHS] = compare(recorded, (OURS,), apart=False)[OURS]
+            if importlib.util.find_spec("liger_kernel") is not None:
+                # In a process of its own: it changes the model's classes.
+                found[f"{GRAPHS} --liger-kernel"] = compare(replace(recorded, liger=1), (OURS,))[
+                    OURS
+                ]
+        what = f"training {Path(base).name}, bf16, rows of 32 to {setting.longest}"
         for title, (seconds, peak) in found.items():
             figure = f"{1e3 * seconds:.1f} ms a step, peak {peak / 1e9:.2f} GB"
-            if title != OURS:
-                ratios = (
-                    f"{own_time / seconds:.3f} of the time, {own_peak / peak:.3f} of the memory"
+            if not title.startswith(OURS):
+                ours = [(name, found[name]) for name in (OURS, GRAPHS) if name in found]
+                figure += "".join(
+                    f"; {name}: {own / seconds:.3f} of the time, {high / peak:.3f} of the memory"
+                    for name, (own, high) in ours
                 )
-                figure += f"; loraport: {ratios}"
-            what = f"training {Path(base).name}, bf16, rows of 32 to {setting.longest}"
             yield Row(f"{what}, {title}", figure)
-        if place.tiny:
-            return  # kernels for a GPU alone
-        if importlib.util.find_spec("liger_kernel") is not None:
-            yield with_more(f"{what}, {OURS} --liger-kernel", replace(setting, liger=1), own_time)
-    yield with_more(f"{what}, {OURS} --compile", replace(setting, compile=1), own_time)
-
-
-def with_more(what: str, setting: Setting, plain: float) -> Row:
-    """Measure loraport with an option, in a process of its own: it changes the model's classes."""
-    ((seconds, peak),) = compare(setting, (OURS,)).values()
-    figure = f"{1e3 * seconds:.1f} ms a step, peak {peak / 1e9:.2f} GB"
-    return Row(what, f"{figure}; {seconds / plain:.3f} of the time without")
 
 
 def memory(place: Place) -> Iterator[Row]:

@@ -1,0 +1,147 @@
+"""Attention told where rows begin: what masks give, up to the kernel, which is a GPU's.
+
+A kernel that computes row by row stands for it; the GPU's own is in ``tests/cuda``.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import MistralConfig, MistralForCausalLM
+
+from loraport.training import LoraOptions, attach, row_attention
+from loraport.training.batches import IGNORED, Row
+from loraport.training.devices import Placement
+from loraport.training.end_to_end import lay_end_to_end
+from loraport.training.language_model import language_model_loss
+from loraport.training.model_inputs import attends_within_rows, model_inputs
+from loraport.training.packing import cheapest_within_rows, make_batches
+
+CPU = torch.device("cpu")
+
+
+class OnAGpu(Placement):
+    """What a GPU's says of itself, and computes here in float32."""
+
+    def __init__(self):
+        super().__init__(torch.device("cuda"), torch.bfloat16)
+
+    def autocast(self):
+        return torch.autocast("cpu", enabled=False)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The kernel, row by row; what it was asked for."""
+    seen = []
+
+    def causal_rows(query, key, value, bounds, longest, scaling):
+        ends = bounds.tolist()
+        assert ends[0] == 0
+        assert ends[-1] == len(query)
+        assert max(e - s for s, e in zip(ends, ends[1:], strict=False)) <= longest
+        seen.append(ends)
+        rows = []
+        for start, end in zip(ends, ends[1:], strict=False):
+            q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scaling, enable_gqa=True
+            )
+            rows.append(mixed[0].transpose(0, 1))
+        return torch.cat(rows)
+
+    monkeypatch.setattr(row_attention, "causal_rows", causal_rows)
+    to = row_attention.lay_end_to_end
+
+    def stays(*arguments, **named):  # there is no GPU to go to
+        batch = to(*arguments, **named)
+        return type("Stays", (), {"to": lambda _, __: batch.to(CPU)})()
+
+    monkeypatch.setattr(row_attention, "lay_end_to_end", stays)
+    return seen
+
+
+def rows(count=5):
+    numbers = torch.Generator().manual_seed(0)
+    made = []
+    for index in range(count):
+        tokens = tuple(torch.randint(250, (5 + 4 * (index % 3),), generator=numbers).tolist())
+        made.append(Row(tokens, (IGNORED,) * 2 + tokens[2:]))
+    return made
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    part = language_model_loss(model, batch.to(CPU))
+    part.total.backward()
+    return part.total.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("padded", [0, 7])
+def test_losses_and_gradients_are_those_of_masks(llama, kernel, padded):
+    attach(llama, LoraOptions(rank=4))
+    sequences = [rows(5), rows(2)]
+    batch = lay_end_to_end(sequences, 0, share=False)
+    batch = batch.lengthened(batch.tokens.shape[1] + padded, 0)
+    expected, theirs = gradients(llama, batch)
+    assert row_attention.use_row_attention(llama, OnAGpu())
+    kernel.clear()
+    got, mine = gradients(llama, batch)
+    assert len(kernel) == 2  # layers
+    torch.testing.assert_close(got, expected)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    joined = lay_end_to_end([rows(5)[:1], rows(2)], 0, share=False)
+    assert not torch.allclose(gradients(llama, joined)[0], expected)  # the control: other rows
+
+
+def test_a_shared_beginning_still_has_a_mask(llama, kernel):
+    shared = [Row((7, 8, 9, *row.tokens), (IGNORED,) * 5 + row.tokens[2:]) for row in rows(3)]
+    batch = lay_end_to_end([shared], 0)
+    assert batch.to(CPU).bounds is None
+    expected = language_model_loss(llama, batch.to(CPU)).total
+    assert row_attention.use_row_attention(llama, OnAGpu())
+    kernel.clear()
+    assert model_inputs(llama, batch.to(CPU))["attention_mask"].dtype is torch.bool
+    assert torch.equal(language_model_loss(llama, batch.to(CPU)).total, expected)
+    assert kernel == []
+
+
+def test_only_where_it_gives_what_masks_give(llama, kernel, monkeypatch):
+    """A kernel that is wrong, a model that asks for more, another precision, a CPU."""
+    assert not row_attention.use_row_attention(llama, Placement(CPU, torch.bfloat16))
+    assert not row_attention.use_row_attention(
+        llama, Placement(torch.device("cuda"), torch.float32)
+    )
+    sizes = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    windowed = MistralForCausalLM(MistralConfig(**sizes, sliding_window=64))
+    assert not row_attention.use_row_attention(windowed, OnAGpu())
+    monkeypatch.setattr(row_attention, "causal_rows", lambda q, *_: q.roll(1, 0))
+    assert not row_attention.use_row_attention(llama, OnAGpu())
+    for model in (llama, windowed):
+        assert model.config._attn_implementation == "sdpa"
+        assert not attends_within_rows(model)
+
+
+def test_what_else_a_model_asks_of_attention_is_refused():
+    x = torch.zeros(1, 2, 4, 8)
+    bounds = torch.tensor([[[[0, 4]]]], dtype=torch.int32)
+    for asked in ({"softcap": 30.0}, {"sliding_window": 8}, {"dropout": 0.1}):
+        with pytest.raises(NotImplementedError, match=next(iter(asked))):
+            row_attention.attend(None, x, x, x, bounds, **asked)
+
+
+def test_rows_are_laid_end_to_end_and_share_where_that_is_less_work(llama, kernel):
+    assert row_attention.use_row_attention(llama, OnAGpu())
+    batches = make_batches(llama, rows(8), 4, 0, 0, packing="auto", max_length=64)
+    for batch in batches.epoch(0):
+        assert batch.tokens.shape[0] == 1
+        assert batch.to(CPU).bounds.tolist()[-4:] == [batch.tokens.shape[1]] * 4
+
+    def beginning(shared, own):
+        tokens = [(*range(shared), *range(100 * i, 100 * i + own)) for i in range(1, 5)]
+        return [Row(t, (IGNORED,) * (shared + 1) + t[shared + 1 :]) for t in tokens]
+
+    layout = cheapest_within_rows(64)
+    assert layout(beginning(50, 3), 0).tokens.shape == (1, 50 + 4 * 3)
+    assert layout(beginning(3, 50), 0).tokens.shape == (1, 4 * 53)
