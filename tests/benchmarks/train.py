@@ -49,6 +49,7 @@ from loraport.training.packing import make_batches
 from loraport.training.row_attention import use_row_attention
 
 ROWS, RANK, RATE = 4, 16, 1e-3
+FIGURES = ("seconds", "peak", "reserved")
 _LONGEST_CHILD = 600  # seconds
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHOICES = {
@@ -267,10 +268,12 @@ def measure(title, setting):
         PEERS[title](model, setting, clock)
     if setting.device == "cuda":
         peak = torch.cuda.max_memory_allocated()
+        reserved = torch.cuda.max_memory_reserved()
     else:
         status = Path("/proc/self/status").read_text().splitlines()
         peak = 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    return {"seconds": clock.seconds(), "peak": peak}
+        reserved = peak
+    return {"seconds": clock.seconds(), "peak": peak, "reserved": reserved}
 
 
 def measure_apart(title, setting):
@@ -283,7 +286,7 @@ def measure_apart(title, setting):
 
 
 def compare(setting, titles=tuple(PEERS), rounds=1, apart=True):
-    """Measure peers in turns; return title → median seconds a step and peak bytes.
+    """Measure peers in turns; return title → median seconds a step, peak and reserved bytes.
 
     Args:
         setting: What they train.
@@ -302,7 +305,7 @@ def compare(setting, titles=tuple(PEERS), rounds=1, apart=True):
             its_own = setting if apart else replace(setting, more=place)
             found[title].append((measure_apart if apart else measure)(title, its_own))
     return {
-        title: tuple(statistics.median(one[key] for one in made) for key in ("seconds", "peak"))
+        title: tuple(statistics.median(one[key] for one in made) for key in FIGURES)
         for title, made in found.items()
     }
 
@@ -328,8 +331,8 @@ def main():
     kind = f"{setting.device}, {setting.dtype}, base in {setting.base_dtype}"
     print(f"{setting.base}, {kind}, {setting.batch} rows of {setting.rows} a step")
     print(f"{'':18} {'ms/step':>8} {'peak MB':>8} {'time to ours':>13} {'memory to ours':>15}")
-    own_time, own_peak = medians["loraport"]
-    for title, (step, peak) in medians.items():
+    own_time, own_peak, _ = medians["loraport"]
+    for title, (step, peak, _) in medians.items():
         ratios = f"{own_time / step:13.3f} {own_peak / peak:15.3f}"
         print(f"{title:18} {1e3 * step:8.1f} {peak / 1e6:8.0f} {ratios}")
 

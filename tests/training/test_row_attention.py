@@ -3,6 +3,8 @@
 A kernel that computes row by row stands for it; the GPU's own is in ``tests/cuda``.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,10 +40,10 @@ def kernel(monkeypatch):
         ends = bounds.tolist()
         assert ends[0] == 0
         assert ends[-1] == len(query)
-        assert max(e - s for s, e in zip(ends, ends[1:], strict=False)) <= longest
+        assert max(e - s for s, e in itertools.pairwise(ends)) <= longest
         seen.append(ends)
         rows = []
-        for start, end in zip(ends, ends[1:], strict=False):
+        for start, end in itertools.pairwise(ends):
             q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
             mixed = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scaling, enable_gqa=True
@@ -106,7 +108,8 @@ def test_a_shared_beginning_still_has_a_mask(llama, kernel):
     assert kernel == []
 
 
-def test_only_where_it_gives_what_masks_give(llama, kernel, monkeypatch):
+@pytest.mark.usefixtures("kernel")
+def test_only_where_it_gives_what_masks_give(llama, monkeypatch):
     """A kernel that is wrong, a model that asks for more, another precision, a CPU."""
     assert not row_attention.use_row_attention(llama, Placement(CPU, torch.bfloat16))
     assert not row_attention.use_row_attention(
@@ -131,7 +134,8 @@ def test_what_else_a_model_asks_of_attention_is_refused():
             row_attention.attend(None, x, x, x, bounds, **asked)
 
 
-def test_rows_are_laid_end_to_end_and_share_where_that_is_less_work(llama, kernel):
+@pytest.mark.usefixtures("kernel")
+def test_rows_are_laid_end_to_end_and_share_where_that_is_less_work(llama):
     assert row_attention.use_row_attention(llama, OnAGpu())
     batches = make_batches(llama, rows(8), 4, 0, 0, packing="auto", max_length=64)
     for batch in batches.epoch(0):

@@ -73,13 +73,14 @@ def speed(place: Place) -> Iterator[Row]:
                     OURS
                 ]
         what = f"training {Path(base).name}, bf16, rows of 32 to {setting.longest}"
-        for title, (seconds, peak) in found.items():
-            figure = f"{1e3 * seconds:.1f} ms a step, peak {peak / 1e9:.2f} GB"
+        for title, (seconds, peak, reserved) in found.items():
+            memory = f"peak {peak / 1e9:.2f} GB (reserved {reserved / 1e9:.2f})"
+            figure = f"{1e3 * seconds:.1f} ms a step, {memory}"
             if not title.startswith(OURS):
                 ours = [(name, found[name]) for name in (OURS, GRAPHS) if name in found]
                 figure += "".join(
                     f"; {name}: {own / seconds:.3f} of the time, {high / peak:.3f} of the memory"
-                    for name, (own, high) in ours
+                    for name, (own, high, _) in ours
                 )
             yield Row(f"{what}, {title}", figure)
 
@@ -106,7 +107,7 @@ def memory(place: Place) -> Iterator[Row]:
     if LOOP in peers():
         found |= compare(setting, (LOOP,), apart=not place.tiny)
     title = f"training {shape}, NF4, rank {RANK}, one row of {length}"
-    seconds, peak = found[OURS]
+    seconds, peak, _ = found[OURS]
     fits = ", ".join(
         f"{'under' if peak < size else 'OVER'} {size / 1e9:g} GB" for size in (16e9, 10e9)
     )
@@ -117,7 +118,7 @@ def memory(place: Place) -> Iterator[Row]:
         f"predicts {predicted / 1e9:.2f} GB, {predicted / peak:.3f} of the peak",
     )
     if LOOP in found:
-        seconds, peer = found[LOOP]
+        seconds, peer, _ = found[LOOP]
         figure = f"peak {peer / 1e9:.2f} GB, {seconds:.2f} s a step; loraport: {peak / peer:.3f}"
         yield Row(f"{title}, {LOOP}", f"{figure} of the memory")
     else:
