@@ -20,6 +20,7 @@ from torch import nn
 
 from loraport.errors import LoraportError
 from loraport.training.batches import TokenBatch
+from loraport.training.end_to_end import SegmentedBatch
 from loraport.training.inject import lora_layers
 from loraport.training.language_model import hidden_before
 from loraport.training.output_head import logit_transform, output_head
@@ -55,6 +56,7 @@ class RecordedPasses:
                 f"--cuda-graphs: expected a model whose output head can be told apart, got "
                 f"{type(model).__name__}; leave out --cuda-graphs"
             )
+        self._model, self._layer = model, next(iter(lora_layers(model).values()))
         self._record = record or _gpu_recorder()
         self._passes: dict[Hashable, _Pass | None] = {}
         self._gradients: dict[torch.Tensor, torch.Tensor] = {}
@@ -65,17 +67,21 @@ class RecordedPasses:
         Raises:
             LoraportError: If the model does what cannot be recorded.
         """
-        shape = tuple((name, tensor.shape) for name, tensor in _given(batch).items())
-        known = shape in self._passes
-        if not torch.is_grad_enabled() or (not known and len(self._passes) == _MOST):
+        # For other batches transformers makes masks, and other ones while something is recorded.
+        recordable = torch.is_grad_enabled() and isinstance(batch, SegmentedBatch)
+        if not recordable or model is not self._model:
             return hidden_before(model, head, batch)
-        if not known:
-            self._passes[shape] = None
+        # Another run has rounded copies of its own; those of recordings live as long as these.
+        leaves = id(self._layer.rounded[0]) if self._layer.rounded else None
+        key = (leaves, *((name, tensor.shape) for name, tensor in _given(batch).items()))
+        if key not in self._passes:
+            if len(self._passes) < _MOST:
+                self._passes[key] = None
             return hidden_before(model, head, batch)
-        made = self._passes[shape]
+        made = self._passes[key]
         if made is None:
             made = _Pass(model, head, batch, self._record, self._gradients)
-            self._passes[shape] = made
+            self._passes[key] = made
         hidden: torch.Tensor = _Replayed.apply(made.leaves[0], made, batch)  # type: ignore[no-untyped-call]
         return hidden
 
@@ -170,7 +176,7 @@ class _Replayed(torch.autograd.Function):
 
 
 # What a model is given of a batch.
-_GIVEN = ("tokens", "mask", "positions", "segments", "bounds")
+_GIVEN = ("tokens", "positions", "segments", "bounds")
 
 
 def _given(batch: TokenBatch) -> dict[str, torch.Tensor]:

@@ -50,15 +50,14 @@ def make_batches(
     Raises:
         LoraportError: If rows are to be packed that the model would mix.
     """
-    longest = max(len(row.tokens) for row in rows)
-
-    def in_layout(layout: Layout) -> RowBatches:
-        chosen = in_few_lengths(layout, longest, batch_size) if few_lengths else layout
-        return RowBatches(rows, batch_size, pad, seed, layout=chosen)
-
-    if packing == "none":
-        return in_layout(collate)
+    if packing == "none" and not few_lengths:
+        return RowBatches(rows, batch_size, pad, seed)
     able = shortcuts(model)
+    if few_lengths and not able.rows_apart:
+        raise LoraportError(
+            f"--cuda-graphs: expected a model that keeps rows apart given a mask, got "
+            f"{type(model).__name__}; leave out --cuda-graphs"
+        )
     if packing == "fill":
         if not able.rows_apart or able.longest < max_length:
             reason = (
@@ -71,12 +70,22 @@ def make_batches(
                 f"{type(model).__name__}: {reason}, or use --packing none"
             )
         return PackedBatches(rows, batch_size, pad, seed, max_length, few_lengths=few_lengths)
-    if not able.rows_apart:
-        return in_layout(collate)
     width = getattr(getattr(model, "config", None), "hidden_size", None) or 1024
-    if attends_within_rows(model):
-        return in_layout(cheapest_within_rows(width))
-    return in_layout(cheapest_layout(width, able.longest))
+    layout: Layout = collate
+    if packing == "none":
+        layout = side_by_side
+    elif attends_within_rows(model):
+        layout = cheapest_within_rows(width)
+    elif able.rows_apart:
+        layout = cheapest_layout(width, able.longest, side_by_side if few_lengths else collate)
+    if few_lengths:
+        layout = in_few_lengths(layout, max(len(row.tokens) for row in rows), batch_size)
+    return RowBatches(rows, batch_size, pad, seed, layout=layout)
+
+
+def side_by_side(rows: Sequence[Row], pad: int) -> TokenBatch:
+    """Return padded rows that say themselves where they end, whatever a model makes of padding."""
+    return lay_end_to_end([[row] for row in rows], pad)
 
 
 def in_few_lengths(layout: Layout, longest: int, batch_size: int) -> Layout:
@@ -111,7 +120,7 @@ def _next_of_few(length: int, largest: int) -> int:
     return max(length, min(-(-length // step) * step, largest))
 
 
-def cheapest_layout(width: int, longest: int) -> Layout:
+def cheapest_layout(width: int, longest: int, padded: Layout = collate) -> Layout:
     """Return a layout that pads, or lays rows end to end where that is less work.
 
     A token passes some 12 width² weights a layer, a pair of tokens that attention looks at costs
@@ -121,18 +130,19 @@ def cheapest_layout(width: int, longest: int) -> Layout:
     Args:
         width: Numbers in a hidden state.
         longest: Tokens of a sequence up to which the model keeps rows apart.
+        padded: Pads them.
     """
 
     def layout(rows: Sequence[Row], pad: int) -> TokenBatch:
         lengths = [len(row.tokens) for row in rows]
         shared = shared_beginning(rows)
         total = sum(lengths) - shared * (len(rows) - 1)
-        padded, length = len(rows) * max(lengths), max(lengths)
+        numbers, length = len(rows) * max(lengths), max(lengths)
         work_end_to_end = total + total**2 / (6 * width)
-        work_padded = padded + padded * length / (12 * width)
+        work_padded = numbers + numbers * length / (12 * width)
         if len(rows) > 1 and total <= longest and work_end_to_end < work_padded:
             return lay_end_to_end([rows], pad)
-        return collate(rows, pad)
+        return padded(rows, pad)
 
     return layout
 

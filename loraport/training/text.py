@@ -182,7 +182,8 @@ def _train(
                 model.to(placement.device)  # whole: quantized layers are there already
     if options.liger_kernel:
         use_liger_kernels(model, placement.device)
-    if not (options.compile or sharded):
+    if options.cuda_graphs:
+        # Not elsewhere: what calls its kernel is Python, and a GPU would wait for that.
         use_row_attention(model, placement)
     attach(model, options.lora)
     if options.gradient_checkpointing:

@@ -147,7 +147,7 @@ class Clock(Silent):
 def loraport(model, setting, clock):
     if setting.liger:
         use_liger_kernels(model, torch.device(setting.device))
-    if not setting.compile:
+    if setting.graphs:
         use_row_attention(model, choose_placement(setting.device, setting.dtype))
     attach(model, LoraOptions(rank=RANK, targets=tuple(TARGETS)))
     if setting.checkpointing:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from torch import nn
 
 from loraport.errors import LoraportError
 from loraport.training import LoopOptions, LoraOptions, adapter_of, attach, train
-from loraport.training.batches import Row
+from loraport.training.batches import IGNORED, Row
 from loraport.training.cuda_graphs import RecordedPasses
 from loraport.training.devices import choose_placement
 from loraport.training.end_to_end import lay_end_to_end
@@ -111,7 +112,9 @@ def test_attention_within_rows_has_the_gradients_of_masks(llama):
     rows = [Row(tuple(tokens), tuple(tokens)) for tokens in drawn]
     sequences = [rows, rows[1:]]
     batch = lay_end_to_end(sequences, 0, share=False).lengthened(128, 0).to(torch.device("cuda"))
-    others = lay_end_to_end([rows[::-1], rows[1:]], 0, share=False).to(torch.device("cuda"))
+    tokens = tuple(itertools.chain(*drawn))
+    joined = Row(tokens, tuple(itertools.chain(*([IGNORED, *each[1:]] for each in drawn))))
+    others = lay_end_to_end([[joined], rows[1:]], 0).to(torch.device("cuda"))
     placement = choose_placement("cuda", "bfloat16")
     attach(llama.to("cuda"), LoraOptions(rank=4))
     for layer in lora_layers(llama).values():
@@ -174,16 +177,18 @@ def test_recorded_passes_have_the_same_losses(llama, lora, dtype, more):
     assert expected[0][1] - expected[-1][1] > 4 * bound
 
 
-def test_a_recorded_run_resumed_equals_one_never_stopped(llama, tmp_path):
+@pytest.mark.parametrize("within_rows", [False, True])
+def test_a_recorded_run_resumed_equals_one_never_stopped(llama, within_rows, tmp_path):
     """Shapes are recorded at other steps then; what is dropped out is the same."""
     lora = LoraOptions(rank=4, dropout=0.2)
     options = loop(steps=24, save_every=11, keep=9)
     fresh, other = copy.deepcopy(llama), copy.deepcopy(llama)
-    whole, _ = recorded(llama, options, lora, work=tmp_path / "whole")
+    whole, _ = recorded(llama, options, lora, within_rows=within_rows, work=tmp_path / "whole")
     (tmp_path / "work").mkdir()
     shutil.copytree(tmp_path / "whole/checkpoint-00000011", tmp_path / "work/checkpoint-00000011")
     shutil.copy(tmp_path / "whole/metrics.jsonl", tmp_path / "work")
-    resumed, _ = recorded(fresh, options, lora, work=tmp_path / "work", resume=True)
+    work = {"work": tmp_path / "work", "resume": True}
+    resumed, _ = recorded(fresh, options, lora, within_rows=within_rows, **work)
     assert resumed == whole
     mine, others = adapter_of(fresh), adapter_of(llama)
     for path, module in mine.modules.items():
