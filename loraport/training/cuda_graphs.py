@@ -31,25 +31,35 @@ Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 _MOST = 64  # recordings: each keeps its output, and what CUDA needs to know of it
 
 
+def require_recordable(device: torch.device, *, checkpointing: bool) -> None:
+    """Refuse what cannot be recorded whatever the model.
+
+    Args:
+        device: Where it computes.
+        checkpointing: Whether activations are computed again, which asks for the random state.
+
+    Raises:
+        LoraportError: Where that is so.
+    """
+    wanted, got = "a CUDA GPU", str(device)
+    if device.type == "cuda" and checkpointing:
+        wanted, got = "activations that are kept", "--gradient-checkpointing"
+    if device.type != "cuda" or checkpointing:
+        raise LoraportError(f"--cuda-graphs: expected {wanted}, got {got}; leave out --cuda-graphs")
+
+
 class RecordedPasses:
     """Gives `language_model_loss` the hidden states of a model that trains on one GPU.
 
     Args:
         model: A transformers causal language model with LoRA layers, in training mode when called.
-        device: Where it computes.
-        record: See `Recorder`; on a GPU where ``None``.
+        record: See `Recorder`; CUDA's where ``None``.
 
     Raises:
-        LoraportError: If the device is no GPU, or the model's output head cannot be told apart.
+        LoraportError: If the model's output head cannot be told apart.
     """
 
-    def __init__(
-        self, model: nn.Module, device: torch.device, record: Recorder | None = None
-    ) -> None:
-        if record is None and device.type != "cuda":
-            raise LoraportError(
-                f"--cuda-graphs: expected a CUDA GPU, got {device}; leave out --cuda-graphs"
-            )
+    def __init__(self, model: nn.Module, record: Recorder | None = None) -> None:
         head = output_head(model)
         if head is None or logit_transform(model, head) is None:
             raise LoraportError(

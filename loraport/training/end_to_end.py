@@ -41,8 +41,8 @@ class SegmentedBatch(TokenBatch):
         """Return the batch on a device."""
         assert self.positions is not None
         assert self.segments is not None
-        # Looked for before a GPU would have to be asked.
-        bounds = _bounds(self.segments) if self.bounds is None else self.bounds
+        # Looked for once, before a GPU would have to be asked.
+        bounds = _bounds(self.segments) if self.known is None else self.bounds
         return SegmentedBatch(
             tokens=self.tokens.to(device),
             mask=None,

@@ -226,8 +226,8 @@ class _Run:
     @property
     def ahead(self) -> bool:
         """Whether the device can be told of a step before its loss is read."""
-        own = isinstance(self.optimizer, torch.optim.AdamW)
-        return own and self.placement.device.type == "cuda"
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        return bool(fused) and self.placement.device.type == "cuda"
 
     def _all_steps(self, stream: BatchStream, validation: Batches | None, log: MetricsLog) -> None:
         every, save = self.options.validate_every, self.options.save_every

@@ -182,8 +182,6 @@ class TrainOptions:
             _at_least(problems, "checkpointed_layers", self.checkpointed_layers, 1)
             if not self.gradient_checkpointing:
                 problems.add("checkpointed_layers", "gradient checkpointing, too", "none")
-        if self.cuda_graphs and self.gradient_checkpointing:
-            problems.add("cuda_graphs", "no gradient checkpointing, which asks the GPU", "both")
         if self.packing not in ("auto", "fill", "none"):
             problems.add("packing", "auto, fill or none", repr(self.packing))
         if self.base_dtype not in ("auto", "float32", "bfloat16", "nf4", "int8"):

@@ -18,7 +18,7 @@ from loraport.output import new_directory, refuse_existing
 from loraport.peft_layout.write import peft_contents, save_contents
 from loraport.training.batches import Row
 from loraport.training.compiled import compiled_layers
-from loraport.training.cuda_graphs import RecordedPasses
+from loraport.training.cuda_graphs import RecordedPasses, require_recordable
 from loraport.training.curve import draw_losses
 from loraport.training.devices import choose_placement
 from loraport.training.faults import MemoryRanOutError, faults_explained, kept
@@ -28,6 +28,7 @@ from loraport.training.language_model import language_model_loss
 from loraport.training.liger_kernels import liger_function, use_liger_kernels
 from loraport.training.lock import only_process
 from loraport.training.loop import TrainingResult, train
+from loraport.training.loss import LossFunction
 from loraport.training.metrics import METRICS_FILE
 from loraport.training.observer import Observer, Silent
 from loraport.training.options import TrainOptions
@@ -165,6 +166,8 @@ def _train(
     if options.liger_kernel:
         kind = read_model_config(resolve_base(base)).get("model_type")
         liger_function(str(kind), placement.device)  # or a refusal, before anything is discarded
+    if options.cuda_graphs:
+        require_recordable(placement.device, checkpointing=options.gradient_checkpointing)
     if not resume and processes.first:
         shutil.rmtree(work, ignore_errors=True)
     with faults_explained(lambda: f"loading {base}", lambda: kept(work)):
@@ -190,7 +193,9 @@ def _train(
         checkpoint_activations(model, options.checkpointed_layers)
     pad = padding_token(tokenizer)
 
-    hidden = RecordedPasses(model, placement.device) if options.cuda_graphs else None
+    loss: LossFunction = language_model_loss
+    if options.cuda_graphs:
+        loss = partial(language_model_loss, hidden=RecordedPasses(model))
 
     def batches(part: tuple[Row, ...], seed: int | None) -> Batches:
         return make_batches(
@@ -212,7 +217,7 @@ def _train(
         result = train(
             model,
             data_batches,
-            partial(language_model_loss, hidden=hidden),
+            loss,
             options.loop,
             validation=held_out,
             work=work,

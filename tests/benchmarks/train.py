@@ -164,8 +164,7 @@ def loraport(model, setting, clock):
         max_length=longest,
         few_lengths=bool(setting.graphs),
     )
-    device = torch.device(setting.device)
-    hidden = RecordedPasses(model, device) if setting.graphs else None
+    hidden = RecordedPasses(model) if setting.graphs else None
     options = LoopOptions(
         learning_rate=RATE, steps=setting.all_steps, device=setting.device, dtype=setting.dtype
     )

@@ -100,7 +100,7 @@ def recorded(model, options, lora, *, within_rows=False, **more):
     model.to("cuda")  # the head is measured where it will be
     if within_rows:
         assert use_row_attention(model, choose_placement("cuda", options.dtype))
-    hidden = RecordedPasses(model, torch.device("cuda"))
+    hidden = RecordedPasses(model)
     loss = partial(language_model_loss, hidden=hidden)
     return train(model, text_batches(model), loss, options, **more).losses, hidden
 

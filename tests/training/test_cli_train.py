@@ -57,6 +57,7 @@ def test_every_option_can_be_given():
             "--checkpointed-layers",
             "16",
             "--compile",
+            "--cuda-graphs",
             "--liger-kernel",
         ),
     )
@@ -100,6 +101,7 @@ def test_every_option_can_be_given():
         gradient_checkpointing=True,
         checkpointed_layers=16,
         compile=True,
+        cuda_graphs=True,
         liger_kernel=True,
         packing="fill",
         base_dtype="nf4",

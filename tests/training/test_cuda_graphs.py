@@ -14,8 +14,6 @@ from loraport.training.cuda_graphs import RecordedPasses
 from loraport.training.language_model import language_model_loss
 from loraport.training.packing import make_batches
 
-CPU = torch.device("cpu")
-
 
 class Replays:
     """Counts recordings and replays."""
@@ -50,7 +48,7 @@ def trained(model, lora, packing, loop, recorded=None, *, few=False):
     batches = make_batches(
         model, rows(16), 4, 0, 0, packing=packing, max_length=64, few_lengths=few
     )
-    hidden = None if recorded is None else RecordedPasses(model, CPU, recorded)
+    hidden = None if recorded is None else RecordedPasses(model, recorded)
     result = train(model, batches, partial(language_model_loss, hidden=hidden), loop)
     return [loss for _, loss in result.losses], adapter_of(model)
 
