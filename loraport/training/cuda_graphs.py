@@ -3,17 +3,18 @@
 A step of a small model is thousands of small operations, and a GPU waits for the host to name each.
 A CUDA graph names them all at once. What is recorded is the model up to its output head; the loss,
 whose shapes depend on how many tokens are learned, stays as it is. A recording is for one shape, so
-batches come in few lengths (`loraport.training.few_lengths`); a shape that is seen for the first
-time runs as ever, at the second time it is recorded.
+batches come in few lengths (`loraport.training.packing.in_few_lengths`); a shape that is seen for
+the first time runs as ever, at the second time it is recorded.
 
 Source: CUDA programming guide, "CUDA Graphs"; PyTorch notes on CUDA semantics, "CUDA Graphs".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import contextlib
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,8 +26,18 @@ from loraport.training.inject import lora_layers
 from loraport.training.language_model import hidden_before
 from loraport.training.output_head import logit_transform, output_head
 
-# Records what a function has a GPU do, and returns what repeats it.
-Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+
+class Recorder(Protocol):
+    """Records what functions have a device do, on a stream of work of its own."""
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Return what repeats what a function has the device do, without the function."""
+        ...
+
+    def stream(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which all that is not recorded has to run, too."""
+        ...
+
 
 _MOST = 64  # recordings: each keeps its output, and what CUDA needs to know of it
 
@@ -51,6 +62,10 @@ def require_recordable(device: torch.device, *, checkpointing: bool) -> None:
 class RecordedPasses:
     """Gives `language_model_loss` the hidden states of a model that trains on one GPU.
 
+    Training runs in the context `stream`: autograd remembers on which stream it first met a
+    matrix, and waits for that one when the matrix gets its gradient, which while another stream is
+    recorded is an error.
+
     Args:
         model: A transformers causal language model with LoRA layers, in training mode when called.
         record: See `Recorder`; CUDA's where ``None``.
@@ -67,9 +82,13 @@ class RecordedPasses:
                 f"{type(model).__name__}; leave out --cuda-graphs"
             )
         self._model, self._layer = model, next(iter(lora_layers(model).values()))
-        self._record = record or _gpu_recorder()
+        self._record = record or _OnGpu()
         self._passes: dict[Hashable, _Pass | None] = {}
         self._gradients: dict[torch.Tensor, torch.Tensor] = {}
+
+    def stream(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context to train in."""
+        return self._record.stream()
 
     def __call__(self, model: nn.Module, head: nn.Module, batch: TokenBatch) -> torch.Tensor:
         """Return what the model gives its head, ``[batch, length, dim]``.
@@ -194,15 +213,31 @@ def _given(batch: TokenBatch) -> dict[str, torch.Tensor]:
     return {name: named[name] for name in _GIVEN if named.get(name) is not None}
 
 
-def _gpu_recorder() -> Recorder:
-    """Return what records with CUDA, in one pool of memory: two are never under way at once."""
-    pool = torch.cuda.graph_pool_handle()
+class _OnGpu:
+    """CUDA's recorder, with one pool of memory: two recordings are never under way at once."""
 
-    def record(run: Callable[[], None]) -> Callable[[], None]:
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # Autograd's own thread takes part.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(
+            graph,
+            pool=self._pool,
+            stream=self._stream,
+            capture_error_mode="thread_local",  # autograd's own thread takes part
+        )
+        with torch.cuda.stream(self._stream), recording:  # which leaves its stream where it fails
             run()
         return graph.replay
 
-    return record
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[None]:
+        outside = torch.cuda.current_stream()
+        self._stream.wait_stream(outside)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            outside.wait_stream(self._stream)

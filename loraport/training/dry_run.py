@@ -30,15 +30,17 @@ class Prediction:
         kept: What does not change from step to step.
         step: What a step takes beside it on a full batch of the longest rows allowed; the
             gradients are in it.
+        recorded: What recorded passes keep beside what others take, which come in between.
     """
 
     kept: KeptMemory
     step: StepMemory
+    recorded: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.kept.beside_steps + self.step.peak
+        return self.kept.beside_steps + self.step.peak + self.recorded
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def predict(
     kept = kept_memory(
         model, options.lora, options.base_dtype, dtype, optimizer=options.loop.optimizer
     )
-    return Prediction(kept, step_memory(model, options, placement))
+    step = step_memory(model, options, placement)
+    return Prediction(kept, step, step.peak if options.cuda_graphs else 0)
 
 
 def available_memory(device: torch.device) -> int:
@@ -142,6 +145,10 @@ def _base_dtype(directory: Path, storage: str, placement: Placement) -> torch.dt
 def _lighter(options: TrainOptions, placement: Placement) -> Iterator[tuple[str, TrainOptions]]:
     """Yield what takes less memory, one change after the other, the gentlest first."""
     flags: list[str] = []
+    if options.cuda_graphs:
+        options = replace(options, cuda_graphs=False)
+        flags.append("no --cuda-graphs,")
+        yield "no --cuda-graphs", options
     if not options.gradient_checkpointing:
         options = replace(options, gradient_checkpointing=True)
         flags.append("--gradient-checkpointing")

@@ -258,7 +258,7 @@ class _Run:
         for entry in group:
             batch, counts = unpacked(entry)
             part = self._forward_and_backward(to_device(batch, self.placement.device), counts)
-            total = total.to(self.placement.device) + part.total.detach().double()
+            total = total.to(self.placement.device) + part.total.double()
             weight, tokens = weight + part.weight, tokens + part.tokens
         self.processes.sum_gradients(self.parameters.values())
         if step == 1:
@@ -306,7 +306,8 @@ class _Run:
             if not counts:
                 part = LossSum(part.total * 0, 0.0)
             part.total.backward()  # type: ignore[no-untyped-call]
-        return part
+        # Not with its graph, which would outlive the next batch.
+        return part._replace(total=part.total.detach())
 
     def _validate(self, validation: Batches | None, log: MetricsLog) -> None:
         if validation is None:

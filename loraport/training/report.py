@@ -121,7 +121,10 @@ def memory_table(found: DryRun) -> Table:
         "a step at its peak": found.prediction.step.peak,
         "  activations of a full batch": found.prediction.step.activations,
         "  gradients": kept.gradients,
+        "recorded passes": found.prediction.recorded,
     }.items():
+        if name == "recorded passes" and not count:
+            continue
         table.add_row(name, f"{count / 1e9:.3f}")
     table.add_section()
     table.add_row("in all", f"{found.prediction.total / 1e9:.3f}")

@@ -194,8 +194,10 @@ def _train(
     pad = padding_token(tokenizer)
 
     loss: LossFunction = language_model_loss
+    where: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if options.cuda_graphs:
-        loss = partial(language_model_loss, hidden=RecordedPasses(model))
+        recorded = RecordedPasses(model)
+        loss, where = partial(language_model_loss, hidden=recorded), recorded.stream()
 
     def batches(part: tuple[Row, ...], seed: int | None) -> Batches:
         return make_batches(
@@ -213,7 +215,7 @@ def _train(
     held_out = batches(rows.validation, None) if rows.validation else None
     started = time.monotonic()
     compiled = compiled_layers(model) if options.compile else contextlib.nullcontext()
-    with compiled:
+    with compiled, where:
         result = train(
             model,
             data_batches,
@@ -268,7 +270,9 @@ def _memory_savers(options: TrainOptions) -> str:
     if size > 1:
         accumulate = options.loop.accumulate * -(-size // (size // 2))
         savers.append(f"--batch-size {size // 2} --accumulate {accumulate} (the same step)")
-    if not options.gradient_checkpointing:
+    if options.cuda_graphs:
+        savers.append("no --cuda-graphs")
+    elif not options.gradient_checkpointing:
         savers.append("--gradient-checkpointing")
     if options.base_dtype not in QUANTIZED:
         savers.append("--base-dtype nf4")

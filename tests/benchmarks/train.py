@@ -168,7 +168,8 @@ def loraport(model, setting, clock):
     options = LoopOptions(
         learning_rate=RATE, steps=setting.all_steps, device=setting.device, dtype=setting.dtype
     )
-    with compiled_layers(model) if setting.compile else contextlib.nullcontext():
+    compiled = compiled_layers(model) if setting.compile else contextlib.nullcontext()
+    with compiled, hidden.stream() if hidden else contextlib.nullcontext():
         train(model, data, partial(language_model_loss, hidden=hidden), options, observer=clock)
 
 

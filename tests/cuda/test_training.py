@@ -102,7 +102,11 @@ def recorded(model, options, lora, *, within_rows=False, **more):
         assert use_row_attention(model, choose_placement("cuda", options.dtype))
     hidden = RecordedPasses(model)
     loss = partial(language_model_loss, hidden=hidden)
-    return train(model, text_batches(model), loss, options, **more).losses, hidden
+    outside = torch.cuda.current_stream()
+    with hidden.stream():
+        result = train(model, text_batches(model), loss, options, **more)
+    assert torch.cuda.current_stream() == outside
+    return result.losses, hidden
 
 
 def test_attention_within_rows_has_the_gradients_of_masks(llama):
@@ -205,6 +209,7 @@ def test_what_waits_for_the_gpu_cannot_be_recorded_and_says_so(llama):
     llama.model.layers[0].mlp.register_forward_pre_hook(asks)
     with pytest.raises(LoraportError, match="--cuda-graphs: a pass of LlamaForCausalLM cannot be"):
         recorded(llama, loop(steps=30), LoraOptions(rank=4))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
 def test_liger_kernels_have_the_same_losses(llama):

@@ -3,15 +3,26 @@
 A recorder that runs again what it was given stands for a GPU's; the GPU's own is in ``tests/cuda``.
 """
 
+import contextlib
 from functools import partial
 
 import pytest
 import torch
 
-from loraport.training import LoopOptions, LoraOptions, adapter_of, attach, train
-from loraport.training.batches import IGNORED, Row
-from loraport.training.cuda_graphs import RecordedPasses
+from loraport.errors import LoraportError
+from loraport.training import (
+    LoopOptions,
+    LoraOptions,
+    adapter_of,
+    attach,
+    cuda_graphs,
+    train,
+)
+from loraport.training.batches import IGNORED, Row, collate
+from loraport.training.cuda_graphs import RecordedPasses, require_recordable
+from loraport.training.end_to_end import lay_end_to_end
 from loraport.training.language_model import language_model_loss
+from loraport.training.model_inputs import Shortcuts, assume_shortcuts
 from loraport.training.packing import make_batches
 
 
@@ -19,7 +30,7 @@ class Replays:
     """Counts recordings and replays."""
 
     def __init__(self):
-        self.recorded, self.replayed = 0, 0
+        self.recorded, self.replayed, self.inside = 0, 0, False
 
     def __call__(self, run):
         self.recorded += 1
@@ -29,8 +40,15 @@ class Replays:
             with torch.enable_grad():
                 run()
 
+        assert self.inside
         run()  # as in a recording: Python runs, though nothing is computed
         return replay
+
+    @contextlib.contextmanager
+    def stream(self):
+        self.inside = True
+        yield
+        self.inside = False
 
 
 def rows(count, seed=0):
@@ -49,7 +67,8 @@ def trained(model, lora, packing, loop, recorded=None, *, few=False):
         model, rows(16), 4, 0, 0, packing=packing, max_length=64, few_lengths=few
     )
     hidden = None if recorded is None else RecordedPasses(model, recorded)
-    result = train(model, batches, partial(language_model_loss, hidden=hidden), loop)
+    with hidden.stream() if hidden else contextlib.nullcontext():
+        result = train(model, batches, partial(language_model_loss, hidden=hidden), loop)
     return [loss for _, loss in result.losses], adapter_of(model)
 
 
@@ -68,3 +87,112 @@ def test_the_same_losses_and_matrices(llama, fresh, packing, dtype, lora):
         assert torch.equal(module.lora_A, other.modules[path].lora_A)
         assert torch.equal(module.lora_B, other.modules[path].lora_B)
     assert expected[-1] < expected[0] - 0.05
+
+
+def test_rows_of_any_layout_come_in_few_shapes_that_are_recorded_at_second_sight(llama):
+    attach(llama, LoraOptions(rank=4))
+    replays = Replays()
+    recorded = RecordedPasses(llama, replays)
+    batches = make_batches(
+        llama, rows(40), 4, 0, 0, packing="auto", max_length=64, few_lengths=True
+    )
+    seen = [tuple(b.tokens.shape) for number in range(3) for b in batches.epoch(number)]
+    assert len(set(seen)) <= 16
+    loss = partial(language_model_loss, hidden=recorded)
+    with recorded.stream():
+        train(llama, batches, loss, LoopOptions(steps=30, device="cpu"))
+    again = [shape for shape in set(seen) if seen.count(shape) > 1]
+    assert replays.recorded == 2 * len(again)  # a forward and a backward pass
+    assert replays.replayed == 2 * (len(seen) - len(set(seen)))
+
+
+def test_another_run_of_the_same_model_is_recorded_anew(llama, fresh):
+    """Its rounded matrices are others, which gradients have to reach."""
+    loop = LoopOptions(steps=8, learning_rate=0.02, device="cpu", dtype="bfloat16")
+    lora = LoraOptions(rank=4)
+    expected, _ = trained(fresh, lora, "auto", loop, few=True)
+    replays = Replays()
+    attach(llama, lora)
+    recorded = RecordedPasses(llama, replays)
+    batches = make_batches(
+        llama, rows(16), 4, 0, 0, packing="auto", max_length=64, few_lengths=True
+    )
+    before = [p.detach().clone() for p in llama.parameters()]
+    loss = partial(language_model_loss, hidden=recorded)
+    with recorded.stream():
+        train(llama, batches, loss, loop)
+        once = replays.recorded
+        for parameter, value in zip(llama.parameters(), before, strict=True):
+            parameter.data.copy_(value)
+        again = train(llama, batches, loss, loop)
+    assert replays.recorded == 2 * once > 0
+    assert [value for _, value in again.losses] == expected
+
+
+def test_validation_other_batches_and_other_models_are_not_recorded(llama, fresh):
+    replays = Replays()
+    attach(llama, LoraOptions(rank=4))
+    recorded = RecordedPasses(llama, replays)
+    batch = lay_end_to_end([rows(4)], 0).to(torch.device("cpu"))
+    padded = collate(rows(4), 0).to(torch.device("cpu"))
+    with recorded.stream():
+        for _ in range(3):
+            with torch.no_grad():
+                language_model_loss(llama, batch, recorded)
+            language_model_loss(llama, padded, recorded)
+            language_model_loss(fresh, batch, recorded)
+    assert (replays.recorded, replays.replayed) == (0, 0)
+
+
+class Fails(Replays):
+    """As a recording ends in which something was done that cannot be."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def __call__(self, run):
+        run()
+        try:
+            raise self.error
+        except RuntimeError:
+            if isinstance(self.error, torch.OutOfMemoryError):
+                raise
+            raise RuntimeError("recording ended")  # noqa: B904  as torch does
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (
+            RuntimeError("not while a stream is captured\nmore"),
+            LoraportError,
+            r"--cuda-graphs: a pass of LlamaForCausalLM cannot be recorded: not while a stream is "
+            "captured; leave out --cuda-graphs",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "out of memory"),
+    ],
+)
+def test_what_cannot_be_recorded_says_so(llama, error, expected, message):
+    attach(llama, LoraOptions(rank=4))
+    recorded = RecordedPasses(llama, Fails(error))
+    batch = lay_end_to_end([rows(4)], 0).to(torch.device("cpu"))
+    with recorded.stream():
+        language_model_loss(llama, batch, recorded)
+        with pytest.raises(expected, match=message):
+            language_model_loss(llama, batch, recorded)
+
+
+def test_models_and_devices_that_cannot_be_recorded_are_refused(llama, monkeypatch):
+    with pytest.raises(LoraportError, match="expected a CUDA GPU, got cpu; leave out"):
+        require_recordable(torch.device("cpu"), checkpointing=False)
+    with pytest.raises(LoraportError, match="got --gradient-checkpointing"):
+        require_recordable(torch.device("cuda"), checkpointing=True)
+    require_recordable(torch.device("cuda"), checkpointing=False)
+    assume_shortcuts(llama, Shortcuts(padding_unseen=True, rows_apart=False, longest=0))
+    for packing in ("auto", "none"):
+        with pytest.raises(LoraportError, match="--cuda-graphs: expected a model that keeps rows"):
+            make_batches(llama, rows(4), 4, 0, 0, packing=packing, max_length=64, few_lengths=True)
+    monkeypatch.setattr(cuda_graphs, "logit_transform", lambda *_: None)
+    with pytest.raises(LoraportError, match="--cuda-graphs: expected a model whose output head"):
+        RecordedPasses(llama, Replays())

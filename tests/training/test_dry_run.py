@@ -1,12 +1,16 @@
 """``--dry-run``: what it says of a run, and what would make it fit."""
 
+import io
 import json
+from dataclasses import replace
 
 from click.testing import CliRunner
+from rich.console import Console
 
 from loraport.cli.train import train
 from loraport.training.dry_run import dry_run
 from loraport.training.options import LoopOptions, LoraOptions, TrainOptions
+from loraport.training.report import memory_table
 
 
 def test_what_does_not_fit_comes_with_what_would(base_directory, monkeypatch):
@@ -27,6 +31,23 @@ def test_what_does_not_fit_comes_with_what_would(base_directory, monkeypatch):
     assert names[1] == "--gradient-checkpointing --batch-size 1 --accumulate 8"
     assert tight.alternatives[names[1]].total < tight.prediction.total
     assert tight.alternatives[names[-1]].kept.base < tight.prediction.kept.base
+
+
+def test_recorded_passes_keep_as_much_as_a_step_takes_and_are_given_up_first(
+    base_directory, monkeypatch
+):
+    plain = TrainOptions(lora=LoraOptions(rank=4), loop=LoopOptions(device="cpu"))
+    whole = dry_run(str(base_directory), plain).prediction
+    found = dry_run(str(base_directory), replace(plain, cuda_graphs=True)).prediction
+    assert found.total == whole.total + whole.step.peak
+    monkeypatch.setattr("loraport.training.dry_run.available_memory", lambda _: whole.total)
+    tight = dry_run(str(base_directory), replace(plain, cuda_graphs=True))
+    first, second, *_ = tight.alternatives.items()
+    assert first == ("no --cuda-graphs", whole)
+    assert second[0] == "no --cuda-graphs, --gradient-checkpointing"
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(memory_table(tight))
+    assert "recorded passes" in console.export_text()
 
 
 def test_the_command_prints_a_table_and_writes_nothing(base_directory, chat_data, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -272,3 +273,34 @@ def test_a_shuffling_loader_resumes_exactly(tmp_path, stop):
     assert all(torch.equal(state[name], tensor) for name, tensor in expected_state.items())
     lines = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "parts")]
     assert lines[0] == lines[1]
+
+
+def test_nothing_of_a_batch_outlives_it():
+    """Its graph would keep what it saved, and hold on to what is recorded next."""
+    attach(model := ConvNet(), LoraOptions(rank=2))
+    alive = []
+
+    class Saved:
+        pass
+
+    class Holds(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.saved = Saved()
+            alive.append(weakref.ref(ctx.saved))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            assert ctx.saved is alive[-1]()
+            return gradient
+
+    def loss(model, batch):
+        assert [saved() for saved in alive] == [None] * len(alive)
+        x, kinds = batch
+        return F.cross_entropy(Holds.apply(model(x)), kinds)
+
+    x, kinds = images()
+    batches = [(x[i : i + 6], kinds[i : i + 6]) for i in range(0, 24, 6)]
+    train(model, batches, loss, LoopOptions(steps=2, accumulate=2, device="cpu"))
+    assert len(alive) == 4
