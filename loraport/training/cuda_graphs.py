@@ -24,6 +24,7 @@ from loraport.training.batches import TokenBatch
 from loraport.training.end_to_end import SegmentedBatch
 from loraport.training.inject import lora_layers
 from loraport.training.language_model import hidden_before
+from loraport.training.options import TrainOptions
 from loraport.training.output_head import logit_transform, output_head
 
 
@@ -42,21 +43,27 @@ class Recorder(Protocol):
 _MOST = 64  # recordings: each keeps its output, and what CUDA needs to know of it
 
 
-def require_recordable(device: torch.device, *, checkpointing: bool) -> None:
+def require_recordable(device: torch.device, options: TrainOptions) -> None:
     """Refuse what cannot be recorded whatever the model.
 
     Args:
         device: Where it computes.
-        checkpointing: Whether activations are computed again, which asks for the random state.
+        options: How it trains.
 
     Raises:
-        LoraportError: Where that is so.
+        LoraportError: If the device is no GPU, activations are computed again (which asks for the
+            state of the random numbers), or layers are compiled.
     """
-    wanted, got = "a CUDA GPU", str(device)
-    if device.type == "cuda" and checkpointing:
-        wanted, got = "activations that are kept", "--gradient-checkpointing"
-    if device.type != "cuda" or checkpointing:
-        raise LoraportError(f"--cuda-graphs: expected {wanted}, got {got}; leave out --cuda-graphs")
+    if device.type != "cuda":
+        raise LoraportError(
+            f"--cuda-graphs: expected a CUDA GPU, got {device}; leave out --cuda-graphs"
+        )
+    others = {
+        "--gradient-checkpointing": options.gradient_checkpointing,
+        "--compile": options.compile,
+    }
+    for flag in [flag for flag, given in others.items() if given]:
+        raise LoraportError(f"--cuda-graphs: expected no {flag} beside it; leave out one of them")
 
 
 class RecordedPasses:

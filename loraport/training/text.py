@@ -167,7 +167,7 @@ def _train(
         kind = read_model_config(resolve_base(base)).get("model_type")
         liger_function(str(kind), placement.device)  # or a refusal, before anything is discarded
     if options.cuda_graphs:
-        require_recordable(placement.device, checkpointing=options.gradient_checkpointing)
+        require_recordable(placement.device, options)
     if not resume and processes.first:
         shutil.rmtree(work, ignore_errors=True)
     with faults_explained(lambda: f"loading {base}", lambda: kept(work)):

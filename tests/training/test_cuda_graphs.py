@@ -4,6 +4,7 @@ A recorder that runs again what it was given stands for a GPU's; the GPU's own i
 """
 
 import contextlib
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,10 +14,12 @@ from loraport.errors import LoraportError
 from loraport.training import (
     LoopOptions,
     LoraOptions,
+    TrainOptions,
     adapter_of,
     attach,
     cuda_graphs,
     train,
+    train_language_model,
 )
 from loraport.training.batches import IGNORED, Row, collate
 from loraport.training.cuda_graphs import RecordedPasses, require_recordable
@@ -185,10 +188,12 @@ def test_what_cannot_be_recorded_says_so(llama, error, expected, message):
 
 def test_models_and_devices_that_cannot_be_recorded_are_refused(llama, monkeypatch):
     with pytest.raises(LoraportError, match="expected a CUDA GPU, got cpu; leave out"):
-        require_recordable(torch.device("cpu"), checkpointing=False)
-    with pytest.raises(LoraportError, match="got --gradient-checkpointing"):
-        require_recordable(torch.device("cuda"), checkpointing=True)
-    require_recordable(torch.device("cuda"), checkpointing=False)
+        require_recordable(torch.device("cpu"), TrainOptions())
+    for other in ("gradient_checkpointing", "compile"):
+        flag = f"--{other.replace('_', '-')}"
+        with pytest.raises(LoraportError, match=f"expected no {flag} beside it"):
+            require_recordable(torch.device("cuda"), TrainOptions(**{other: True}))
+    require_recordable(torch.device("cuda"), TrainOptions())
     assume_shortcuts(llama, Shortcuts(padding_unseen=True, rows_apart=False, longest=0))
     for packing in ("auto", "none"):
         with pytest.raises(LoraportError, match="--cuda-graphs: expected a model that keeps rows"):
@@ -196,3 +201,23 @@ def test_models_and_devices_that_cannot_be_recorded_are_refused(llama, monkeypat
     monkeypatch.setattr(cuda_graphs, "logit_transform", lambda *_: None)
     with pytest.raises(LoraportError, match="--cuda-graphs: expected a model whose output head"):
         RecordedPasses(llama, Replays())
+
+
+def test_the_command_records_and_learns_the_same(base_directory, chat_data, tmp_path, monkeypatch):
+    """Padding to few lengths changes nothing that is learned."""
+    loop = LoopOptions(steps=12, learning_rate=0.02, device="cpu")
+    options = TrainOptions(lora=LoraOptions(rank=4), loop=loop)
+    arguments = (str(base_directory), chat_data)
+    plain = train_language_model(*arguments, tmp_path / "plain", options)
+    with pytest.raises(LoraportError, match="--cuda-graphs: expected a CUDA GPU, got cpu"):
+        train_language_model(*arguments, tmp_path / "out", replace(options, cuda_graphs=True))
+    assert not (tmp_path / "out.training").exists()
+    replays = Replays()
+    monkeypatch.setattr(cuda_graphs, "_OnGpu", lambda: replays)
+    monkeypatch.setattr("loraport.training.text.require_recordable", lambda *_, **__: None)
+    found = train_language_model(*arguments, tmp_path / "out", replace(options, cuda_graphs=True))
+    assert replays.replayed > replays.recorded > 0
+    assert not replays.inside
+    assert found.validation_loss == pytest.approx(plain.validation_loss, abs=1e-5)
+    assert found.training_loss == pytest.approx(plain.training_loss, abs=1e-5)
+    assert found.validation_loss < found.base_validation_loss - 0.1
