@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from loraport.training.sharing import Idle
 
@@ -79,22 +78,6 @@ class TokenBatch:
         mask = None if self.mask is None else self.mask.to(device)
         labels, learned = self.labels.to(device), self.learned().to(device)
         return TokenBatch(self.tokens.to(device), mask, labels, self.lines, learned)
-
-    def lengthened(self, length: int, pad: int) -> TokenBatch:
-        """Return the batch with more padding, on the right.
-
-        Args:
-            length: Of all sequences, at least what it is.
-            pad: Token id to pad with.
-        """
-        more = length - self.tokens.shape[1]
-        mask = torch.ones_like(self.tokens) if self.mask is None else self.mask
-        return TokenBatch(
-            F.pad(self.tokens, (0, more), value=pad),
-            F.pad(mask, (0, more)) if more else self.mask,
-            F.pad(self.labels, (0, more), value=IGNORED),
-            self.lines,
-        )
 
     def learned(self) -> Learned:
         """Return which tokens a loss is computed from."""

@@ -55,7 +55,12 @@ class SegmentedBatch(TokenBatch):
         )
 
     def lengthened(self, length: int, pad: int) -> SegmentedBatch:
-        """Return the batch with more padding, on the right."""
+        """Return the batch with more padding, on the right.
+
+        Args:
+            length: Of all sequences, at least what it is.
+            pad: Token id to pad with.
+        """
         assert self.positions is not None
         assert self.segments is not None
         more = (0, length - self.tokens.shape[1])

@@ -11,7 +11,7 @@ from torch import nn
 
 from loraport.errors import LoraportError
 from loraport.training.batches import Row, RowBatches, TokenBatch, collate
-from loraport.training.end_to_end import lay_end_to_end, shared_beginning
+from loraport.training.end_to_end import SegmentedBatch, lay_end_to_end, shared_beginning
 from loraport.training.model_inputs import attends_within_rows, shortcuts
 from loraport.training.sharing import Idle
 
@@ -53,10 +53,16 @@ def make_batches(
     if packing == "none" and not few_lengths:
         return RowBatches(rows, batch_size, pad, seed)
     able = shortcuts(model)
-    if few_lengths and not able.rows_apart:
+    longest = max(len(row.tokens) for row in rows)
+    if few_lengths and (not able.rows_apart or able.longest < longest):
+        reason = (
+            f"one whose attention window is {able.longest} tokens, and a row of {longest}"
+            if able.rows_apart
+            else type(model).__name__
+        )
         raise LoraportError(
-            f"--cuda-graphs: expected a model that keeps rows apart given a mask, got "
-            f"{type(model).__name__}; leave out --cuda-graphs"
+            f"--cuda-graphs: expected a model that keeps rows apart given a mask, got {reason}; "
+            "leave out --cuda-graphs"
         )
     if packing == "fill":
         if not able.rows_apart or able.longest < max_length:
@@ -79,7 +85,7 @@ def make_batches(
     elif able.rows_apart:
         layout = cheapest_layout(width, able.longest, side_by_side if few_lengths else collate)
     if few_lengths:
-        layout = in_few_lengths(layout, max(len(row.tokens) for row in rows), batch_size)
+        layout = in_few_lengths(layout, longest, batch_size)
     return RowBatches(rows, batch_size, pad, seed, layout=layout)
 
 
@@ -95,13 +101,14 @@ def in_few_lengths(layout: Layout, longest: int, batch_size: int) -> Layout:
     tokens at any length, and never more than a part of the longest batch.
 
     Args:
-        layout: Makes the batches.
+        layout: Makes the batches, whose sequences say where rows end.
         longest: Tokens of the longest row.
         batch_size: Rows of a batch at most.
     """
 
     def laid(rows: Sequence[Row], pad: int) -> TokenBatch:
         batch = layout(rows, pad)
+        assert isinstance(batch, SegmentedBatch)
         sequences, length = batch.tokens.shape
         largest = longest * batch_size if sequences == 1 else longest
         return batch.lengthened(_next_of_few(length, largest), pad)
@@ -112,12 +119,12 @@ def in_few_lengths(layout: Layout, longest: int, batch_size: int) -> Layout:
 def _next_of_few(length: int, largest: int) -> int:
     """Return the smallest of few lengths that is enough.
 
-    >>> [_next_of_few(length, 4096) for length in (1, 257, 4096, 4097)]
-    [256, 512, 4096, 4097]
+    >>> [_next_of_few(length, 4000) for length in (1, 257, 4000)]
+    [256, 512, 4096]
     """
     step = -(-largest // LENGTHS)
     step = -(-step // _ALIGNED) * _ALIGNED
-    return max(length, min(-(-length // step) * step, largest))
+    return -(-length // step) * step
 
 
 def cheapest_layout(width: int, longest: int, padded: Layout = collate) -> Layout:

@@ -34,7 +34,7 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
-def use_row_attention(model: nn.Module, placement: Placement) -> bool:
+def use_row_attention(model: nn.Module, placement: Placement, longest: int) -> bool:
     """Let a model attend within rows by FlashAttention, where that is right; the model stays so.
 
     Batches whose rows share a beginning still have a mask.
@@ -42,6 +42,7 @@ def use_row_attention(model: nn.Module, placement: Placement) -> bool:
     Args:
         model: A transformers causal language model on its device.
         placement: Where and in which precision it trains.
+        longest: Tokens of a row at most; an attention window must not be shorter.
 
     Returns:
         Whether it does.
@@ -49,7 +50,10 @@ def use_row_attention(model: nn.Module, placement: Placement) -> bool:
     config = getattr(model, "config", None)
     before = getattr(config, "_attn_implementation", None)
     usable = placement.device.type == "cuda" and placement.dtype is torch.bfloat16
-    if not usable or before != "sdpa" or not shortcuts(model).rows_apart:
+    if not usable or before != "sdpa":
+        return False
+    able = shortcuts(model)
+    if not able.rows_apart or able.longest < longest:
         return False
     try:
         _register()
@@ -98,6 +102,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return attention as transformers' models call it, ``[batch, length, heads, dim]``.
@@ -112,6 +117,7 @@ def attend(
             transformers' own function.
         scaling: Factor of the scores; the usual one where ``None``.
         dropout: Of the weights, which only transformers' own function has.
+        sliding_window: Tokens that each one sees, itself the last; all before it where ``None``.
         more: What else a model says.
 
     Raises:
@@ -132,7 +138,8 @@ def attend(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     query, key, value = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
-    mixed = causal_rows(query, key, value, attention_mask.flatten(), length, scaling)
+    before = -1 if sliding_window is None else sliding_window - 1
+    mixed = causal_rows(query, key, value, attention_mask.flatten(), length, scaling, before)
     return mixed.view(batch, length, *mixed.shape[1:]), None
 
 
@@ -143,6 +150,7 @@ def causal_rows(
     bounds: torch.Tensor,
     longest: int,
     scaling: float | None,
+    before: int,
 ) -> torch.Tensor:
     """Return causal attention within each row, ``[tokens, heads, dim]``, on a GPU.
 
@@ -153,6 +161,7 @@ def causal_rows(
         bounds: ``[n + 1]`` int32, where rows begin and the last one ends.
         longest: Tokens of a row at most.
         scaling: Factor of the scores; the usual one where ``None``.
+        before: Tokens before it that each one sees at most; -1 for all.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -168,7 +177,7 @@ def causal_rows(
         longest,
         longest,
         scale=scaling,
-        window_size=(-1, 0),
+        window_size=(before, 0),
         **more,
     )
     assert isinstance(mixed, torch.Tensor)

@@ -187,7 +187,7 @@ def _train(
         use_liger_kernels(model, placement.device)
     if options.cuda_graphs:
         # Not elsewhere: what calls its kernel is Python, and a GPU would wait for that.
-        use_row_attention(model, placement)
+        use_row_attention(model, placement, rows.length)
     attach(model, options.lora)
     if options.gradient_checkpointing:
         checkpoint_activations(model, options.checkpointed_layers)

@@ -148,7 +148,8 @@ def loraport(model, setting, clock):
     if setting.liger:
         use_liger_kernels(model, torch.device(setting.device))
     if setting.graphs:
-        use_row_attention(model, choose_placement(setting.device, setting.dtype))
+        placement = choose_placement(setting.device, setting.dtype)
+        use_row_attention(model, placement, setting.longest + setting.more)
     attach(model, LoraOptions(rank=RANK, targets=tuple(TARGETS)))
     if setting.checkpointing:
         checkpoint_activations(model)

@@ -98,7 +98,7 @@ def recorded(model, options, lora, *, within_rows=False, **more):
     attach(model, lora)
     model.to("cuda")  # the head is measured where it will be
     if within_rows:
-        assert use_row_attention(model, choose_placement("cuda", options.dtype))
+        assert use_row_attention(model, choose_placement("cuda", options.dtype), 32)
     hidden = RecordedPasses(model)
     loss = partial(language_model_loss, hidden=hidden)
     outside = torch.cuda.current_stream()
@@ -134,7 +134,7 @@ def test_attention_within_rows_has_the_gradients_of_masks(llama):
     expected, wrong = gradients(batch, exact), gradients(others, exact)
     placement = choose_placement("cuda", "bfloat16")
     masked = gradients(batch, llama)
-    assert use_row_attention(llama, placement)
+    assert use_row_attention(llama, placement, 128)
     got = gradients(batch, llama)
     for name, gradient in expected.items():
         far, theirs = ((each[name] - gradient).norm() for each in (got, masked))

@@ -40,10 +40,14 @@ class Replays:
 
         def replay():
             self.replayed += 1
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast("cpu", **state):
                 run()
 
         assert self.inside
+        # As it is recorded so it is repeated, whatever is switched on then.
+        state = {"dtype": torch.get_autocast_dtype("cpu")}
+        state["enabled"] = torch.is_autocast_enabled("cpu")
+        assert not (state["enabled"] and torch.is_autocast_cache_enabled())
         run()  # as in a recording: Python runs, though nothing is computed
         return replay
 
@@ -194,10 +198,16 @@ def test_models_and_devices_that_cannot_be_recorded_are_refused(llama, monkeypat
         with pytest.raises(LoraportError, match=f"expected no {flag} beside it"):
             require_recordable(torch.device("cuda"), TrainOptions(**{other: True}))
     require_recordable(torch.device("cuda"), TrainOptions())
-    assume_shortcuts(llama, Shortcuts(padding_unseen=True, rows_apart=False, longest=0))
-    for packing in ("auto", "none"):
-        with pytest.raises(LoraportError, match="--cuda-graphs: expected a model that keeps rows"):
-            make_batches(llama, rows(4), 4, 0, 0, packing=packing, max_length=64, few_lengths=True)
+    windowed = Shortcuts(padding_unseen=True, rows_apart=True, longest=20)
+    for able, message in (
+        (replace(windowed, rows_apart=False), "got LlamaForCausalLM"),
+        (windowed, "got one whose attention window is 20 tokens, and a row of 21"),
+    ):
+        assume_shortcuts(llama, able)
+        for packing in ("auto", "none"):
+            layout = {"packing": packing, "max_length": 64, "few_lengths": True}
+            with pytest.raises(LoraportError, match=f"--cuda-graphs: .*{message}; leave out"):
+                make_batches(llama, rows(4), 4, 0, 0, **layout)
     monkeypatch.setattr(cuda_graphs, "logit_transform", lambda *_: None)
     with pytest.raises(LoraportError, match="--cuda-graphs: expected a model whose output head"):
         RecordedPasses(llama, Replays())

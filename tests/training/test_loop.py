@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from loraport.errors import LoraportError
-from loraport.training import LoopOptions, LoraOptions, LossSum, attach, lora_layers, train
+from loraport.training import LoopOptions, LoraOptions, LossSum, attach, loop, lora_layers, train
 from loraport.training.loss import as_sum
 from loraport.training.observer import Silent
 from loraport.training.schedule import learning_rate
@@ -304,3 +304,35 @@ def test_nothing_of_a_batch_outlives_it():
     batches = [(x[i : i + 6], kinds[i : i + 6]) for i in range(0, 24, 6)]
     train(model, batches, loss, LoopOptions(steps=2, accumulate=2, device="cpu"))
     assert len(alive) == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_device_told_ahead_steps_as_others_and_not_where_the_loss_is_not_finite(
+    value, monkeypatch
+):
+    """As a GPU is, whose host reads a step's loss after the step: nothing else may differ."""
+    batches = [images()] * 3
+    seen = []
+
+    def diverging(model, batch):
+        seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
+        part = as_sum(classify(model, batch))
+        return part if len(seen) < 5 else part._replace(total=part.total * value)
+
+    def run(steps):
+        seen.clear()
+        model = conv_net()
+        result = train(model, batches, diverging, LoopOptions(steps=steps, device="cpu"))
+        return result.losses, dict(model.named_parameters())
+
+    expected, matrices = run(4)
+    monkeypatch.setattr(loop._Run, "ahead", True)
+    got, same = run(4)
+    assert got == expected
+    assert all(torch.equal(matrices[name], value) for name, value in same.items())
+    seen.clear()
+    model = conv_net()
+    with pytest.raises(LoraportError, match="step 5: expected a finite loss"):
+        train(model, batches, diverging, LoopOptions(steps=9, device="cpu"))
+    assert all(torch.equal(seen[4][n], p) for n, p in model.named_parameters())
+    assert not all(torch.equal(seen[3][n], p) for n, p in model.named_parameters())

@@ -10,7 +10,13 @@ from loraport.training.batches import IGNORED, Row, RowBatches, collate
 from loraport.training.end_to_end import attention_mask, lay_end_to_end, shared_beginning
 from loraport.training.language_model import language_model_loss
 from loraport.training.model_inputs import model_inputs, shortcuts
-from loraport.training.packing import PackedBatches, cheapest_layout, make_batches, pack_by_size
+from loraport.training.packing import (
+    PackedBatches,
+    cheapest_layout,
+    in_few_lengths,
+    make_batches,
+    pack_by_size,
+)
 from loraport.training.sharing import Idle
 
 SYSTEM = tuple(range(3, 9))  # what chat rows begin with
@@ -215,3 +221,37 @@ def test_a_recurrent_model_and_a_sliding_window():
     batch = collate(chat_rows(3), 0)
     assert model_inputs(mistral, batch)["attention_mask"] is None
     assert model_inputs(mamba, batch)["attention_mask"] is None or not shortcuts(mamba).rows_apart
+
+
+@pytest.mark.parametrize("packing", ["auto", "fill", "none"])
+def test_few_lengths_are_at_most_sixteen_for_each_layout(llama, packing):
+    """Of rows of 2 to 60 tokens, and what is learned is the same."""
+    numbers = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(160):
+        length = int(torch.randint(2, 61, (1,), generator=numbers))
+        tokens = tuple(torch.randint(250, (length,), generator=numbers).tolist())
+        rows.append(Row(tokens, tokens))
+    options = {"packing": packing, "max_length": 64}
+    few, many = (
+        list(make_batches(llama, rows, 4, 0, 0, **options, few_lengths=each).epoch(0))
+        for each in (True, False)
+    )
+    shapes, others = ({tuple(b.tokens.shape) for b in batches} for batches in (few, many))
+    assert len({shape for shape in shapes if shape[0] == 1}) <= 16
+    assert len({shape for shape in shapes if shape[0] > 1}) <= 16
+    assert len(shapes) < len(others) or packing == "fill"
+    assert all(length % 8 == 0 for _, length in shapes)
+    for mine, other in zip(few, many, strict=True):
+        more = mine.tokens.shape[1] - other.tokens.shape[1]
+        most = 60 * 4 if mine.tokens.shape[0] == 1 else 60
+        assert 0 <= more <= most / 16 + 8
+        assert mine.learned().counts == other.learned().counts
+        assert torch.equal(mine.tokens[:, : mine.tokens.shape[1] - more], other.tokens)
+
+
+def test_few_lengths_of_one_sequence_are_parts_of_the_longest_batch():
+    layout = in_few_lengths(lambda r, pad: lay_end_to_end([r], pad, share=False), 60, 4)
+    for count, length in ((2, 16), (20, 80), (60, 240)):
+        rows = [Row(tuple(range(count)), (IGNORED, *range(1, count)))] * 4
+        assert layout(rows, 0).tokens.shape == (1, length)  # 60 * 4 / 16 = 15, of eight: 16
