@@ -155,10 +155,11 @@ class _Pass:
             self._slope = torch.zeros_like(self._hidden)
             with torch.autocast(device, enabled=False):
                 self._replay_backward = record(self._backward)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            reason = str(error.__context__ or error).strip().splitlines()[0]
+            cause = error.__context__ or error  # the end of a failed recording fails, too
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            reason = str(cause).strip().splitlines()[0]
             raise LoraportError(
                 f"--cuda-graphs: a pass of {type(model).__name__} cannot be recorded: {reason}; "
                 "leave out --cuda-graphs"
