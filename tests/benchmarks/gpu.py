@@ -2,11 +2,11 @@
 
     python tests/benchmarks/gpu.py [--base smollm2] [--steps 50] [--json FILE]
 
-Needs onnxruntime-gpu and onnxruntime-genai; bitsandbytes, peft and liger-kernel for some of the
-training figures. Says so and ends well where there is no GPU. What is not timed runs first, side by
-side; then peers run in the same process, medians after warming up. A base that is not to be had is
-made with random weights in SmolLM2's shape. ``--device cpu --tiny`` tries the script itself. Exit
-code 1 if a section failed.
+Needs onnxruntime-gpu and onnxruntime-genai; bitsandbytes and peft for some of the training figures.
+Says so and ends well where there is no GPU. What is not timed runs first, side by side; then peers
+run in the same process, medians after warming up. A base that is not to be had is made with
+random weights in SmolLM2's shape. ``--device cpu --tiny`` tries the script itself. Exit code 1 if a
+section failed.
 """
 
 import argparse

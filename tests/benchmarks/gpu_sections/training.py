@@ -67,11 +67,6 @@ def speed(place: Place) -> Iterator[Row]:
             # Every shape was there twice before what counts.
             recorded = replace(setting, graphs=1, epochs=4)
             found[GRAPHS] = compare(recorded, (OURS,), apart=False)[OURS]
-            if importlib.util.find_spec("liger_kernel") is not None:
-                # In a process of its own: it changes the model's classes.
-                found[f"{GRAPHS} --liger-kernel"] = compare(replace(recorded, liger=1), (OURS,))[
-                    OURS
-                ]
         what = f"training {Path(base).name}, bf16, rows of 32 to {setting.longest}"
         for title, (seconds, peak, reserved) in found.items():
             memory = f"peak {peak / 1e9:.2f} GB (reserved {reserved / 1e9:.2f})"
