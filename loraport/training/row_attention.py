@@ -11,7 +11,9 @@ they ask of attention.
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from loraport.training.model_inputs import (
     shortcuts,
     trial_rows,
 )
-from loraport.training.modes import evaluation_mode
+from loraport.training.modes import evaluation_mode, training_mode
 
 # What models say beside queries, keys and values that changes nothing here.
 _WITHOUT_EFFECT = frozenset(
@@ -89,6 +91,8 @@ def _gives_the_same(model: nn.Module, placement: Placement) -> bool:
         try:
             got = model(**inputs).logits
             expected, wrong = (model(**{**inputs, "attention_mask": mask}).logits for mask in masks)
+            with training_mode(model):
+                model(**inputs)  # some ask for more while they train: dropout of the weights
         except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):
             return False
     return near(got, expected, wrong)
@@ -127,7 +131,15 @@ def attend(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **more
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            **more,
         )
         return result
     asked = {name for name, value in more.items() if value is not None} - _WITHOUT_EFFECT
@@ -166,8 +178,7 @@ def causal_rows(
     from torch.nn.attention.varlen import varlen_attn
 
     # Fewer heads of keys: newer versions want to be told.
-    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    more: dict[str, Any] = {"enable_gqa": True} if grouped else {}
+    more: dict[str, Any] = {"enable_gqa": True} if _takes("enable_gqa", varlen_attn) else {}
     mixed = varlen_attn(
         query,
         key,
@@ -182,3 +193,8 @@ def causal_rows(
     )
     assert isinstance(mixed, torch.Tensor)
     return mixed
+
+
+@functools.cache
+def _takes(name: str, function: Callable[..., Any]) -> bool:
+    return name in inspect.signature(function).parameters

@@ -7,8 +7,8 @@
 Every measurement is a process of its own; the three take turns, round after round. All train the
 same rows, rank 16 on all linear layers, AdamW, gradients clipped, on the same frozen base. Time is
 the mean of a process's steps after the first two (of the last epoch, with several), the median of
-the rounds. Memory is the largest
-resident set (on a GPU: allocated memory) after the base was loaded.
+the rounds. Memory is the largest resident set (on a GPU: allocated memory) after the base was
+loaded.
 
 Rows are 4 a step, each tool in its own batches, PEFT's shuffled and padded as a DataLoader does it:
 

@@ -232,3 +232,15 @@ def test_the_command_records_and_learns_the_same(base_directory, chat_data, tmp_
     assert found.validation_loss == pytest.approx(plain.validation_loss, abs=1e-5)
     assert found.training_loss == pytest.approx(plain.training_loss, abs=1e-5)
     assert found.validation_loss < found.base_validation_loss - 0.1
+
+
+def test_memory_that_runs_out_while_recording_says_what_to_change(
+    base_directory, chat_data, tmp_path, monkeypatch
+):
+    full = Fails(torch.OutOfMemoryError("CUDA out of memory"), ends_well=False)
+    monkeypatch.setattr(cuda_graphs, "_OnGpu", lambda: full)
+    monkeypatch.setattr("loraport.training.text.require_recordable", lambda *_, **__: None)
+    options = TrainOptions(loop=LoopOptions(steps=12, device="cpu"), cuda_graphs=True)
+    with pytest.raises(LoraportError, match=r"memory.*to need less, try .*, no --cuda-graphs, "):
+        train_language_model(str(base_directory), chat_data, tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()

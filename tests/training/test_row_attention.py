@@ -126,6 +126,21 @@ def test_only_where_it_gives_what_masks_give(llama, monkeypatch):
 
 
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_model_that_drops_out_attention_while_it_trains_keeps_its_masks(dropout):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, attention_dropout=dropout)).eval()
+    assert row_attention.use_row_attention(model, OnAGpu(), 64) is (dropout == 0)
+    attach(model, LoraOptions(rank=4))
+    model.train()
+    _, found = gradients(model, lay_end_to_end([rows(3)], 0, share=False))
+    assert any(gradient.any() for gradient in found)
+
+
+@pytest.mark.usefixtures("kernel")
 def test_a_window_of_the_models_own():
     """It is the kernel's, too; rows that it does not cover are none for end to end."""
     sizes = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
