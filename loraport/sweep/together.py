@@ -31,6 +31,7 @@ from loraport.training import rng
 from loraport.training.checkpoints import Position
 from loraport.training.devices import Placement, choose_placement, to_device
 from loraport.training.faults import data_lines
+from loraport.training.fused_norms import fused_norms
 from loraport.training.interruption import Stopped, StopRequest, stop_requests
 from loraport.training.modes import training_mode
 from loraport.training.optimizer import set_learning_rate
@@ -102,6 +103,7 @@ def train_together(
         with (
             training_mode(model),
             placement.attention(),
+            fused_norms(model, placement.device),
             stop_requests(active=keep is not None) as run.stop,
         ):
             return run.go(validation, step_at(run.steps, until))

@@ -27,6 +27,7 @@ from loraport.training.checkpoints import (
 from loraport.training.devices import Placement, choose_placement, to_device
 from loraport.training.early_stopping import EarlyStopping
 from loraport.training.faults import faults_explained, kept, require_finite
+from loraport.training.fused_norms import fused_norms
 from loraport.training.inject import adapter_of, lora_layers
 from loraport.training.interruption import Stopped, StopRequest, stop_requests
 from loraport.training.lora_layer import LoraLayer
@@ -162,6 +163,7 @@ def train(
     with (
         training_mode(model),
         placement.attention(),
+        fused_norms(model, placement.device),
         faults_explained(lambda: f"step {run.step + 1}", lambda: kept(work)),
         stop_requests(active=work is not None) as run.stop,
     ):

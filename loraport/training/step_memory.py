@@ -17,6 +17,7 @@ from loraport.training.chunked_loss import LogitTransform
 from loraport.training.devices import Placement
 from loraport.training.end_to_end import SegmentedBatch
 from loraport.training.frozen_base import QUANTIZED, checkpoint_activations
+from loraport.training.fused_norms import fused_norms
 from loraport.training.inject import attach, lora_layers
 from loraport.training.language_model import cross_entropy_at
 from loraport.training.live_bytes import LiveBytes
@@ -65,7 +66,11 @@ def step_memory(model: PreTrainedModel, options: TrainOptions, placement: Placem
 
     model = _prepared(model, options, placement.dtype)
     try:
-        with _one_error_is_enough(), FakeTensorMode(allow_non_fake_inputs=True):
+        with (
+            _one_error_is_enough(),
+            fused_norms(model, placement.device),
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
             model.to_empty(device=placement.device)
             with LiveBytes() as live:
                 rounded = RoundedMatrices(lora_layers(model).values(), placement.dtype)

@@ -18,6 +18,7 @@ from loraport.training.batches import IGNORED, Row
 from loraport.training.cuda_graphs import RecordedPasses
 from loraport.training.devices import choose_placement
 from loraport.training.end_to_end import lay_end_to_end
+from loraport.training.fused_norms import fused_norms
 from loraport.training.inject import lora_layers
 from loraport.training.language_model import language_model_loss
 from loraport.training.packing import make_batches
@@ -201,6 +202,41 @@ def test_what_waits_for_the_gpu_cannot_be_recorded_and_says_so(llama):
     with pytest.raises(LoraportError, match="--cuda-graphs: a pass of LlamaForCausalLM cannot be"):
         recorded(llama, loop(steps=30), LoraOptions(rank=4))
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_norm_is_one_kernel_a_pass_and_computes_the_same(llama, autocast):
+    """Against float64; a GPU is told nothing of a norm's single operations."""
+    llama.bfloat16().cuda().requires_grad_(False)
+    norms = [module for module in llama.modules() if type(module).__name__ == "LlamaRMSNorm"]
+    assert len(norms) == 2 * SIZES["num_hidden_layers"] + 1
+    x = torch.randn(3, 7, SIZES["hidden_size"], dtype=torch.bfloat16, device="cuda")
+    slope = torch.randn_like(x)
+
+    def passes():
+        """Output and gradient through the last norm, and what was called."""
+        given = x.clone().requires_grad_()
+        with torch.profiler.profile() as profiled, torch.autocast("cuda", enabled=autocast):
+            y = norms[-1](given)
+            y.backward(slope)
+        return y, given.grad, {event.name for event in profiled.events()}
+
+    nn.init.uniform_(norms[-1].weight, 0.5, 1.5)
+    _, _, own = passes()
+    with fused_norms(llama, torch.device("cuda")):
+        assert all("forward" in vars(module) for module in norms)
+        got, gradient, called = passes()
+    assert {"aten::_fused_rms_norm", "aten::_fused_rms_norm_backward"} <= called
+    assert "aten::rsqrt" in own
+    assert "aten::rsqrt" not in called
+    wide = x.double().requires_grad_()
+    epsilon = norms[-1].variance_epsilon
+    exact = F.rms_norm(wide, x.shape[-1:], norms[-1].weight.double(), epsilon)
+    exact.backward(slope.double())
+    assert got.dtype is torch.bfloat16
+    for mine, other in ((got, exact), (gradient, wide.grad)):
+        torch.testing.assert_close(mine.double(), other, rtol=2**-7, atol=2**-9)
+        assert not torch.allclose(mine.double(), 1.05 * other, rtol=2**-7, atol=2**-9)
 
 
 def test_liger_kernels_have_the_same_losses(llama):
