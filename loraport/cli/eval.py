@@ -60,8 +60,8 @@ def eval(  # the command's name
     from loraport.evaluation import evaluate
     from loraport.evaluation.evaluate import text_rows
     from loraport.output import refuse_existing
+    from loraport.training.data.tokens import read_rows
     from loraport.training.devices import choose_placement
-    from loraport.training.tokens import read_rows
 
     if per_example is not None:
         refuse_existing(per_example, force=force)

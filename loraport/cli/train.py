@@ -160,9 +160,9 @@ def train(
     from transformers.utils import logging
 
     from loraport.training import train_language_model
-    from loraport.training.interruption import Stopped
-    from loraport.training.processes import joined
+    from loraport.training.distributed.processes import joined
     from loraport.training.report import ProgressReport, summary_table
+    from loraport.training.run.interruption import Stopped
 
     logging.disable_progress_bar()
     try:
@@ -192,7 +192,7 @@ def _dry_run(base: str, data: Path, options: TrainOptions, *, as_json: bool) -> 
     from rich.console import Console
 
     from loraport.errors import LoraportError
-    from loraport.training.dry_run import dry_run
+    from loraport.training.memory.dry_run import dry_run
     from loraport.training.report import memory_table
 
     if not data.is_file():

@@ -11,9 +11,9 @@ from loraport.adapter import Adapter
 from loraport.errors import LoraportError
 from loraport.evaluation.neutral_text import PARAGRAPHS
 from loraport.evaluation.scores import RowScore, greedy_answer, question_and_answer, score_rows
-from loraport.training.batches import Row
-from loraport.training.inject import detach
-from loraport.training.load import load_into
+from loraport.training.data.batches import Row
+from loraport.training.lora.inject import detach
+from loraport.training.lora.load import load_into
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loraport.training.batches import IGNORED, Row, collate
-from loraport.training.language_model import logits_at
+from loraport.training.data.batches import IGNORED, Row, collate
+from loraport.training.losses.language_model import logits_at
 
 
 @dataclass(frozen=True)

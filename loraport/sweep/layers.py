@@ -12,7 +12,7 @@ from torch import nn
 
 from loraport.errors import LoraportError
 from loraport.sweep.stacked import Stack, add_stacked, stacked_linear
-from loraport.training.inject import (
+from loraport.training.lora.inject import (
     BeforeAttach,
     freeze,
     insert,
@@ -20,10 +20,10 @@ from loraport.training.inject import (
     refuse_attached,
     unfreeze,
 )
-from loraport.training.layers import LoraLinear
-from loraport.training.lora_layer import LoraLayer
+from loraport.training.lora.layers import LoraLinear
+from loraport.training.lora.lora_layer import LoraLayer
+from loraport.training.lora.rounded import Matrices
 from loraport.training.options import LoraOptions
-from loraport.training.rounded import Matrices
 
 
 @dataclass

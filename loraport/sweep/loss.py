@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from loraport.sweep.layers import CandidatesLayer
-from loraport.training.batches import TokenBatch
-from loraport.training.end_to_end import SegmentedBatch
-from loraport.training.language_model import cross_entropy_at, logits_at
-from loraport.training.output_head import output_head
+from loraport.training.data.batches import TokenBatch
+from loraport.training.data.end_to_end import SegmentedBatch
+from loraport.training.losses.language_model import cross_entropy_at, logits_at
+from loraport.training.losses.output_head import output_head
 
 
 class RowLosses(NamedTuple):

@@ -11,14 +11,14 @@ from torch import nn
 from loraport.sweep.layers import Attached
 from loraport.sweep.trial import Outcome, Trial
 from loraport.training import rng
-from loraport.training.checkpoints import Position, RunState
 from loraport.training.devices import Placement
-from loraport.training.early_stopping import EarlyStopping
-from loraport.training.inject import lora_module
-from loraport.training.lora_layer import LoraLayer
-from loraport.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
+from loraport.training.lora.inject import lora_module
+from loraport.training.lora.lora_layer import LoraLayer
 from loraport.training.options import LoopOptions
 from loraport.training.rng import RandomState
+from loraport.training.run.checkpoints import Position, RunState
+from loraport.training.run.early_stopping import EarlyStopping
+from loraport.training.run.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
 
 
 @dataclass(eq=False)

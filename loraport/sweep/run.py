@@ -21,10 +21,10 @@ from loraport.sweep.rounds import ThisProcess, Trainers, train_all
 from loraport.sweep.spread import Cluster, connect
 from loraport.sweep.store import Store
 from loraport.sweep.worker import Setting
+from loraport.training.data.text_data import TextData, digest, padding_token, read_data
 from loraport.training.devices import choose_placement
-from loraport.training.faults import faults_explained
-from loraport.training.lock import only_process
-from loraport.training.text_data import TextData, digest, padding_token, read_data
+from loraport.training.run.faults import faults_explained
+from loraport.training.run.lock import only_process
 
 
 def run_sweep(

@@ -21,7 +21,7 @@ from loraport.sweep.rounds import Group, Passes
 from loraport.sweep.store import Store
 from loraport.sweep.trial import Trial
 from loraport.sweep.worker import Setting, Trained
-from loraport.training.interruption import Stopped, stop_requests
+from loraport.training.run.interruption import Stopped, stop_requests
 
 # Seconds: between looks at the workers; until a wait is explained; to reach a cluster.
 _POLL, _PATIENCE, _REACH = 0.2, 30.0, 5.0

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from loraport.training.lora_function import product_dtype
+from loraport.training.lora.lora_function import product_dtype
 
 
 @dataclass(eq=False)
@@ -31,7 +31,7 @@ class Stack:
         b: ``[n, out, r]``, a leaf that collects gradients.
         factor: The candidates' scaling, where it is one for all.
         rounded: ``a`` and ``factor * b`` in the dtype of the products, while
-            `loraport.training.rounded` provides them.
+            `loraport.training.lora.rounded` provides them.
     """
 
     first: int

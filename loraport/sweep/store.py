@@ -15,7 +15,7 @@ from loraport.peft_layout.read import WEIGHTS_FILE, read_peft
 from loraport.peft_layout.write import peft_contents, save_contents
 from loraport.sweep.trial import Outcome, Trial
 from loraport.sweep.worker import Trained
-from loraport.training.checkpoints import load_state, require_same_run, save_state
+from loraport.training.run.checkpoints import load_state, require_same_run, save_state
 
 _IDENTITY, _OUTCOME, _CANDIDATES = "sweep.json", "outcome.json", "candidates"
 

@@ -28,17 +28,17 @@ from loraport.sweep.observer import SilentSweep, SweepObserver
 from loraport.sweep.trial import Outcome, Trial
 from loraport.sweep.validation import row_losses
 from loraport.training import rng
-from loraport.training.checkpoints import Position
 from loraport.training.devices import Placement, choose_placement, to_device
-from loraport.training.faults import data_lines
-from loraport.training.fused_norms import fused_norms
-from loraport.training.interruption import Stopped, StopRequest, stop_requests
+from loraport.training.distributed.stream import Batches, BatchStream, EndOfEpoch
+from loraport.training.kernels.fused_norms import fused_norms
+from loraport.training.lora.rounded import RoundedMatrices
 from loraport.training.modes import training_mode
-from loraport.training.optimizer import set_learning_rate
 from loraport.training.options import LoopOptions
-from loraport.training.rounded import RoundedMatrices
-from loraport.training.schedule import learning_rate, total_steps
-from loraport.training.stream import Batches, BatchStream, EndOfEpoch
+from loraport.training.run.checkpoints import Position
+from loraport.training.run.faults import data_lines
+from loraport.training.run.interruption import Stopped, StopRequest, stop_requests
+from loraport.training.run.optimizer import set_learning_rate
+from loraport.training.run.schedule import learning_rate, total_steps
 
 # Puts outcomes where they outlast the process.
 Keep = Callable[[Mapping[str, Outcome]], None]

@@ -10,7 +10,7 @@ from loraport.training.options import LoraOptions
 
 if TYPE_CHECKING:
     from loraport.adapter import LoraModule
-    from loraport.training.checkpoints import RunState
+    from loraport.training.run.checkpoints import RunState
 
 
 @dataclass(frozen=True)

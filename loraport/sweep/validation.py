@@ -9,8 +9,8 @@ from loraport.errors import LoraportError
 from loraport.sweep.loss import GroupLoss
 from loraport.training import rng
 from loraport.training.devices import Placement, to_device
+from loraport.training.distributed.stream import Batches, EpochBatches
 from loraport.training.modes import evaluation_mode
-from loraport.training.stream import Batches, EpochBatches
 
 
 def row_losses(

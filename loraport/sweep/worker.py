@@ -20,15 +20,15 @@ from loraport.sweep.loss import grouped_language_model_loss
 from loraport.sweep.observer import SilentSweep, SweepObserver
 from loraport.sweep.together import train_together
 from loraport.sweep.trial import Outcome, Trial
-from loraport.training.batches import Row
-from loraport.training.checkpoints import RunState
+from loraport.training.base.frozen_base import checkpoint_activations, load_base
+from loraport.training.data.batches import Row
+from loraport.training.data.packing import make_batches
 from loraport.training.devices import choose_placement
-from loraport.training.faults import MemoryRanOutError, faults_explained
-from loraport.training.frozen_base import checkpoint_activations, load_base
+from loraport.training.distributed.stream import EpochBatches
+from loraport.training.lora.targets import select_targets
 from loraport.training.options import TrainOptions
-from loraport.training.packing import make_batches
-from loraport.training.stream import EpochBatches
-from loraport.training.targets import select_targets
+from loraport.training.run.checkpoints import RunState
+from loraport.training.run.faults import MemoryRanOutError, faults_explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

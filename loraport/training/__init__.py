@@ -9,27 +9,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loraport.training.inject import adapter_of, attach, detach, lora_layers
-    from loraport.training.load import load_into
-    from loraport.training.loop import TrainingResult, train
-    from loraport.training.loss import LossSum
+    from loraport.training.lora.inject import adapter_of, attach, detach, lora_layers
+    from loraport.training.lora.load import load_into
+    from loraport.training.losses.loss import LossSum
     from loraport.training.options import LoopOptions, LoraOptions, TrainOptions
+    from loraport.training.run.loop import TrainingResult, train
     from loraport.training.text import TrainingSummary, train_language_model
 
 # Name → module; imported when first used, since most of them import torch.
 _HOMES = {
     "LoopOptions": "options",
     "LoraOptions": "options",
-    "LossSum": "loss",
+    "LossSum": "losses.loss",
     "TrainOptions": "options",
-    "TrainingResult": "loop",
+    "TrainingResult": "run.loop",
     "TrainingSummary": "text",
-    "adapter_of": "inject",
-    "attach": "inject",
-    "detach": "inject",
-    "load_into": "load",
-    "lora_layers": "inject",
-    "train": "loop",
+    "adapter_of": "lora.inject",
+    "attach": "lora.inject",
+    "detach": "lora.inject",
+    "load_into": "lora.load",
+    "lora_layers": "lora.inject",
+    "train": "run.loop",
     "train_language_model": "text",
 }
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from loraport.training.dry_run import DryRun
+    from loraport.training.memory.dry_run import DryRun
     from loraport.training.text import TrainingSummary
 
 _LINES = 10  # without a terminal, about this many progress lines a run

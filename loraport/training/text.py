@@ -16,28 +16,28 @@ from loraport.base_model import fingerprint_model, load_tokenizer, read_model_co
 from loraport.errors import LoraportError
 from loraport.output import new_directory, refuse_existing
 from loraport.peft_layout.write import peft_contents, save_contents
-from loraport.training.batches import Row
-from loraport.training.compiled import compiled_layers
-from loraport.training.cuda_graphs import RecordedPasses, require_recordable
-from loraport.training.curve import draw_losses
+from loraport.training.base.frozen_base import QUANTIZED, checkpoint_activations, load_base, narrow
+from loraport.training.data.batches import Row
+from loraport.training.data.packing import make_batches
+from loraport.training.data.text_data import TextData, digest, padding_token, read_data
 from loraport.training.devices import choose_placement
-from loraport.training.faults import MemoryRanOutError, faults_explained, kept
-from loraport.training.frozen_base import QUANTIZED, checkpoint_activations, load_base, narrow
-from loraport.training.inject import adapter_of, attach
-from loraport.training.language_model import language_model_loss
-from loraport.training.liger_kernels import liger_function, use_liger_kernels
-from loraport.training.lock import only_process
-from loraport.training.loop import TrainingResult, train
-from loraport.training.loss import LossFunction
-from loraport.training.metrics import METRICS_FILE
-from loraport.training.observer import Observer, Silent
+from loraport.training.distributed.processes import Processes, processes_now
+from loraport.training.distributed.stream import Batches
+from loraport.training.kernels.compiled import compiled_layers
+from loraport.training.kernels.cuda_graphs import RecordedPasses, require_recordable
+from loraport.training.kernels.liger_kernels import liger_function, use_liger_kernels
+from loraport.training.kernels.row_attention import use_row_attention
+from loraport.training.lora.inject import adapter_of, attach
+from loraport.training.lora.targets import select_targets
+from loraport.training.losses.language_model import language_model_loss
+from loraport.training.losses.loss import LossFunction
 from loraport.training.options import TrainOptions
-from loraport.training.packing import make_batches
-from loraport.training.processes import Processes, processes_now
-from loraport.training.row_attention import use_row_attention
-from loraport.training.stream import Batches
-from loraport.training.targets import select_targets
-from loraport.training.text_data import TextData, digest, padding_token, read_data
+from loraport.training.run.curve import draw_losses
+from loraport.training.run.faults import MemoryRanOutError, faults_explained, kept
+from loraport.training.run.lock import only_process
+from loraport.training.run.loop import TrainingResult, train
+from loraport.training.run.metrics import METRICS_FILE
+from loraport.training.run.observer import Observer, Silent
 
 SUMMARY_FILE = "training.json"
 CURVE_FILE = "loss.png"

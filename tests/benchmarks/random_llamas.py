@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from loraport.parity.prompts import PROMPTS
-from loraport.training.quantized_base import quantize_linears
+from loraport.training.base.quantized_base import quantize_linears
 
 # As in the models' own config.json, but for the first two.
 SHAPES = {

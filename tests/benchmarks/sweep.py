@@ -36,9 +36,9 @@ from loraport.sweep.loss import grouped_language_model_loss
 from loraport.sweep.together import train_together
 from loraport.sweep.trial import Trial
 from loraport.training import LoopOptions, LoraOptions, attach, train
-from loraport.training.inject import detach
-from loraport.training.language_model import language_model_loss
-from loraport.training.packing import make_batches
+from loraport.training.data.packing import make_batches
+from loraport.training.lora.inject import detach
+from loraport.training.losses.language_model import language_model_loss
 
 RANKS, RATES, HALVINGS = (4, 8, 16, 32), (3e-4, 1e-3), 3  # rates that are stable on any rows
 TRIALS = [

@@ -37,16 +37,16 @@ from random_llamas import SHAPES, random_llama
 
 from loraport.base_model import load_causal_lm
 from loraport.training import LoopOptions, LoraOptions, attach, train
-from loraport.training.batches import IGNORED, Row, collate
-from loraport.training.compiled import compiled_layers
-from loraport.training.cuda_graphs import RecordedPasses
+from loraport.training.base.frozen_base import checkpoint_activations
+from loraport.training.data.batches import IGNORED, Row, collate
+from loraport.training.data.packing import make_batches
 from loraport.training.devices import choose_placement
-from loraport.training.frozen_base import checkpoint_activations
-from loraport.training.language_model import language_model_loss
-from loraport.training.liger_kernels import use_liger_kernels
-from loraport.training.observer import Silent
-from loraport.training.packing import make_batches
-from loraport.training.row_attention import use_row_attention
+from loraport.training.kernels.compiled import compiled_layers
+from loraport.training.kernels.cuda_graphs import RecordedPasses
+from loraport.training.kernels.liger_kernels import use_liger_kernels
+from loraport.training.kernels.row_attention import use_row_attention
+from loraport.training.losses.language_model import language_model_loss
+from loraport.training.run.observer import Silent
 
 ROWS, RANK, RATE = 4, 16, 1e-3
 FIGURES = ("seconds", "peak", "reserved")

@@ -14,15 +14,15 @@ from torch import nn
 
 from loraport.errors import LoraportError
 from loraport.training import LoopOptions, LoraOptions, adapter_of, attach, train
-from loraport.training.batches import IGNORED, Row
-from loraport.training.cuda_graphs import RecordedPasses
+from loraport.training.data.batches import IGNORED, Row
+from loraport.training.data.end_to_end import lay_end_to_end
+from loraport.training.data.packing import make_batches
 from loraport.training.devices import choose_placement
-from loraport.training.end_to_end import lay_end_to_end
-from loraport.training.fused_norms import fused_norms
-from loraport.training.inject import lora_layers
-from loraport.training.language_model import language_model_loss
-from loraport.training.packing import make_batches
-from loraport.training.row_attention import use_row_attention
+from loraport.training.kernels.cuda_graphs import RecordedPasses
+from loraport.training.kernels.fused_norms import fused_norms
+from loraport.training.kernels.row_attention import use_row_attention
+from loraport.training.lora.inject import lora_layers
+from loraport.training.losses.language_model import language_model_loss
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_losses_are_those_of_float64_on_the_cpu(llama, base, dtype, bound, use_d
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
 @pytest.mark.parametrize("options", [LoraOptions(rank=4), LoraOptions(rank=4, use_dora=True)])
 def test_compiled_layers_have_the_same_losses(llama, options):
-    from loraport.training.compiled import compiled_layers
+    from loraport.training.kernels.compiled import compiled_layers
 
     attach(plain := copy.deepcopy(llama), options)
     expected = train(plain, batches(), lm_loss, loop(dtype="float32")).losses
@@ -162,7 +162,7 @@ def test_recorded_passes_have_the_same_losses(llama, lora, dtype, more):
     expected = train(plain, text_batches(plain), language_model_loss, options).losses
     if more == "liger":
         pytest.importorskip("liger_kernel")
-        from loraport.training.liger_kernels import use_liger_kernels
+        from loraport.training.kernels.liger_kernels import use_liger_kernels
 
         use_liger_kernels(llama, torch.device("cuda"))
     got, hidden = recorded(llama, options, lora, within_rows=more == "rows")
@@ -241,7 +241,7 @@ def test_a_norm_is_one_kernel_a_pass_and_computes_the_same(llama, autocast):
 
 def test_liger_kernels_have_the_same_losses(llama):
     pytest.importorskip("liger_kernel")
-    from loraport.training.liger_kernels import use_liger_kernels
+    from loraport.training.kernels.liger_kernels import use_liger_kernels
 
     lora = LoraOptions(rank=4)
     attach(plain := copy.deepcopy(llama), lora)

@@ -14,8 +14,8 @@ from loraport.evaluation import evaluate
 from loraport.evaluation.evaluate import neutral_rows
 from loraport.evaluation.scores import greedy_answer
 from loraport.peft_layout import read_peft
-from loraport.training.batches import IGNORED, Row
-from loraport.training.tokens import read_rows
+from loraport.training.data.batches import IGNORED, Row
+from loraport.training.data.tokens import read_rows
 
 # PEFT asks transformers for a name that is about to change.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

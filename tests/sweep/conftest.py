@@ -32,7 +32,7 @@ def make_llama():
 @pytest.fixture
 def rows():
     """Rows of unlike length, with prompts that do not count."""
-    from loraport.training.batches import IGNORED, Row
+    from loraport.training.data.batches import IGNORED, Row
 
     torch.manual_seed(3)
     made = []

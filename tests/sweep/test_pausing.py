@@ -10,8 +10,8 @@ from loraport.sweep.loss import grouped_language_model_loss
 from loraport.sweep.together import train_together
 from loraport.sweep.trial import Trial
 from loraport.training import LoopOptions, LoraOptions
-from loraport.training.batches import RowBatches
-from loraport.training.checkpoints import load_state, save_state
+from loraport.training.data.batches import RowBatches
+from loraport.training.run.checkpoints import load_state, save_state
 
 SOME = ("q_proj", "v_proj", "down_proj")
 TRIALS = (

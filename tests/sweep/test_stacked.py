@@ -10,9 +10,9 @@ from loraport.sweep.loss import grouped_language_model_loss
 from loraport.sweep.together import train_together
 from loraport.sweep.trial import Trial
 from loraport.training import LoopOptions, LoraOptions, attach, train
-from loraport.training.batches import collate
-from loraport.training.language_model import language_model_loss
-from loraport.training.rounded import RoundedMatrices
+from loraport.training.data.batches import collate
+from loraport.training.lora.rounded import RoundedMatrices
+from loraport.training.losses.language_model import language_model_loss
 
 WIDTH = 24
 # Two of one rank are a stack; so is the third by itself.

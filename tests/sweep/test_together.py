@@ -11,10 +11,10 @@ from loraport.sweep.observer import SilentSweep
 from loraport.sweep.together import train_together
 from loraport.sweep.trial import Trial
 from loraport.training import LoopOptions, LoraOptions, attach, lora_layers, train
-from loraport.training.batches import IGNORED, Row, RowBatches, collate
-from loraport.training.end_to_end import SegmentedBatch, lay_end_to_end
-from loraport.training.language_model import language_model_loss
-from loraport.training.packing import make_batches
+from loraport.training.data.batches import IGNORED, Row, RowBatches, collate
+from loraport.training.data.end_to_end import SegmentedBatch, lay_end_to_end
+from loraport.training.data.packing import make_batches
+from loraport.training.losses.language_model import language_model_loss
 
 SOME = ("q_proj", "v_proj", "down_proj")
 TRIALS = (

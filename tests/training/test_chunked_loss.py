@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from loraport.training import LoraOptions, attach
-from loraport.training.batches import IGNORED, TokenBatch
-from loraport.training.chunked_loss import (
+from loraport.training.data.batches import IGNORED, TokenBatch
+from loraport.training.losses.chunked_loss import (
     LogitTransform,
     linear_cross_entropy,
     module_cross_entropy,
 )
-from loraport.training.language_model import language_model_loss
-from loraport.training.output_head import logit_transform
+from loraport.training.losses.language_model import language_model_loss
+from loraport.training.losses.output_head import logit_transform
 
 TRANSFORMS = [
     LogitTransform(),

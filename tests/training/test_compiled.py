@@ -12,10 +12,10 @@ from torch import nn
 
 from loraport.errors import LoraportError
 from loraport.training import LoopOptions, LoraOptions, attach, train
-from loraport.training.batches import Row, collate
-from loraport.training.compiled import compiled_layers
-from loraport.training.frozen_base import checkpoint_activations
-from loraport.training.language_model import language_model_loss
+from loraport.training.base.frozen_base import checkpoint_activations
+from loraport.training.data.batches import Row, collate
+from loraport.training.kernels.compiled import compiled_layers
+from loraport.training.losses.language_model import language_model_loss
 
 # The compiler warns of what it does itself.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,16 +17,16 @@ from loraport.training import (
     TrainOptions,
     adapter_of,
     attach,
-    cuda_graphs,
     train,
     train_language_model,
 )
-from loraport.training.batches import IGNORED, Row, collate
-from loraport.training.cuda_graphs import RecordedPasses, require_recordable
-from loraport.training.end_to_end import lay_end_to_end
-from loraport.training.language_model import language_model_loss
-from loraport.training.model_inputs import Shortcuts, assume_shortcuts
-from loraport.training.packing import make_batches
+from loraport.training.data.batches import IGNORED, Row, collate
+from loraport.training.data.end_to_end import lay_end_to_end
+from loraport.training.data.model_inputs import Shortcuts, assume_shortcuts
+from loraport.training.data.packing import make_batches
+from loraport.training.kernels import cuda_graphs
+from loraport.training.kernels.cuda_graphs import RecordedPasses, require_recordable
+from loraport.training.losses.language_model import language_model_loss
 
 
 class Replays:

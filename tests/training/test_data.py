@@ -3,9 +3,9 @@
 import pytest
 
 from loraport.errors import LoraportError
-from loraport.training.batches import IGNORED, Row, RowBatches, collate
-from loraport.training.text_data import split_rows
-from loraport.training.tokens import read_rows
+from loraport.training.data.batches import IGNORED, Row, RowBatches, collate
+from loraport.training.data.text_data import split_rows
+from loraport.training.data.tokens import read_rows
 
 
 def learned(row, tokenizer):

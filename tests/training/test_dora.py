@@ -10,7 +10,7 @@ from torch import nn
 from loraport.errors import LoraportError
 from loraport.peft_layout.write import write_peft
 from loraport.training import LoopOptions, LoraOptions, adapter_of, attach, load_into, train
-from loraport.training.dora import row_norms
+from loraport.training.lora.dora import row_norms
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
@@ -44,7 +44,7 @@ def peft_trained(base, layers_before, *, use_dora, steps=STEPS):
     """The same with PEFT, from the same matrices."""
     from peft import LoraConfig, get_peft_model
 
-    from loraport.training.schedule import learning_rate
+    from loraport.training.run.schedule import learning_rate
 
     config = LoraConfig(r=3, lora_alpha=5, use_dora=use_dora, target_modules=PROJECTIONS)
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
@@ -175,7 +175,7 @@ def test_output_and_gradients_are_those_of_the_definition(name):
 
 
 def test_norms_of_a_bfloat16_base_are_exact_and_need_slices_only(monkeypatch):
-    from loraport.training import base_rows
+    from loraport.training.lora import base_rows
 
     monkeypatch.setattr(base_rows, "_NUMBERS", 100)  # several slices
     model = nn.Sequential(nn.Linear(33, 17)).bfloat16()

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from loraport.cli.train import train
-from loraport.training.dry_run import dry_run
+from loraport.training.memory.dry_run import dry_run
 from loraport.training.options import LoopOptions, LoraOptions, TrainOptions
 from loraport.training.report import memory_table
 
@@ -21,7 +21,7 @@ def test_what_does_not_fit_comes_with_what_would(base_directory, monkeypatch):
     assert whole.fits
     assert not whole.alternatives
     monkeypatch.setattr(
-        "loraport.training.dry_run.available_memory", lambda _: whole.prediction.total - 1
+        "loraport.training.memory.dry_run.available_memory", lambda _: whole.prediction.total - 1
     )
     tight = dry_run(str(base_directory), options)
     assert not tight.fits
@@ -40,7 +40,7 @@ def test_recorded_passes_keep_as_much_as_a_step_takes_and_are_given_up_first(
     whole = dry_run(str(base_directory), plain).prediction
     found = dry_run(str(base_directory), replace(plain, cuda_graphs=True)).prediction
     assert found.total == whole.total + whole.step.peak
-    monkeypatch.setattr("loraport.training.dry_run.available_memory", lambda _: whole.total)
+    monkeypatch.setattr("loraport.training.memory.dry_run.available_memory", lambda _: whole.total)
     tight = dry_run(str(base_directory), replace(plain, cuda_graphs=True))
     first, second, *_ = tight.alternatives.items()
     assert first == ("no --cuda-graphs", whole)

@@ -22,10 +22,10 @@ from loraport.training import (
     train,
     train_language_model,
 )
-from loraport.training.interruption import Stopped, stop_requests
-from loraport.training.lock import only_process
-from loraport.training.observer import Silent
-from loraport.training.optimizer import make_optimizer
+from loraport.training.run.interruption import Stopped, stop_requests
+from loraport.training.run.lock import only_process
+from loraport.training.run.observer import Silent
+from loraport.training.run.optimizer import make_optimizer
 from loraport.training.text import work_directory
 
 pytestmark = pytest.mark.usefixtures("interruptible")
@@ -129,7 +129,7 @@ def test_other_errors_stay_what_they_are(base_directory, chat_data, tmp_path, mo
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(base_directory, chat_data, tmp_path, monkeypatch):
-    from loraport.training import checkpoints
+    from loraport.training.run import checkpoints
 
     out, whole = tmp_path / "out", tmp_path / "whole"
     write = checkpoints.write_safetensors
@@ -153,7 +153,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(base_directory, chat_data, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_names_the_rows(base_directory, chat_data, tmp_path, monkeypatch):
-    from loraport.training.language_model import language_model_loss
+    from loraport.training.losses.language_model import language_model_loss
 
     seen = []
 

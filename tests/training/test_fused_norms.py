@@ -16,13 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loraport.sweep.loss import grouped_language_model_loss
 from loraport.sweep.together import train_together
 from loraport.sweep.trial import Trial
-from loraport.training import LoopOptions, LoraOptions, attach, fused_norms, train
-from loraport.training.batches import Row, collate
-from loraport.training.compiled import compiled_layers
-from loraport.training.fused_norms import fused_norms as fused
-from loraport.training.inject import lora_layers
-from loraport.training.language_model import language_model_loss
-from loraport.training.rounded import RoundedMatrices
+from loraport.training import LoopOptions, LoraOptions, attach, train
+from loraport.training.data.batches import Row, collate
+from loraport.training.kernels import fused_norms
+from loraport.training.kernels.compiled import compiled_layers
+from loraport.training.kernels.fused_norms import fused_norms as fused
+from loraport.training.lora.inject import lora_layers
+from loraport.training.lora.rounded import RoundedMatrices
+from loraport.training.losses.language_model import language_model_loss
 
 CPU = torch.device("cpu")
 SIZES = {

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraport.errors import LoraportError
 from loraport.training import LoraOptions, adapter_of, attach
-from loraport.training.layers import lora_layer_for
+from loraport.training.lora.layers import lora_layer_for
 
 # PEFT asks transformers in a way that is going out of use.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

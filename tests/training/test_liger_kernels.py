@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loraport.errors import LoraportError
-from loraport.training.liger_kernels import use_liger_kernels
+from loraport.training.kernels.liger_kernels import use_liger_kernels
 
 CUDA = torch.device("cuda")
 LLAMA = SimpleNamespace(config=SimpleNamespace(model_type="llama"))

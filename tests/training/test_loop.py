@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from loraport.errors import LoraportError
-from loraport.training import LoopOptions, LoraOptions, LossSum, attach, loop, lora_layers, train
-from loraport.training.loss import as_sum
-from loraport.training.observer import Silent
-from loraport.training.schedule import learning_rate
+from loraport.training import LoopOptions, LoraOptions, LossSum, attach, lora_layers, train
+from loraport.training.losses.loss import as_sum
+from loraport.training.run import loop
+from loraport.training.run.observer import Silent
+from loraport.training.run.schedule import learning_rate
 
 
 class ConvNet(nn.Module):

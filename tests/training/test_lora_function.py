@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from loraport.training import LoraOptions, attach
-from loraport.training.lora_function import add_low_rank, lora_linear
-from loraport.training.rounded import RoundedMatrices
+from loraport.training.lora.lora_function import add_low_rank, lora_linear
+from loraport.training.lora.rounded import RoundedMatrices
 
 # float64: only the order of sums differs.
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}

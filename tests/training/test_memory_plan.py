@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraport.training.memory_plan import kept_memory, moments_bytes, quantized_bytes
+from loraport.training.memory.memory_plan import kept_memory, moments_bytes, quantized_bytes
 from loraport.training.options import LoraOptions
 
 LAYERS, WIDTH, INNER, VOCAB, RANK = 32, 4096, 11008, 32000, 16

@@ -8,8 +8,8 @@ from torch import nn
 
 from loraport.errors import LoraportError
 from loraport.training import LoopOptions, LoraOptions, attach, train
-from loraport.training.checkpoints import last_checkpoint, load_checkpoint
-from loraport.training.optimizer import make_optimizer, step_where_finite
+from loraport.training.run.checkpoints import last_checkpoint, load_checkpoint
+from loraport.training.run.optimizer import make_optimizer, step_where_finite
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -77,7 +77,7 @@ def test_a_run_resumed_equals_one_never_stopped(tmp_path, monkeypatch, ratio):
     for name, tensor in expected.items():
         assert torch.equal(got[name], tensor), name
     # The control: without the moments the next steps are others.
-    monkeypatch.setattr("loraport.training.loop.restore_optimizer", lambda *_: None)
+    monkeypatch.setattr("loraport.training.run.loop.restore_optimizer", lambda *_: None)
     again = tmp_path / "again"
     trained(ratio=ratio, fail_at=5, work=again)
     other, _ = trained(ratio=ratio, work=again, resume=True)

@@ -6,18 +6,18 @@ from torch import nn
 
 from loraport.errors import LoraportError
 from loraport.training import LoraOptions, attach
-from loraport.training.batches import IGNORED, Row, RowBatches, collate
-from loraport.training.end_to_end import attention_mask, lay_end_to_end, shared_beginning
-from loraport.training.language_model import language_model_loss
-from loraport.training.model_inputs import model_inputs, shortcuts
-from loraport.training.packing import (
+from loraport.training.data.batches import IGNORED, Row, RowBatches, collate
+from loraport.training.data.end_to_end import attention_mask, lay_end_to_end, shared_beginning
+from loraport.training.data.model_inputs import model_inputs, shortcuts
+from loraport.training.data.packing import (
     PackedBatches,
     cheapest_layout,
     in_few_lengths,
     make_batches,
     pack_by_size,
 )
-from loraport.training.sharing import Idle
+from loraport.training.distributed.sharing import Idle
+from loraport.training.losses.language_model import language_model_loss
 
 SYSTEM = tuple(range(3, 9))  # what chat rows begin with
 

@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from loraport.training import LoopOptions, LoraOptions, attach, train
-from loraport.training.batches import IGNORED, Row, RowBatches
-from loraport.training.language_model import language_model_loss
-from loraport.training.schedule import learning_rate
+from loraport.training.data.batches import IGNORED, Row, RowBatches
+from loraport.training.losses.language_model import language_model_loss
+from loraport.training.run.schedule import learning_rate
 
 # PEFT asks transformers 5.23 by a name that it renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -10,7 +10,7 @@ from torch import nn
 from loraport.errors import LoraportError
 from loraport.peft_layout.write import write_peft
 from loraport.training import LoraOptions, adapter_of, attach
-from loraport.training.base_rows import float_weight
+from loraport.training.lora.base_rows import float_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
@@ -82,7 +82,7 @@ def test_pissa_takes_the_largest_singular_values():
 
 
 def test_large_weights_are_decomposed_iteratively_and_start_equal_too(monkeypatch):
-    from loraport.training import principal
+    from loraport.training.lora import principal
 
     monkeypatch.setattr(principal, "_WHOLE_UP_TO", 4)
     model = nn.Sequential(nn.Linear(40, 30)).double()

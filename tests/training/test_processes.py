@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from loraport.errors import LoraportError
-from loraport.training.processes import Processes, joined, processes_now
-from loraport.training.sharing import Idle, own_part, share
+from loraport.training.distributed.processes import Processes, joined, processes_now
+from loraport.training.distributed.sharing import Idle, own_part, share
 
 HERE = Path(__file__).parent
 # The address, since otherwise torchrun asks the network for this machine's name, and may wait long.

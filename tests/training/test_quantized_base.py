@@ -13,7 +13,7 @@ from loraport.base_model import fingerprint_model
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft
 from loraport.training import LoopOptions, LoraOptions, TrainOptions, attach, train_language_model
-from loraport.training.quantized_base import quantize_linears
+from loraport.training.base.quantized_base import quantize_linears
 
 CPU = torch.device("cpu")
 RANK, RATE, STEPS = 4, 1e-2, 6
@@ -87,7 +87,7 @@ def test_train_writes_the_true_bases_fingerprint(base_directory, chat_data, tmp_
 
 
 def test_a_quantized_base_takes_less_memory(llama):
-    from loraport.training.frozen_base import narrow
+    from loraport.training.base.frozen_base import narrow
 
     def size(model):
         return sum(p.numel() * p.element_size() for p in model.model.layers.parameters())

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from loraport.training import LoraOptions, attach
-from loraport.training.inject import lora_layers
-from loraport.training.rounded import RoundedMatrices
+from loraport.training.lora.inject import lora_layers
+from loraport.training.lora.rounded import RoundedMatrices
 
 RANK, WIDTH = 4, 24
 

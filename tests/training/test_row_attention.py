@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from transformers import MistralConfig, MistralForCausalLM
 
-from loraport.training import LoraOptions, attach, row_attention
-from loraport.training.batches import IGNORED, Row
-from loraport.training.cuda_graphs import RecordedPasses
+from loraport.training import LoraOptions, attach
+from loraport.training.data.batches import IGNORED, Row
+from loraport.training.data.end_to_end import lay_end_to_end
+from loraport.training.data.model_inputs import attends_within_rows, model_inputs
+from loraport.training.data.packing import cheapest_within_rows, make_batches
 from loraport.training.devices import Placement
-from loraport.training.end_to_end import lay_end_to_end
-from loraport.training.language_model import language_model_loss
-from loraport.training.model_inputs import attends_within_rows, model_inputs
-from loraport.training.packing import cheapest_within_rows, make_batches
+from loraport.training.kernels import row_attention
+from loraport.training.kernels.cuda_graphs import RecordedPasses
+from loraport.training.losses.language_model import language_model_loss
 
 CPU = torch.device("cpu")
 

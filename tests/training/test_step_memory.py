@@ -9,14 +9,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from loraport.training import LoopOptions, LoraOptions, TrainOptions, attach, train
-from loraport.training.batches import Row
+from loraport.training.base.frozen_base import checkpoint_activations, narrow
+from loraport.training.data.batches import Row
+from loraport.training.data.packing import make_batches
 from loraport.training.devices import choose_placement
-from loraport.training.frozen_base import checkpoint_activations, narrow
-from loraport.training.language_model import language_model_loss
-from loraport.training.live_bytes import LiveBytes
-from loraport.training.memory_plan import kept_memory
-from loraport.training.packing import make_batches
-from loraport.training.step_memory import step_memory
+from loraport.training.losses.language_model import language_model_loss
+from loraport.training.memory.live_bytes import LiveBytes
+from loraport.training.memory.memory_plan import kept_memory
+from loraport.training.memory.step_memory import step_memory
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 # The peak is in the loss, whose logits are the largest tensors; or in a layer's backward pass.

@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from loraport.errors import LoraportError
 from loraport.training import LoraOptions
-from loraport.training.targets import select_targets
+from loraport.training.lora.targets import select_targets
 
 # PEFT asks transformers in a way that is going out of use.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

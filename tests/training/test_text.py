@@ -21,10 +21,10 @@ from loraport.training import (
     load_into,
     train_language_model,
 )
-from loraport.training.batches import IGNORED, RowBatches
-from loraport.training.language_model import language_model_loss
+from loraport.training.data.batches import IGNORED, RowBatches
+from loraport.training.data.tokens import read_rows
+from loraport.training.losses.language_model import language_model_loss
 from loraport.training.text import SUMMARY_FILE, work_directory
-from loraport.training.tokens import read_rows
 
 LORA = LoraOptions(rank=4, dropout=0.1)
 LOOP = LoopOptions(learning_rate=0.02, steps=14, save_every=3)
@@ -158,7 +158,7 @@ class Stopped(Exception):
 
 
 def stopped_run(base, data, out, at=8, options=OPTIONS):
-    from loraport.training.observer import Silent
+    from loraport.training.run.observer import Silent
 
     class Stop(Silent):
         def stepped(self, *, step, **_):
@@ -282,7 +282,7 @@ def test_every_option_is_consumed(base_directory, chat_data, tmp_path, monkeypat
 
 
 def test_cut_and_repeated_rows_are_told(base_directory, write_jsonl, tmp_path):
-    from loraport.training.observer import Silent
+    from loraport.training.run.observer import Silent
 
     notes = []
 

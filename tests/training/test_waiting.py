@@ -9,10 +9,10 @@ from loraport.sweep.observer import SilentSweep
 from loraport.sweep.together import train_together
 from loraport.sweep.trial import Trial
 from loraport.training import LoopOptions, LoraOptions, LossSum, attach, train
-from loraport.training.batches import Row, collate
-from loraport.training.end_to_end import lay_end_to_end
-from loraport.training.language_model import language_model_loss
-from loraport.training.observer import Silent
+from loraport.training.data.batches import Row, collate
+from loraport.training.data.end_to_end import lay_end_to_end
+from loraport.training.losses.language_model import language_model_loss
+from loraport.training.run.observer import Silent
 
 # Shapes or numbers that depend on what is in a tensor.
 WAITED_FOR = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero"}

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from loraport.training import LoopOptions, LoraOptions, LossSum, attach, lora_layers, train
-from loraport.training.batches import IGNORED, Row, RowBatches
-from loraport.training.language_model import language_model_loss
-from loraport.training.processes import joined, processes_now
+from loraport.training.data.batches import IGNORED, Row, RowBatches
+from loraport.training.distributed.processes import joined, processes_now
+from loraport.training.losses.language_model import language_model_loss
 
 LOOP = LoopOptions(
     steps=6, accumulate=2, learning_rate=0.01, save_every=2, keep=99, validate_every=3, device="cpu"

@@ -14,7 +14,7 @@ from train import PEERS, RANK, TARGETS, Setting, compare
 
 from gpu_sections.place import Place, Row
 from loraport.training import LoopOptions, LoraOptions, TrainOptions, attach, train
-from loraport.training.dry_run import dry_run
+from loraport.training.memory.dry_run import dry_run
 
 # How far a step's loss may be from float64's: 24 bits of mantissa (TF32 off), or 8.
 _BOUNDS = {"float32": 1e-3, "bfloat16": 5e-2}

@@ -1,0 +1,1 @@
+"""The frozen base as training keeps it."""

@@ -1,0 +1,1 @@
+"""From JSONL rows to what a model is given."""

@@ -1,0 +1,131 @@
+"""The rows of a language model's training, from JSONL files."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from loraport.base_model import read_model_config, resolve_base
+from loraport.errors import LoraportError
+from loraport.training.data.batches import Row
+from loraport.training.data.tokens import Rows, read_rows
+from loraport.training.options import TrainOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Notes(Protocol):
+    """Takes what the user should know."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know happened."""
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Rows of tokens to train on and to validate with.
+
+    Attributes:
+        train: Training rows.
+        validation: Held-out rows; empty if none are held out.
+        truncated: Rows cut to the largest length.
+        dropped: Rows left out because nothing to learn was left after the cut.
+        length: Tokens of a row at most.
+    """
+
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    truncated: int
+    dropped: int
+    length: int
+
+
+def read_data(
+    base: str,
+    data: Path,
+    validation: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TrainOptions,
+    observer: Notes,
+) -> TextData:
+    """Read and tokenize the rows of a run; without a validation file, a share is held out.
+
+    Args:
+        base: See `loraport.base_model.resolve_base`; its context limits the rows' length.
+        data: Training rows, JSONL.
+        validation: Held-out rows, JSONL.
+        tokenizer: The base's.
+        options: Length, share and seed are looked at.
+        observer: Told of rows that were cut or left out.
+
+    Raises:
+        LoraportError: If a file cannot be read or nothing is left to train on.
+    """
+    longest = read_model_config(resolve_base(base)).get("max_position_embeddings")
+    length = min(options.max_length, longest or options.max_length)
+    files = {data: read_rows(data, tokenizer, length)}
+    train_rows = files[data].rows
+    held_out: tuple[Row, ...] = ()
+    if validation is not None:
+        files[validation] = read_rows(validation, tokenizer, length)
+        held_out = files[validation].rows
+    elif options.validation_share > 0:
+        train_rows, held_out = split_rows(train_rows, options.validation_share, options.loop.seed)
+    for path, rows in files.items():
+        _note_cuts(path, rows, length, observer)
+    shared = len(set(train_rows) & set(held_out))
+    if shared:
+        observer.note(f"{shared} validation rows also occur in the training rows")
+    return TextData(
+        tuple(train_rows),
+        tuple(held_out),
+        sum(rows.truncated for rows in files.values()),
+        sum(len(rows.dropped) for rows in files.values()),
+        length,
+    )
+
+
+def split_rows(
+    rows: Sequence[Row], share: float, seed: int
+) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """Split rows into training and validation, the latter at least one row.
+
+    Raises:
+        LoraportError: If there is nothing left to train on.
+    """
+    count = max(1, round(len(rows) * share))
+    if count >= len(rows):
+        raise LoraportError(
+            f"the data: expected more than {count} rows, of which {share:g} are held out for "
+            f"validation, got {len(rows)}; give more rows or --validation-share 0"
+        )
+    held_out = set(random.Random(f"split {seed}").sample(range(len(rows)), count))
+    train_rows = tuple(row for index, row in enumerate(rows) if index not in held_out)
+    return train_rows, tuple(rows[index] for index in sorted(held_out))
+
+
+def _note_cuts(path: Path, rows: Rows, length: int, observer: Notes) -> None:
+    if rows.truncated:
+        observer.note(f"{path}: {rows.truncated} rows were cut to {length} tokens")
+    if rows.dropped:
+        shown = ", ".join(map(str, rows.dropped[:10])) + (" ..." if len(rows.dropped) > 10 else "")
+        observer.note(
+            f"{path}: {len(rows.dropped)} rows were left out, since nothing of their answer is "
+            f"within {length} tokens (lines {shown})"
+        )
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """Return a hash of rows: of their tokens and of what counts."""
+    return hashlib.sha256(repr([(row.tokens, row.labels) for row in rows]).encode()).hexdigest()
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that batches are padded with; it is masked, so any will do."""
+    found = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in found if token is not None), 0)

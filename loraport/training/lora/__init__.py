@@ -1,0 +1,1 @@
+"""Low-rank layers in a model."""

@@ -1,0 +1,130 @@
+"""Put an existing adapter into a PyTorch model, whatever its variant and origin."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from loraport.adapter import Adapter, LoraModule, Replacement
+from loraport.base_model import fingerprint_model
+from loraport.errors import Problems
+from loraport.training.lora.inject import BeforeAttach, freeze, insert, refuse_attached
+from loraport.training.lora.layers import lora_layer_for
+from loraport.training.lora.lora_layer import LoraLayer
+
+
+def load_into(model: nn.Module, adapter: Adapter) -> dict[str, LoraLayer]:
+    """Make a model compute what it does with an adapter; `detach` undoes it.
+
+    Plain LoRA layers are trainable afterwards, as after `attach`. What a variant adds to the
+    canonical form (a gain, a bias) and whole-tensor replacements are fixed.
+
+    Args:
+        model: The base, in any dtype and on any device; changed in place.
+        adapter: From any reader.
+
+    Returns:
+        Module path → LoRA layer.
+
+    Raises:
+        LoraportError: If the adapter does not fit the model or belongs to another base; all
+            problems at once, and the model is left as it was.
+    """
+    refuse_attached(model)
+    problems = Problems()
+    layers: dict[str, LoraLayer] = {}
+    for path, module in adapter.modules.items():
+        layer = _layer(model, path, module, problems)
+        if layer is not None:
+            layers[path] = layer
+    for parameter, replacement in adapter.replacements.items():
+        _check_replacement(model, parameter, replacement, problems)
+    problems.raise_if_any("the adapter does not fit the model")
+    if adapter.base_fingerprint is not None:
+        paths = [path for path in adapter.base_fingerprint.modules if path in layers]
+        adapter.base_fingerprint.require_same_base(
+            fingerprint_model(model, paths), "the adapter", "the model"
+        )
+    before = freeze(model)
+    for parameter, replacement in adapter.replacements.items():
+        _replace(model, parameter, replacement, before)
+    # After the replacements, since a variant may look at the weight it refines.
+    for path, layer in layers.items():
+        _refine(layer, adapter.modules[path])
+    insert(model, layers.values())
+    return layers
+
+
+def _layer(model: nn.Module, path: str, module: LoraModule, problems: Problems) -> LoraLayer | None:
+    try:
+        base = model.get_submodule(path)
+    except AttributeError:
+        remedy = "the adapter is for another architecture, or the path has a prefix too many"
+        problems.add(path, "a module of the model", "no such module", remedy)
+        return None
+    layer_class = lora_layer_for(base)
+    if isinstance(layer_class, str) or layer_class.kind is not module.kind:
+        found = layer_class if isinstance(layer_class, str) else f"a {type(base).__name__}"
+        problems.add(path, f"a module of kind {module.kind}", found)
+        return None
+    layer = layer_class(base, module.rank, module.alpha, use_rslora=module.use_rslora)
+    for name in ("lora_A", "lora_B"):
+        parameter, tensor = getattr(layer, name), getattr(module, name)
+        if parameter.shape != tensor.shape:
+            problems.add(f"{path} {name}", str(list(parameter.shape)), str(list(tensor.shape)))
+            return None
+        with torch.no_grad():
+            parameter.copy_(tensor)
+    return layer
+
+
+def _refine(layer: LoraLayer, module: LoraModule) -> None:
+    """Set what the canonical form has beyond low rank."""
+    weight = layer.base_layer.weight
+    assert isinstance(weight, torch.Tensor)
+    update = replace(module, fan_in_fan_out=layer.fan_in_fan_out).lower(weight.detach().cpu())
+    device, dtype = layer.lora_A.device, layer.lora_A.dtype
+    if update.gain is not None:
+        # The gain was computed from these very matrices: they are fixed with it.
+        layer.gain = update.gain.to(device, dtype)
+        layer.requires_grad_(False)
+    if update.bias is not None:
+        layer.extra_bias = update.bias.to(device, dtype)
+
+
+def _check_replacement(
+    model: nn.Module, name: str, replacement: Replacement, problems: Problems
+) -> None:
+    try:
+        parameter = model.get_parameter(name)
+    except AttributeError:
+        problems.add(name, "a parameter of the model", "no such parameter")
+        return
+    expected = tuple(parameter.shape)
+    if replacement.rows is not None:
+        expected = (len(replacement.rows), *expected[1:])
+        if any(row >= parameter.shape[0] for row in replacement.rows):
+            problems.add(name, f"rows below {parameter.shape[0]}", f"row {max(replacement.rows)}")
+            return
+    if tuple(replacement.tensor.shape) != expected:
+        problems.add(name, str(list(expected)), str(list(replacement.tensor.shape)))
+
+
+def _replace(model: nn.Module, name: str, replacement: Replacement, before: BeforeAttach) -> None:
+    old = model.get_parameter(name)
+    tensor = replacement.tensor.to(old.device, old.dtype)
+    holders = [name]
+    if replacement.rows is not None:
+        whole = old.detach().clone()
+        whole[list(replacement.rows)] = tensor
+        tensor = whole
+        # Trained tokens hold for the output head too, where it is tied to the embedding.
+        named = model.named_parameters(remove_duplicate=False)
+        holders = [other for other, parameter in named if parameter is old]
+    new = nn.Parameter(tensor.clone(), requires_grad=False)
+    for holder in holders:
+        path, _, leaf = holder.rpartition(".")
+        before.replaced[path, leaf] = old
+        setattr(model.get_submodule(path), leaf, new)
