@@ -23,12 +23,12 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import torch
-from train import CHOICES, TARGETS, Setting, base_model, inputs, padded, rows  # the sibling
+from train import TARGETS, Task, base_model, inputs, padded, rows  # the sibling
 
 from loraport.sweep.groups import group_trials, most_together
 from loraport.sweep.halving import shares, worse_half
@@ -193,17 +193,13 @@ def require_same(found, setting):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    defaults = {"longest": 48, "steps": 8}
-    for field in fields(Setting):
-        flag, chosen = f"--{field.name.replace('_', '-')}", CHOICES.get(field.name)
-        default = defaults.get(field.name, field.default)
-        parser.add_argument(flag, default=default, type=field.type, choices=chosen)
+    Task.add_flags(parser, longest=48, steps=8)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--together", type=int, help="most candidates in one pass")
     parser.add_argument("--child", choices=list(PEERS))
     values = vars(parser.parse_args())
     rounds, child, most = (values.pop(name) for name in ("rounds", "child", "together"))
-    setting = Setting(**values)
+    setting = Task(**values)
     if child:
         print(json.dumps(measure(child, setting, most)))
         return

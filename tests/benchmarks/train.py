@@ -61,7 +61,7 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
-class Setting:
+class Task:
     """What is trained, and on what."""
 
     base: str = "smollm2"
@@ -71,6 +71,26 @@ class Setting:
     rows: str = "text"
     longest: int = 256
     steps: int = 12
+
+    @property
+    def batch(self):
+        return 1 if self.rows == "long" else ROWS
+
+    def flags(self):
+        return [f"--{key.replace('_', '-')}={value}" for key, value in asdict(self).items()]
+
+    @classmethod
+    def add_flags(cls, parser, **defaults):
+        for field in fields(cls):
+            flag = f"--{field.name.replace('_', '-')}"
+            default, chosen = defaults.get(field.name, field.default), CHOICES.get(field.name)
+            parser.add_argument(flag, default=default, type=field.type, choices=chosen)
+
+
+@dataclass(frozen=True)
+class Setting(Task):
+    """What else the three tools of this benchmark are told."""
+
     epochs: int = 1  # of so many steps each; where there are several, only the last counts
     warm: int = 2
     checkpointing: int = 0
@@ -78,13 +98,6 @@ class Setting:
     compile: int = 0  # of loraport's alone, as what follows
     liger: int = 0
     graphs: int = 0
-
-    def flags(self):
-        return [f"--{key.replace('_', '-')}={value}" for key, value in asdict(self).items()]
-
-    @property
-    def batch(self):
-        return 1 if self.rows == "long" else ROWS
 
     @property
     def all_steps(self):
@@ -95,12 +108,12 @@ class Setting:
         return self.warm if self.epochs == 1 else self.all_steps - self.steps
 
 
-def rows(setting, vocabulary):
+def rows(setting, vocabulary, more=0):
     numbers = np.random.default_rng(0)
     highest = min(40000, vocabulary)
 
     def tokens(shortest, longest):
-        count = numbers.integers(shortest, longest) + setting.more
+        count = numbers.integers(shortest, longest) + more
         return numbers.integers(3, highest, count).tolist()
 
     system, made = tokens(48, 49), []
@@ -115,10 +128,10 @@ def rows(setting, vocabulary):
     return made
 
 
-def padded(model, setting):
+def padded(model, setting, epochs=1, more=0):
     """Batches of rows in a random order each epoch, padded to the longest."""
-    found, numbers = rows(setting, model.config.vocab_size), np.random.default_rng(1)
-    orders = [numbers.permutation(len(found)) for _ in range(setting.epochs)]
+    found, numbers = rows(setting, model.config.vocab_size, more), np.random.default_rng(1)
+    orders = [numbers.permutation(len(found)) for _ in range(epochs)]
     parts = np.concatenate(orders).reshape(-1, setting.batch)
     return [collate([found[index] for index in part], 0) for part in parts]
 
@@ -153,7 +166,7 @@ def loraport(model, setting, clock):
     attach(model, LoraOptions(rank=RANK, targets=tuple(TARGETS)))
     if setting.checkpointing:
         checkpoint_activations(model)
-    found = rows(setting, model.config.vocab_size)
+    found = rows(setting, model.config.vocab_size, setting.more)
     longest = setting.longest + setting.more
     data = make_batches(
         model,
@@ -191,7 +204,7 @@ def inputs(batch):
 
 
 def peft_loop(model, setting, clock):
-    batches = padded(model, setting)
+    batches = padded(model, setting, setting.epochs, setting.more)
     model = peft_model(model, setting)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
@@ -220,7 +233,7 @@ def peft_trainer(model, setting, clock):
         def get_train_dataloader(self):
             return DataLoader(self.train_dataset, batch_size=None)
 
-    batches = padded(model, setting)
+    batches = padded(model, setting, setting.epochs, setting.more)
     with tempfile.TemporaryDirectory() as scratch:
         options = TrainingArguments(
             scratch,
@@ -313,10 +326,7 @@ def compare(setting, titles=tuple(PEERS), rounds=1, apart=True):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    for field in fields(Setting):
-        flag = f"--{field.name.replace('_', '-')}"
-        chosen = CHOICES.get(field.name)
-        parser.add_argument(flag, default=field.default, type=field.type, choices=chosen)
+    Setting.add_flags(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", choices=list(PEERS))
     values = vars(parser.parse_args())
