@@ -18,7 +18,7 @@ from converters.onnx.graph.provenance import MADE_BY, record_provenance
 from converters.onnx.graph.site import Site
 from converters.onnx.graph.source_graph import external_tensors, read_graph
 from converters.onnx.modules.graph_modules import GraphModules, fingerprint_graph
-from converters.onnx.modules.graph_names import NamedSite, name_sites, tied_sites
+from converters.onnx.modules.graph_names import NamedSite, keep_names, name_sites, tied_sites
 from converters.onnx.modules.holders import BaseHolders, GraphHolders, Holders
 from converters.onnx.modules.matching import Match, Matcher, SiteMatcher, Unmatched
 from converters.onnx.modules.unslotted import reasons
@@ -66,6 +66,7 @@ class ImportOptions:
         inputs: The golden inputs; made from the graph's own shapes unless given.
         precision: Store the weights so, see `converters.onnx.exporters.quantizing`; as they are
             unless told.
+        copy_data: Copy data files instead of linking them.
     """
 
     base: str | None = None
@@ -73,6 +74,7 @@ class ImportOptions:
     lm_head: bool = False
     inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
     precision: str | None = None
+    copy_data: bool = False
 
 
 def _silent(text: str) -> None:
@@ -112,11 +114,12 @@ def import_model(
     with new_directory(out, force=force) as bundle:
         exact: list[NamedSite] | None = None
         if options.precision is None:
-            share_data(model, file.parent, bundle, progress)
+            share_data(model, file.parent, bundle, progress, copy=options.copy_data)
         else:
             progress(f"storing the weights as {options.precision}")
             exact = name_sites(sites_of(model))
             model = store_as(file, bundle, options.precision, progress)
+            keep_names(exact, sites_of(model))
         move_weights_out(model, bundle)
         copy_companions(file, bundle)
         examples = [options.inputs] if options.inputs else list(example_inputs(model))

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     metavar="NAME=FILE.npy",
     help="Golden inputs for MODEL.onnx; made from its shapes unless given.",
 )
+@click.option("--copy-data", is_flag=True, help="Copy MODEL.onnx's data files: no links to them.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def export(
     base: str,
@@ -72,6 +73,7 @@ def export(
     lm_head: bool,
     checkpoint: str | None,
     inputs: tuple[str, ...],
+    copy_data: bool,
     force: bool,
 ) -> None:
     """Export BASE once to ONNX, with slots that any LoRA adapter of it fits.
@@ -106,10 +108,13 @@ def export(
         from converters.onnx.importing import ImportOptions, import_model
 
         chosen = None if precision == "fp32" else precision
-        own = ImportOptions(checkpoint, options.slots, lm_head, _arrays(inputs), chosen)
+        arrays = _arrays(inputs)
+        own = ImportOptions(checkpoint, options.slots, lm_head, arrays, chosen, copy_data)
         import_model(Path(base), output, own, force=force, progress=progress, finish=finish)
-    elif checkpoint is not None or inputs:
-        raise click.UsageError("--base and --input are for a MODEL.onnx that is already exported")
+    elif checkpoint is not None or inputs or copy_data:
+        raise click.UsageError(
+            "--base, --input and --copy-data are for a MODEL.onnx that is already exported"
+        )
     else:
         export_base(base, output, options, force=force, progress=progress, finish=finish)
     manifest = read_manifest(output)

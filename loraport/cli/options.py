@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -9,8 +10,8 @@ from rich.console import Console
 
 from loraport.errors import LoraportError
 
-# Data goes to stdout, everything else here.
-log = Console(stderr=True, highlight=False)
+# Data goes to stdout, everything else here. What a program reads has a line for each message.
+log = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
 def progress(text: str) -> None:

@@ -127,6 +127,30 @@ class TestExternalData:
         got = Runtime(tmp_path / "again").run(arrays(), "a")["logits"]
         np.testing.assert_allclose(got, adapted, atol=1e-4)
 
+    def test_linked_data_is_told_and_can_be_stored_anew(self, outside, tmp_path):
+        """onnx itself refuses files with two names."""
+        said = []
+        import_model(outside, tmp_path / "out", progress=said.append)
+        with pytest.raises(onnx.checker.ValidationError, match="hard link"):
+            onnx.load(outside)
+        assert any("w.bin is shared with the model" in text for text in said)
+        for precision in ("int8", "int4", "fp16"):
+            import_model(outside, tmp_path / precision, ImportOptions(precision=precision))
+            assert read_manifest(tmp_path / precision).precision == precision
+
+    def test_data_is_copied_where_that_is_asked_for(self, outside, bert_onnx, tmp_path):
+        said = []
+        options = ImportOptions(copy_data=True)
+        import_model(outside, tmp_path / "out", options, progress=said.append)
+        data = outside.parent / "data" / "w.bin"
+        assert data.stat().st_nlink == 1
+        assert (tmp_path / "out" / "data" / "w.bin").read_bytes() == data.read_bytes()
+        assert not any("shared" in text for text in said)
+        onnx.checker.check_model(str(outside), full_check=True)
+        onnx.checker.check_model(str(tmp_path / "out" / "model.onnx"), full_check=True)
+        one, two = (onnx.load(file).graph.initializer[0] for file in (outside, bert_onnx))
+        assert one.raw_data == two.raw_data
+
     def test_data_is_copied_where_it_cannot_be_linked(self, outside, tmp_path, monkeypatch):
         def refuse(*_args, **_kwargs):
             raise OSError(18, "another file system")

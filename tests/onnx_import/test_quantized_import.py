@@ -89,3 +89,54 @@ def test_weights_without_names_have_one_name_in_every_precision(operator, precis
     manifest = read_manifest(tmp_path / "out")
     assert list(manifest.slots.modules()) == ["linear_0", "linear_1"]
     assert list(manifest.fingerprint.modules) == ["linear_0", "linear_1"]
+
+
+class Branch(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(64, 32), torch.nn.Linear(32, 48, bias=False)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
+@pytest.mark.parametrize("precision", [None, *OPERATORS])
+def test_names_that_the_exporter_recorded_are_there_in_every_precision(precision, tmp_path):
+    """Quantizers write operators of their own, which say nothing of where they come from."""
+    torch.manual_seed(0)
+    file = tmp_path / "m.onnx"
+    shapes = {"x": {0: torch.export.Dim("rows")}}
+    torch.onnx.export(
+        Branch().eval(), (torch.randn(3, 64),), file, dynamo=True, dynamic_shapes=shapes
+    )
+    proto = onnx.load(file)
+    names = {"first.weight": "val_5", "second.weight": "val_9", "first.bias": "val_11"}
+    for tensor in proto.graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+    for node in proto.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = names.get(name, name)
+    onnx.save(proto, file)
+    import_model(file, tmp_path / "out", ImportOptions(precision=precision))
+    assert list(read_manifest(tmp_path / "out").slots.modules()) == ["first", "second"]
+
+
+def test_fp16_is_in_order_where_an_input_is_read_late(tmp_path):
+    """The quantizer puts an input's cast behind what reads it."""
+    make, kind = onnx.helper, onnx.TensorProto.FLOAT
+    weights = np.random.default_rng(0).standard_normal((2, 8, 8)).astype(np.float32)
+    stored = [onnx.numpy_helper.from_array(w, n) for w, n in zip(weights, "vw", strict=True)]
+    nodes = [
+        make.make_node("MatMul", ["x", "v"], ["t"], name="one"),
+        make.make_node("Add", ["t", "late"], ["u"], name="sum"),
+        make.make_node("MatMul", ["u", "w"], ["y"], name="two"),
+        make.make_node("Sub", ["y", "late"], ["z"], name="rest"),
+    ]
+    given = [make.make_tensor_value_info(n, kind, ["rows", 8]) for n in ("x", "late", "z")]
+    graph = make.make_graph(nodes, "g", given[:2], given[2:], stored)
+    opsets = [make.make_opsetid("", 18)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    import_model(tmp_path / "m.onnx", tmp_path / "out", ImportOptions(precision="fp16"))
+    for name in ("model.onnx", "model.required.onnx"):
+        onnx.checker.check_model(str(tmp_path / "out" / name), full_check=True)

@@ -112,12 +112,15 @@ def _fp16(source: Path, target: Path) -> None:
 
 
 def _load(source: Path, *, gemms: bool = False) -> ModelProto:
-    import onnx
+    import onnx_ir as ir
 
     from converters.onnx.exporters.plain_weights import make_weights_plain
-    from converters.onnx.graph.functions import inlined
+    from converters.onnx.graph.source_graph import hold_weights, read_graph
 
-    proto = inlined(onnx.load(str(source)), source)  # the quantizers look at the graph alone
+    # Not by onnx's own reader, which refuses a data file with two names.
+    model = read_graph(source)
+    hold_weights(model)
+    proto = ir.to_proto(model)
     make_weights_plain(proto, gemms=gemms)
     return proto
 

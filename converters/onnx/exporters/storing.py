@@ -34,6 +34,7 @@ def store_as(file: Path, out: Path, precision: str, progress: Callable[[str], No
     """
     quantize_graph(file, out, precision)
     model = read_graph(out / MODEL_FILE)
+    model.graph.sort()  # the one for fp16 puts casts of inputs last
     sites = sites_of(model)  # without any there is no bundle, for reasons that are told later
     if sites and stored_precision(sites) != precision:
         operators = ", ".join(sorted({site.node.op_type for site in sites}))

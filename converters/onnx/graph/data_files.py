@@ -1,8 +1,9 @@
 """The data files of a bundle that is made from somebody's model: linked, never rewritten.
 
 A hard link costs no room and no time. Where one is impossible (another file system), the file is
-copied. Weights that lie in the graph itself go into a data file of their own, so that
-``model.onnx`` and ``model.required.onnx`` share them.
+copied; so it is where that is asked for, since onnx's own reader refuses a file with two names.
+Weights that lie in the graph itself go into a data file of their own, so that ``model.onnx`` and
+``model.required.onnx`` share them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ _SMALLEST_OUTSIDE = 1024
 
 
 def share_data(
-    model: ir.Model, source: Path, bundle: Path, progress: Callable[[str], None]
+    model: ir.Model,
+    source: Path,
+    bundle: Path,
+    progress: Callable[[str], None],
+    *,
+    copy: bool = False,
 ) -> list[str]:
     """Link a model's data files into a bundle, under the names that the graph has for them.
 
@@ -43,7 +49,8 @@ def share_data(
         model: As `read_graph` gave it.
         source: The model's directory.
         bundle: An existing directory.
-        progress: Told of each file that had to be copied.
+        progress: Told of each file whether it is shared.
+        copy: Copy them all.
 
     Returns:
         The files.
@@ -63,11 +70,20 @@ def share_data(
         target.parent.mkdir(parents=True, exist_ok=True)
         # Caches keep files as symbolic links: it is the file itself that is shared.
         real = (source / location).resolve()
+        if copy:
+            progress(f"copying {location}")
+            shutil.copyfile(real, target)
+            continue
         try:
             os.link(real, target)
         except OSError:
             progress(f"copying {location}, which cannot be linked")
             shutil.copyfile(real, target)
+        else:
+            progress(
+                f"{location} is shared with the model (a hard link), so onnx.load refuses to read "
+                "it for either; --copy-data copies it"
+            )
     return locations
 
 

@@ -84,6 +84,22 @@ def read_graph(file: Path) -> ir.Model:
     return model
 
 
+def hold_weights(model: ir.Model) -> None:
+    """Read every tensor that lies in a data file into memory, in place."""
+    from onnx import TensorProto
+
+    for holder, tensor in _tensors(model):
+        if not isinstance(tensor, MappedTensor):
+            continue
+        stored = TensorProto(
+            name=tensor.name or "",
+            data_type=int(tensor.dtype),
+            dims=tuple(tensor.shape.numpy()),
+            raw_data=tensor.tobytes(),
+        )
+        _put(holder, ir.TensorProtoTensor(stored))
+
+
 def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
     """Return every tensor that lies in a data file, subgraphs' and attributes' too."""
     return [tensor for _, tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)]
@@ -106,6 +122,15 @@ def _tensors(model: ir.Model) -> list[tuple[Any, ir.TensorProtocol]]:
                 if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
                     found.append(((node, attribute.name), attribute.value))
     return found
+
+
+def _put(holder: Any, tensor: ir.TensorProtocol) -> None:
+    """Let what holds a constant, see `_tensors`, hold another."""
+    if isinstance(holder, ir.Value):
+        holder.const_value = tensor
+    else:
+        node, attribute = holder
+        node.attributes[attribute] = ir.AttrTensor(attribute, tensor)
 
 
 def _map_external(model: ir.Model, file: Path) -> None:
@@ -139,11 +164,8 @@ def _map_external(model: ir.Model, file: Path) -> None:
             end = start + mapped.nbytes
             got = f"{size} bytes in {location}"
             problems.add(name, f"data up to byte {end}", got, "fetch the data file again")
-        elif isinstance(holder, ir.Value):
-            holder.const_value = mapped
         else:
-            node, attribute = holder
-            node.attributes[attribute] = ir.AttrTensor(attribute, mapped)
+            _put(holder, mapped)
     problems.raise_if_any(f"{file}: its data cannot be read")
 
 

@@ -2,7 +2,8 @@
 
 The first of these that gives a name:
 
-1. the module path that ``torch.onnx.export(dynamo=True)`` records on its nodes;
+1. the name it had before its weight was stored otherwise (`keep_names`), and the module path that
+   ``torch.onnx.export(dynamo=True)`` records on its nodes;
 2. the initializer's name, where it is a parameter's: ``encoder.layer.0.query.weight``;
 3. the node's name, where it is a path: ``/encoder/layer.0/query/MatMul``;
 4. the initializer's name, whatever it is, unless it is anonymous (``onnx::MatMul_1234``);
@@ -30,6 +31,7 @@ from loraport.naming import is_module_path
 
 HEAD = "lm_head"
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_MODULE = "loraport.module"
 # What quantizers and exporters add to the name of a weight.
 _ENDINGS = re.compile(
     r"(_quantized|_Q\d+(G\d+)?|_DequantizeLinear|\.qweight|_qweight|_transposed|\.MatMul|_fp16|_bnb4)+$"
@@ -56,6 +58,22 @@ def name_sites(sites: Sequence[Site]) -> list[NamedSite]:
     _tell_apart(names, groups)
     found = {id(site): names[key] for key, members in groups.items() for site in members}
     return [NamedSite(found[id(site)], site) for site in sites]
+
+
+def keep_names(before: Iterable[NamedSite], after: Iterable[Site]) -> None:
+    """Note on operators that a quantizer wrote what their modules were called before.
+
+    Args:
+        before: The sites of the graph that it was given.
+        after: Those of what it made of it. Both are told by what their weights are called.
+    """
+    paths: dict[tuple[str, ModuleKind], set[str]] = defaultdict(set)
+    for entry in before:
+        paths[_stored_name(entry.site), entry.site.kind].add(entry.path)
+    for site in after:
+        found = paths[_stored_name(site), site.kind]
+        if len(found) == 1 and weight_of(site) is not None:
+            site.node.metadata_props[_MODULE] = next(iter(found))
 
 
 def _by_weight(sites: Iterable[Site]) -> dict[tuple[str, ModuleKind], list[Site]]:
@@ -85,9 +103,8 @@ def weight_of(site: Site) -> Constant | None:
 
 def _name(members: Sequence[Site], tied: bool) -> str:
     node = members[0].node
-    weight = weight_of(members[0])
-    stored = _ENDINGS.sub("", weight.name) if weight else ""
-    path = _recorded_path(node)
+    stored = _stored_name(members[0])
+    path = node.metadata_props.get(_MODULE) or _recorded_path(node)
     if path:
         return path
     if stored.endswith(".weight") and not tied and is_module_path(stored):
@@ -101,6 +118,12 @@ def _name(members: Sequence[Site], tied: bool) -> str:
     if stored and not _ANONYMOUS.fullmatch(stored):
         return _clean_path(stored)
     return _clean_path(node.name) if node.name else ""
+
+
+def _stored_name(site: Site) -> str:
+    """Return what the weight is called, without what quantizers and exporters add."""
+    weight = weight_of(site)
+    return _ENDINGS.sub("", weight.name) if weight else ""
 
 
 def _recorded_path(node: ir.Node) -> str:
