@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
+from converters.onnx.operators.gather import holds_rounded_rows
 
 # Operators that use a matrix for something that no adapter changes.
 _NO_WEIGHTS = frozenset(
@@ -101,7 +102,7 @@ def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
     found: dict[str, str] = {}
     fixed: dict[int, bool] = {}
     for node in nodes:
-        if id(node) in taken or node.op_type in _NO_WEIGHTS:
+        if id(node) in taken or (node.op_type in _NO_WEIGHTS and not _is_embedding(node)):
             continue
         shapes = [known.shape for value in node.inputs if (known := constant(value)) is not None]
         name = node.name or (node.outputs[0].name or "") or node.op_type
@@ -114,6 +115,10 @@ def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
                 why = f"its weight is not stored, {maker.op_type} computes it"
                 found[name] = f"{node.op_type}: {why}"
     return found
+
+
+def _is_embedding(node: ir.Node) -> bool:
+    return node.op_type == "Gather" and holds_rounded_rows(node)
 
 
 def _is_fixed(value: ir.Value, known: dict[int, bool]) -> bool:
@@ -147,6 +152,8 @@ def _reason(node: ir.Node, shapes: list[tuple[int, ...]]) -> str:
         if constant(node.inputs[0]) is not None:
             return f"{operator}: its constant is the left factor"
         return f"{operator}: its constant of shape {shapes[-1]} is no matrix of floats"
+    if node.op_type == "Gather":
+        return "Gather: its rows of integers are not only dequantized, all by one scale"
     if node.op_type == "Einsum":
         return "Einsum: its equation is more than a product of rows with a matrix"
     if node.op_type == "Conv":

@@ -1,0 +1,132 @@
+"""Rows of integers that are moved before they are dequantized, as quantizers leave embeddings."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from onnx_graphs import DOMAINS, only_node
+
+from converters.onnx.operators import find_site
+from loraport.errors import LoraportError
+
+ROWS, COLUMNS, ZERO = 11, 6, 131
+TOKENS = np.array([[0, 3, 10], [7, 7, 1]])
+SIZES = ["batch", "length", COLUMNS]
+
+
+def dequantize(value, to, zero="z"):
+    return helper.make_node("DequantizeLinear", [value, "s", zero], [to])
+
+
+def graph(nodes, outputs, kind=TensorProto.UINT8, column_scales=False):
+    """``rows`` are what is looked up; ``nodes`` make the outputs of them."""
+    values = np.random.default_rng(0).integers(0, 120, (ROWS, COLUMNS))
+    scales = [0.02] * (COLUMNS if column_scales else 1)
+    constants = [
+        helper.make_tensor("q", kind, values.shape, values.ravel()),
+        helper.make_tensor("s", TensorProto.FLOAT, [COLUMNS] if column_scales else [], scales),
+        helper.make_tensor("z", kind, [COLUMNS] if column_scales else [], [101] * len(scales)),
+        helper.make_tensor("other", kind, [], [7]),
+        helper.make_tensor("split", TensorProto.INT64, [4], [0, 0, 2, 3]),
+        helper.make_tensor("last", TensorProto.INT64, [1], [3]),
+    ]
+    nodes = [helper.make_node("Gather", ["q", "tokens"], ["rows"], name="embed"), *nodes]
+    given = [helper.make_tensor_value_info("tokens", TensorProto.INT64, ["batch", "length"])]
+    made = [helper.make_tensor_value_info(n, kind, None) for n, kind in outputs.items()]
+    body = helper.make_graph(nodes, "g", given, made, constants)
+    model = helper.make_model(body, opset_imports=DOMAINS, ir_version=10)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+TURN = helper.make_node("Transpose", ["rows"], ["turned"], perm=[1, 0, 2])
+MOVED = {
+    "transposed": ([TURN, dequantize("turned", "y")], {"y": FLOAT}, lambda r: r.swapaxes(0, 1)),
+    "reshaped": (
+        [helper.make_node("Reshape", ["rows", "split"], ["parts"]), dequantize("parts", "y")],
+        {"y": FLOAT},
+        lambda r: r.reshape(*r.shape[:2], 2, 3),
+    ),
+    "twice": (
+        [
+            TURN,
+            helper.make_node("Unsqueeze", ["turned", "last"], ["wide"]),
+            dequantize("wide", "y"),
+        ],
+        {"y": FLOAT},
+        lambda r: r.swapaxes(0, 1)[..., None],
+    ),
+    "read twice": (
+        [
+            TURN,
+            dequantize("turned", "t"),
+            helper.make_node("Relu", ["t"], ["y"]),
+            dequantize("rows", "plain"),
+            helper.make_node("Shape", ["plain"], ["size"]),
+        ],
+        {"y": FLOAT, "size": INT64},
+        lambda r: np.maximum(r.swapaxes(0, 1), 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("moved", MOVED)
+@pytest.mark.parametrize("kind", [TensorProto.UINT8, TensorProto.INT8])
+def test_rows_that_are_moved_first_take_a_slot(slotted, adapter, moved, kind):
+    nodes, outputs, move = MOVED[moved]
+    model = graph(nodes, outputs, kind)
+    made = slotted(model, "embedding")
+    (slot,) = made.slots
+    assert slot.members[0].module_path == "q"
+    base = made.run_original(tokens=TOKENS)
+    for mine, other in zip(made.run(tokens=TOKENS), base, strict=True):
+        assert np.array_equal(mine, other)
+    tensors = adapter(slot)
+    a, b = (tensors[f"{slot.name}.{role}"] for role in ("lora_A", "lora_B"))
+    table = onnx.numpy_helper.to_array(model.graph.initializer[0])
+    rows = (table[TOKENS].astype(np.float64) - 101) * np.float32(0.02)
+    np.testing.assert_allclose(base[0], move(rows), rtol=1e-6)
+    got = made.run(tokens=TOKENS, **tensors)
+    np.testing.assert_allclose(got[0], move(rows + a[TOKENS] @ b), atol=1e-5)
+    assert np.abs(a[TOKENS] @ b).max() > 0.1
+    assert all(map(np.array_equal, got[1:], base[1:]))
+
+
+OTHERS = {
+    "as integers too": (
+        [
+            TURN,
+            dequantize("turned", "y"),
+            helper.make_node("Cast", ["rows"], ["whole"], to=TensorProto.INT64),
+        ],
+        {"y": FLOAT, "whole": INT64},
+    ),
+    "by another zero": (
+        [dequantize("rows", "y"), TURN, dequantize("turned", "w", "other")],
+        {"y": FLOAT, "w": FLOAT},
+    ),
+    "given out": ([dequantize("rows", "y")], {"y": FLOAT, "rows": TensorProto.UINT8}),
+}
+
+
+@pytest.mark.parametrize("read", OTHERS)
+def test_rows_that_are_read_otherwise_have_a_reason(slotted, read):
+    model = graph(*OTHERS[read])
+    assert find_site(only_node(model)) is None
+    with pytest.raises(LoraportError, match="embed: Gather: its rows of integers are not only"):
+        slotted(model, "embedding")
+
+
+def test_a_scale_for_each_column_cannot_be_moved(slotted):
+    model = graph([TURN, dequantize("turned", "y")], {"y": FLOAT}, column_scales=True)
+    with pytest.raises(LoraportError, match="embed: Gather: its rows of integers are not only"):
+        slotted(model, "embedding")
+
+
+def test_numbers_that_are_looked_up_are_no_weights(slotted):
+    model = graph(
+        [helper.make_node("Cast", ["rows"], ["y"], to=TensorProto.FLOAT)], {"y": FLOAT}, INT64
+    )
+    with pytest.raises(LoraportError) as caught:
+        slotted(model, "embedding")
+    assert "embed" not in str(caught.value)
