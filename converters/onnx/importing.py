@@ -29,7 +29,7 @@ from converters.onnx.slots.inserting import (
     require_slot_inputs,
     with_replacements,
 )
-from converters.onnx.trial_run import may_end_the_process
+from converters.onnx.trial_run import ends_the_process, may_end_the_process
 from loraport.adapter import ModuleKind
 from loraport.bundle.base_values import write_base_values
 from loraport.bundle.manifest import (
@@ -132,6 +132,11 @@ def import_model(
         write_base_values(bundle, imported.slotted.base_values)
         progress("hashing the weights")
         _describe(bundle, file, imported, options, base, exact)
+        if options.precision == "fp16" and ends_the_process(bundle / MODEL_FILE, {}):
+            progress(
+                "ONNX Runtime ends the process that opens this graph for the CPU with its "
+                "NchwcTransformer; loraport opens it without, other programs have to as well"
+            )
         progress("recording golden outputs")
         record_first_golden(bundle, examples, weights, progress, careful=careful)
         finish(bundle)

@@ -30,7 +30,7 @@ def ends_the_process(model: Path, inputs: Mapping[str, np.ndarray]) -> bool:
 
     Args:
         model: The ``.onnx`` file.
-        inputs: Every input.
+        inputs: Every input; none, to have it opened alone.
     """
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "inputs.npz"

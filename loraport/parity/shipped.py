@@ -61,6 +61,7 @@ def required_graph(
             runtime.directory / REQUIRED_MODEL_FILE,
             provider=runtime.provider,
             float32_activations=True,
+            precision=runtime.manifest.precision,
         )
     except LoraportError as error:
         return Check(title, False, str(error))

@@ -69,6 +69,7 @@ class Runtime:
             threads=threads,
             float32_activations=float32_activations,
             defaults=self._empty,
+            precision=self.manifest.precision,
         )
         self._packed: dict[str, Mapping[str, Any]] = {}
         self._resident: dict[tuple[tuple[str, float], ...], ResidentAdapter] = {}

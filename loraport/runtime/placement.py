@@ -60,6 +60,7 @@ def node_runs(
             runtime.directory / MODEL_FILE,
             provider=runtime.provider,
             profile=Path(scratch) / "profile",
+            precision=runtime.manifest.precision,
         )
         controls = runtime.manifest.slots.controls
         Lane(session, runtime.load(selection), runtime.provider, controls).run_on_device(inputs)

@@ -14,6 +14,9 @@ from loraport.runtime.full_precision import with_float32_activations
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # What goes wrong in a run is raised; printed as well it would only be said twice.
 _NOTHING_BUT_FATAL = 4
+# It rearranges float32 convolutions; in some graphs of float16 (a transposed value, cast and
+# multiplied) it ends the process: microsoft/onnxruntime#28392.
+_NOT_FOR_HALVES = ("NchwcTransformer",)
 _DATA_DIRECTORY = "session.model_external_initializers_file_folder_path"
 
 
@@ -25,6 +28,7 @@ def open_session(
     float32_activations: bool = False,
     defaults: Mapping[str, Any] | None = None,
     profile: Path | None = None,
+    precision: str = "fp32",
 ) -> Any:
     """Open an ``onnxruntime.InferenceSession``.
 
@@ -37,6 +41,7 @@ def open_session(
         defaults: Graph input → ``OrtValue`` that takes the place of its default, and must live as
             long as the session.
         profile: Write a profile to a file that begins so, when ``end_profiling`` is called.
+        precision: How the graph's weights are stored.
 
     Raises:
         LoraportError: If the model cannot be opened or the provider is not to be had; a
@@ -70,7 +75,13 @@ def open_session(
         if exact is not None:
             source = exact
             options.add_session_config_entry(_DATA_DIRECTORY, str(model.parent))
-        session = onnxruntime.InferenceSession(source, options, [wanted], [settings])
+        session = onnxruntime.InferenceSession(
+            source,
+            options,
+            [wanted],
+            [settings],
+            disabled_optimizers=_NOT_FOR_HALVES if precision == "fp16" else (),
+        )
     except Exception as error:  # onnxruntime raises classes of its own without a common base
         first = str(error).strip().splitlines()[0]
         raise LoraportError(f"{model}: ONNX Runtime cannot open it: {first}") from error

@@ -75,7 +75,8 @@ CASES = [
     ("export BASE -o HERE/out --adapter a=HERE/nowhere", "expected a file or directory"),
     ("export HERE/broken.onnx -o HERE/out", "expected an ONNX model"),
     ("export HERE/nowhere.onnx -o HERE/out", "nowhere.onnx: cannot be read"),
-    ("export BASE -o HERE/out --base BASE", "--base and --input are for a MODEL.onnx"),
+    ("export BASE -o HERE/out --base BASE", "--base, --input and --copy-data are for a MODEL.onnx"),
+    ("export BASE -o HERE/out --copy-data", "--base, --input and --copy-data are for a MODEL.onnx"),
     # add
     ("add", "Missing argument 'BUNDLE'"),
     ("add BUNDLE", "Missing argument 'NAME=ADAPTER"),

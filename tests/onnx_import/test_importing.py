@@ -184,6 +184,26 @@ class TestExternalData:
             import_model(outside, tmp_path / "out")
 
 
+def test_outputs_that_are_maps_are_refused_with_what_to_do(tmp_path):
+    """What scikit-learn's classifiers give; onnx-ir knows no such type."""
+    make, kind = onnx.helper, onnx.TensorProto
+    weight = onnx.numpy_helper.from_array(np.eye(3, dtype=np.float32), "w")
+    labels = make.make_map_type_proto(kind.INT64, make.make_tensor_type_proto(kind.FLOAT, []))
+    nodes = [
+        make.make_node("MatMul", ["x", "w"], ["scores"]),
+        make.make_node(
+            "ZipMap", ["scores"], ["maps"], domain="ai.onnx.ml", classlabels_int64s=[0, 1, 2]
+        ),
+    ]
+    given = make.make_tensor_value_info("x", kind.FLOAT, ["n", 3])
+    maps = make.make_value_info("maps", make.make_sequence_type_proto(labels))
+    graph = make.make_graph(nodes, "g", [given], [maps], [weight])
+    opsets = [make.make_opsetid("", 18), make.make_opsetid("ai.onnx.ml", 3)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    with pytest.raises(LoraportError, match=r"got maps: maps; export again without ZipMap"):
+        import_model(tmp_path / "m.onnx", tmp_path / "out")
+
+
 def test_with_the_checkpoint_names_need_not_be_in_the_graph(
     bert_onnx, made_bert, imported, tmp_path
 ):

@@ -8,13 +8,16 @@ themselves refuse to read: bundles share their data files with the models they w
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
 
 from converters.onnx.graph.functions import inlined
 from loraport.errors import LoraportError, Problems
+
+if TYPE_CHECKING:
+    import onnx
 
 _COPY_BYTES = 1 << 22
 
@@ -72,16 +75,36 @@ def read_graph(file: Path) -> ir.Model:
 
     try:
         proto = inlined(onnx.load(str(file), load_external_data=False), file)
+        _refuse_maps(proto, file)
         model = ir.from_proto(proto)
     except OSError as error:
         raise LoraportError(f"{file}: cannot be read: {error.strerror or error}") from error
     except (DecodeError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # what is around it says only where that was
+            cause = cause.__cause__
+        first = str(cause).strip().splitlines() or [type(cause).__name__]
         raise LoraportError(f"{file}: expected an ONNX model, got: {first[0]}") from error
     if not len(model.graph) and not model.graph.outputs:
         raise LoraportError(f"{file}: expected an ONNX model, got an empty graph")
     _map_external(model, file)
     return model
+
+
+def _refuse_maps(proto: onnx.ModelProto, file: Path) -> None:
+    """Refuse what classifiers of other kinds give: a map of every label's probability."""
+    found = []
+    for value in (*proto.graph.input, *proto.graph.output):
+        kind = value.type
+        while kind.WhichOneof("value") == "sequence_type":
+            kind = kind.sequence_type.elem_type
+        if kind.WhichOneof("value") == "map_type":
+            found.append(value.name)
+    if found:
+        raise LoraportError(
+            f"{file}: expected inputs and outputs that are tensors, got maps: {', '.join(found)}; "
+            "export again without ZipMap (skl2onnx: options={'zipmap': False})"
+        )
 
 
 def hold_weights(model: ir.Model) -> None:

@@ -161,8 +161,9 @@ def insert_slots(
             )
         add_slot_nodes(model.graph, slot, site.exposed(), inputs[slot.name], controls)
     if not table:
+        reasons += [f"{path}: {reason}" for path, reason in unslotted.items()]
         raise LoraportError(
-            "slots: expected operators that match the base's modules, got none"
+            "slots: expected operators that can have one, got none"
             + "".join(f"\n  - {reason}" for reason in reasons[:20])
         )
     covered = {member.module_path for slot in table.values() for member in slot.members}
