@@ -10,6 +10,7 @@ from peft_cases import load_with_peft
 from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters
 from converters.onnx.importing import ImportOptions, import_model
+from converters.onnx.slots.inserting import SlotOptions
 from loraport.bundle.manifest import check_files, read_manifest
 from loraport.bundle.replay import replay_golden
 from loraport.errors import LoraportError
@@ -120,6 +121,54 @@ def test_names_that_the_exporter_recorded_are_there_in_every_precision(precision
     onnx.save(proto, file)
     import_model(file, tmp_path / "out", ImportOptions(precision=precision))
     assert list(read_manifest(tmp_path / "out").slots.modules()) == ["first", "second"]
+
+
+def save_products(file, weights, tokens=False):
+    """Write ``x W V ...``; with tokens, ``x`` are rows of the first, which is the last's turned."""
+    make, kinds = onnx.helper, onnx.TensorProto
+    stored = [onnx.numpy_helper.from_array(w, name) for name, w in weights.items()]
+    nodes, last, first = [], "x", next(iter(weights))
+    given = make.make_tensor_value_info("x", kinds.INT64 if tokens else kinds.FLOAT, ["n", 32])
+    if tokens:
+        nodes.append(make.make_node("Gather", [first, "x"], ["h"], name="embed/Gather"))
+        nodes.append(make.make_node("Transpose", [first], ["turned"], perm=[1, 0]))
+        nodes.append(make.make_node("MatMul", ["h", "turned"], ["y"], name="head"))
+    else:
+        for number, name in enumerate(weights):
+            to = "y" if number == len(weights) - 1 else f"h{number}"
+            nodes.append(make.make_node("MatMul", [last, name], [to], name=f"at{number}"))
+            last = to
+    made = make.make_tensor_value_info("y", kinds.FLOAT, None)
+    graph = make.make_graph(nodes, "g", [given], [made], stored)
+    opsets = [make.make_opsetid("", 18)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=9), file)
+
+
+def modules_in(file, out, precision, *variants):
+    options = ImportOptions(None, SlotOptions(variants), lm_head=True, precision=precision)
+    import_model(file, out, options)
+    return list(read_manifest(out).slots.modules())
+
+
+@pytest.mark.parametrize("precision", OPERATORS)
+def test_an_output_head_is_called_so_in_every_precision(precision, tmp_path):
+    """Its weight is the embedding's, until a quantizer stores it for itself."""
+    table = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
+    save_products(tmp_path / "m.onnx", {"words.weight": table}, tokens=True)
+    file, variants = tmp_path / "m.onnx", ("lora", "embedding")
+    expected = modules_in(file, tmp_path / "one", None, *variants)
+    assert expected == ["words", "lm_head"]
+    assert modules_in(file, tmp_path / "two", precision, *variants) == expected
+
+
+@pytest.mark.parametrize("precision", OPERATORS)
+def test_weights_that_would_come_to_one_name_keep_theirs(precision, tmp_path):
+    numbers = np.random.default_rng(0).standard_normal((2, 32, 32)).astype(np.float32)
+    save_products(tmp_path / "m.onnx", dict(zip(["w", "w_quantized"], numbers, strict=True)))
+    expected = modules_in(tmp_path / "m.onnx", tmp_path / "one", None, "lora")
+    assert expected == ["w.at0", "w.at1"]
+    got = modules_in(tmp_path / "m.onnx", tmp_path / "two", precision, "lora")
+    assert [name.removesuffix("_quant").removesuffix("_Q4") for name in got] == expected
 
 
 def test_fp16_is_in_order_where_an_input_is_read_late(tmp_path):

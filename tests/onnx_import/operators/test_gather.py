@@ -14,8 +14,8 @@ TOKENS = np.array([[0, 3, 10], [7, 7, 1]])
 SIZES = ["batch", "length", COLUMNS]
 
 
-def dequantize(value, to, zero="z"):
-    return helper.make_node("DequantizeLinear", [value, "s", zero], [to])
+def dequantize(value, to, zero="z", scale="s"):
+    return helper.make_node("DequantizeLinear", [value, scale, zero], [to])
 
 
 def graph(nodes, outputs, kind=TensorProto.UINT8, column_scales=False):
@@ -27,6 +27,7 @@ def graph(nodes, outputs, kind=TensorProto.UINT8, column_scales=False):
         helper.make_tensor("s", TensorProto.FLOAT, [COLUMNS] if column_scales else [], scales),
         helper.make_tensor("z", kind, [COLUMNS] if column_scales else [], [101] * len(scales)),
         helper.make_tensor("other", kind, [], [7]),
+        helper.make_tensor("half", TensorProto.FLOAT, [], [0.01]),
         helper.make_tensor("split", TensorProto.INT64, [4], [0, 0, 2, 3]),
         helper.make_tensor("last", TensorProto.INT64, [1], [3]),
     ]
@@ -105,6 +106,18 @@ OTHERS = {
         [dequantize("rows", "y"), TURN, dequantize("turned", "w", "other")],
         {"y": FLOAT, "w": FLOAT},
     ),
+    "by another scale": (
+        [dequantize("rows", "y"), TURN, dequantize("turned", "w", scale="half")],
+        {"y": FLOAT, "w": FLOAT},
+    ),
+    "by a zero that depends on what is given": (
+        [
+            helper.make_node("ReduceMin", ["tokens"], ["least"], keepdims=0),
+            helper.make_node("Cast", ["least"], ["floor"], to=TensorProto.UINT8),
+            dequantize("rows", "y", "floor"),
+        ],
+        {"y": FLOAT},
+    ),
     "given out": ([dequantize("rows", "y")], {"y": FLOAT, "rows": TensorProto.UINT8}),
 }
 
@@ -121,6 +134,16 @@ def test_a_scale_for_each_column_cannot_be_moved(slotted):
     model = graph([TURN, dequantize("turned", "y")], {"y": FLOAT}, column_scales=True)
     with pytest.raises(LoraportError, match="embed: Gather: its rows of integers are not only"):
         slotted(model, "embedding")
+
+
+def test_rows_that_are_always_the_same_are_not_listed(slotted):
+    """They are a constant."""
+    model = graph([dequantize("rows", "y")], {"y": FLOAT})
+    model.graph.initializer.append(helper.make_tensor("three", INT64, [1], [3]))
+    model.graph.node[0].input[1] = "three"
+    with pytest.raises(LoraportError) as caught:
+        slotted(model, "embedding")
+    assert "embed" not in str(caught.value)
 
 
 def test_numbers_that_are_looked_up_are_no_weights(slotted):
