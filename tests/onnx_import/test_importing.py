@@ -12,6 +12,7 @@ from peft_cases import load_with_peft
 from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters
 from converters.onnx.importing import ImportOptions, import_model
+from converters.onnx.slots.inserting import SlotOptions
 from loraport.bundle.manifest import check_files, read_manifest
 from loraport.bundle.replay import replay_golden
 from loraport.errors import LoraportError
@@ -182,6 +183,25 @@ class TestExternalData:
         data.write_bytes(data.read_bytes()[:-100])
         with pytest.raises(LoraportError, match="fetch the data file again"):
             import_model(outside, tmp_path / "out")
+
+
+def test_where_no_rows_can_be_told_apart_the_reasons_are_told(tmp_path):
+    make, kind = onnx.helper, onnx.TensorProto
+    weight = onnx.numpy_helper.from_array(np.eye(3, dtype=np.float32), "layer.weight")
+    nodes = [
+        make.make_node("Transpose", ["x"], ["t"], perm=[1, 0]),
+        make.make_node("MatMul", ["t", "layer.weight"], ["y"]),
+    ]
+    ends = [
+        make.make_tensor_value_info(n, kind.FLOAT, s) for n, s in (("x", [3, "n"]), ("y", None))
+    ]
+    graph = make.make_graph(nodes, "g", ends[:1], ends[1:], [weight])
+    opsets = [make.make_opsetid("", 18)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    options = ImportOptions(slots=SlotOptions(("lora",), per_row=True))
+    with pytest.raises(LoraportError, match="layer: its input is not known to have the batch"):
+        import_model(tmp_path / "m.onnx", tmp_path / "out", options)
+    import_model(tmp_path / "m.onnx", tmp_path / "out")
 
 
 def test_outputs_that_are_maps_are_refused_with_what_to_do(tmp_path):
