@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +139,14 @@ def _model_without_weights(directory: Path, task_type: str | None) -> Any:
             return None
 
 
+def _end(get: Callable[[], Any]) -> Any:
+    """Return a model's input or output embeddings; models of images may have none to name."""
+    try:
+        return get()
+    except NotImplementedError:
+        return None
+
+
 def _layout_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> BaseLayout:
     held = model.state_dict(keep_vars=True)
     state = {name: tuple(tensor.shape) for name, tensor in held.items()}
@@ -149,7 +157,7 @@ def _layout_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> BaseLayout:
         if target in state and source in state:
             ties[source].append(target)
     modules = list(model.named_modules())
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = [_end(model.get_input_embeddings), _end(model.get_output_embeddings)]
     return BaseLayout(
         pieces=pieces,
         shapes=state,

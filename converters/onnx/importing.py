@@ -18,7 +18,13 @@ from converters.onnx.graph.provenance import MADE_BY, record_provenance
 from converters.onnx.graph.site import Site
 from converters.onnx.graph.source_graph import external_tensors, read_graph
 from converters.onnx.modules.graph_modules import GraphModules, fingerprint_graph
-from converters.onnx.modules.graph_names import NamedSite, keep_names, name_sites, tied_sites
+from converters.onnx.modules.graph_names import (
+    NamedSite,
+    folded,
+    keep_names,
+    name_sites,
+    tied_sites,
+)
 from converters.onnx.modules.holders import BaseHolders, GraphHolders, Holders
 from converters.onnx.modules.matching import Match, Matcher, SiteMatcher, Unmatched
 from converters.onnx.modules.unslotted import reasons
@@ -51,6 +57,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 _HEAD = "lm_head"
+_NAMED = 5
 _LEFT_OUT_HEAD = "left out, as the output head; export again with --lm-head"
 
 
@@ -126,6 +133,13 @@ def import_model(
         careful = may_end_the_process(model)
         progress("putting in the slots")
         imported = slot_graph(model, options, base)
+        if base is None and (names := folded(imported.named)):
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            progress(
+                f"computed by the exporter, maybe with a normalization folded in: "
+                f"{', '.join(names[:_NAMED])}{more}; an adapter that was trained before that does "
+                "not fit there, and --base tells"
+            )
         record_provenance(model, file.name, file_sha256(file))
         weights = sum(tensor.nbytes for tensor in external_tensors(model))
         _save(imported.slotted, bundle)

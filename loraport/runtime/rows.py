@@ -100,14 +100,15 @@ def _side_by_side(
     stacked: dict[str, torch.Tensor] = {}
     for slot in slots:
         widest = ranks[len(slot.members)]
-        if not any(slot.input_a in tensors for tensors in lanes):
+        if not any(widest):
             continue
+        # Also where no lane fills it: the graph counts the columns once for all.
         for entry in (slot.inputs()["lora_A"], slot.inputs()["lora_B"]):
-            like = next(tensors[entry.name] for tensors in lanes if entry.name in tensors)
+            given = [tensors[entry.name].dtype for tensors in lanes if entry.name in tensors]
+            dtype = given[0] if given else getattr(torch, _DTYPES[slot.dtype])
             axis = entry.rank_axis or 0
-            shape = list(like.shape)
-            shape[axis] = sum(widest)
-            whole = like.new_zeros(shape)
+            shape = [sum(widest) if isinstance(n, str) else n for n in entry.shape]
+            whole = torch.zeros(shape, dtype=dtype)
             start = 0
             for tensors, width in zip(lanes, widest, strict=True):
                 if entry.name in tensors:

@@ -13,6 +13,7 @@ from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters
 from converters.onnx.importing import ImportOptions, import_model
 from converters.onnx.slots.inserting import SlotOptions
+from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.bundle.manifest import check_files, read_manifest
 from loraport.bundle.replay import replay_golden
 from loraport.errors import LoraportError
@@ -183,6 +184,84 @@ class TestExternalData:
         data.write_bytes(data.read_bytes()[:-100])
         with pytest.raises(LoraportError, match="fetch the data file again"):
             import_model(outside, tmp_path / "out")
+
+
+class Convolved(torch.nn.Module):
+    """What TorchScript calls by the path of whoever called it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()
+        )
+        self.last = torch.nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        return self.last(self.body(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
+@pytest.mark.parametrize("fold", [True, False])
+def test_kernels_that_a_normalization_was_folded_into_are_told(fold, tmp_path):
+    mode = torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE
+    model = Convolved()
+    model.train(not fold)
+    torch.onnx.export(
+        model,
+        (torch.randn(1, 3, 6, 6),),
+        tmp_path / "m.onnx",
+        dynamo=False,
+        do_constant_folding=fold,
+        training=mode,
+    )
+    said = []
+    options = ImportOptions(slots=SlotOptions(("conv",)))
+    import_model(tmp_path / "m.onnx", tmp_path / "out", options, progress=said.append)
+    assert list(read_manifest(tmp_path / "out").slots.modules()) == ["body.0", "last"]
+    told = [text for text in said if "computed by the exporter" in text]
+    assert len(told) == fold
+    assert all("folded in: body.0;" in text for text in told)
+
+
+class Shared(torch.nn.Module):
+    """Modules with one weight, functions with a module's, and one called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.twice = (torch.nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.other.weight = self.one.weight
+        self.inner = torch.nn.Module()
+        self.inner.deep = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = torch.nn.functional.linear(x, self.inner.deep.weight, self.inner.deep.bias)
+        return self.other(self.twice(self.twice(self.one(x)).relu()).relu())
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
+def test_modules_that_share_a_weight_have_slots_of_their_own(tmp_path):
+    """As PEFT has it, where the exporter recorded which is which."""
+    torch.manual_seed(0)
+    model = Shared().eval()
+    x = torch.randn(3, 8)
+    torch.onnx.export(model, (x,), tmp_path / "m.onnx", input_names=["x"], dynamo=True)
+    import_model(tmp_path / "m.onnx", tmp_path / "out")
+    modules = read_manifest(tmp_path / "out").slots.modules()
+    assert list(modules) == ["inner.deep", "one", "twice", "other"]
+    random = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(shape, generator=random) for shape in ((2, 8), (8, 2)))
+    adapter = Adapter({"other": LoraModule(ModuleKind.LINEAR, a, b, alpha=2)})
+    add_adapters(tmp_path / "out", {"a": adapter})
+    with torch.no_grad():
+        base = model(x).numpy()
+        model.other.weight = torch.nn.Parameter(model.other.weight + b @ a)
+        expected = model(x).numpy()
+    runtime = Runtime(tmp_path / "out")
+    (got,) = runtime.run({"x": x.numpy()}, "a").values()
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    (plain,) = runtime.run({"x": x.numpy()}).values()
+    np.testing.assert_allclose(plain, base, atol=1e-5)
+    assert np.abs(expected - base).max() > 0.1
 
 
 def test_where_no_rows_can_be_told_apart_the_reasons_are_told(tmp_path):

@@ -113,9 +113,16 @@ def test_every_module_has_its_slot(runtime):
     assert runtime.manifest.slots.modules().keys() == {"embed", "wide", "flat", "conv", "head"}
 
 
-def test_every_row_is_its_own_adapters(runtime, net, adapters):
-    rows = runtime.rows(["a", "b", "c"])
-    picked = ["b", None, "a", "c", "a", None]
+@pytest.mark.parametrize(
+    "picked",
+    [
+        ["b", None, "a", "c", "a", None],
+        ["b", None, "b"],  # nobody fills the embedding's slot, which shares its count
+        ["c", "c", None],  # nor the convolution's
+    ],
+)
+def test_every_row_is_its_own_adapters(runtime, net, adapters, picked):
+    rows = runtime.rows(sorted(filter(None, set(picked))))
     ids = tokens(len(picked))
     got = output(rows.run({"ids": ids.numpy()}, picked))
     base = output(runtime.run({"ids": ids.numpy()}))

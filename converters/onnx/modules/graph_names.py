@@ -9,13 +9,15 @@ The first of these that gives a name:
 4. the initializer's name, whatever it is, unless it is anonymous (``onnx::MatMul_1234``);
 5. what it is (`linear`, `embedding`, `conv`) and its number.
 
-One weight has one name wherever it is used; two weights that come to the same name get the names
-of their nodes added. A weight that is an embedding's too is the output head.
+One weight has one name wherever it is used, unless the exporter recorded several modules that share
+it; two weights that come to the same name get the names of their nodes added. A weight that is an
+embedding's too is the output head.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +41,10 @@ _ENDINGS = re.compile(
 _ANONYMOUS = re.compile(r"(onnx::\w+_\d+|\d+|val_\d+|.*[Cc]onst(ant)?[_.]?\w*(:\d+)?|_v_\d+|t_\d+)")
 
 
+# What a weight is called, what it is, and the module that the exporter recorded.
+_Key = tuple[str, ModuleKind, str]
+
+
 @dataclass(frozen=True, eq=False)
 class NamedSite:
     """A site and what its module is called."""
@@ -51,13 +57,29 @@ def name_sites(sites: Sequence[Site]) -> list[NamedSite]:
     """Name every site of a graph; sites of one weight have one name."""
     groups = _by_weight(sites)
     embedded = {key[0] for key in groups if key[1] is ModuleKind.EMBEDDING}
-    names: dict[tuple[str, ModuleKind], str] = {}
+    names: dict[_Key, str] = {}
     for number, (key, members) in enumerate(groups.items()):
         tied = key[1] is ModuleKind.LINEAR and key[0] in embedded
         names[key] = _name(members, tied) or f"{key[1].value}_{number}"
     _tell_apart(names, groups)
     found = {id(site): names[key] for key, members in groups.items() for site in members}
     return [NamedSite(found[id(site)], site) for site in sites]
+
+
+def folded(named: Iterable[NamedSite]) -> list[str]:
+    """Return convolutions whose weights lost their names, though the graph knows the modules.
+
+    Exporters leave a kernel its name unless they compute it: with a normalization folded into it,
+    most often, so that it is not the module's own.
+    """
+    found = []
+    for entry in named:
+        site = entry.site
+        known = entry.path.rpartition("_")[0] != site.kind.value  # not by its number
+        nameless = _ANONYMOUS.fullmatch(_stored_name(site)) and not _recorded_path(site.node)
+        if site.kind is ModuleKind.CONV and known and nameless:
+            found.append(entry.path)
+    return list(dict.fromkeys(found))
 
 
 def keep_names(before: Iterable[NamedSite], after: Iterable[Site]) -> None:
@@ -76,11 +98,12 @@ def keep_names(before: Iterable[NamedSite], after: Iterable[Site]) -> None:
             site.node.metadata_props[_MODULE] = next(iter(found))
 
 
-def _by_weight(sites: Iterable[Site]) -> dict[tuple[str, ModuleKind], list[Site]]:
-    groups: dict[tuple[str, ModuleKind], list[Site]] = defaultdict(list)
+def _by_weight(sites: Iterable[Site]) -> dict[_Key, list[Site]]:
+    groups: dict[_Key, list[Site]] = defaultdict(list)
     for number, site in enumerate(sites):
         weight = weight_of(site)
-        groups[weight.name if weight else f"?{number}", site.kind].append(site)
+        name = weight.name if weight else f"?{number}"
+        groups[name, site.kind, _recorded_path(site.node)].append(site)
     return groups
 
 
@@ -104,13 +127,25 @@ def weight_of(site: Site) -> Constant | None:
 def _name(members: Sequence[Site], tied: bool) -> str:
     node = members[0].node
     stored = _stored_name(members[0])
-    path = node.metadata_props.get(_MODULE) or _recorded_path(node)
-    if path:
-        return path
+    if _MODULE in node.metadata_props:
+        return node.metadata_props[_MODULE]
+    path = _recorded_path(node)
+    named = ""
     if stored.endswith(".weight") and not tied and is_module_path(stored):
-        return _ENDINGS.sub("", stored.removesuffix(".weight"))
-    parts = (node.name or "").split("/")[:-1]
-    path = ".".join(re.sub(r"[^\w.-]", "_", part).strip(".") for part in parts if part)
+        named = _ENDINGS.sub("", stored.removesuffix(".weight"))
+    if path:
+        # Functions are recorded as the module that calls them, with a weight of another.
+        return named if named.startswith(f"{path}.") else path
+    if named:
+        return named
+    parts = [re.sub(r"[^\w.-]", "_", part).strip(".") for part in (node.name or "").split("/")[:-1]]
+    # A part of a sequence says whose it is: ``/net/net.0/MatMul``.
+    own = [
+        part
+        for part, following in itertools.zip_longest(parts, parts[1:], fillvalue="")
+        if part and not following.startswith(f"{part}.")
+    ]
+    path = ".".join(own)
     if path and is_module_path(path):
         return path
     if tied:
@@ -136,16 +171,14 @@ def _recorded_path(node: ir.Node) -> str:
     return path if is_module_path(path) else ""
 
 
-def _tell_apart(
-    names: dict[tuple[str, ModuleKind], str], groups: Mapping[tuple[str, ModuleKind], list[Site]]
-) -> None:
+def _tell_apart(names: dict[_Key, str], groups: Mapping[_Key, list[Site]]) -> None:
     """Give different weights different names, in place; equal ones are one module called twice."""
-    claimed: dict[str, list[tuple[str, ModuleKind]]] = defaultdict(list)
+    claimed: dict[str, list[_Key]] = defaultdict(list)
     for key, name in names.items():
         claimed[name].append(key)
     taken = set(claimed)
     for name, keys in claimed.items():
-        modules: list[list[tuple[str, ModuleKind]]] = []
+        modules: list[list[_Key]] = []
         for key in keys:
             first = groups[key][0]
             same = [known for known in modules if _same_module(groups[known[0]][0], first)]
