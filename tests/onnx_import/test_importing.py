@@ -135,10 +135,28 @@ class TestExternalData:
         import_model(outside, tmp_path / "out", progress=said.append)
         with pytest.raises(onnx.checker.ValidationError, match="hard link"):
             onnx.load(outside)
-        assert any("w.bin is shared with the model" in text for text in said)
+        (told,) = (text for text in said if "shared with the model" in text)
+        assert "by hard links: data/w.bin; onnx.load refuses" in told
         for precision in ("int8", "int4", "fp16"):
             import_model(outside, tmp_path / precision, ImportOptions(precision=precision))
             assert read_manifest(tmp_path / precision).precision == precision
+
+    def test_many_files_are_told_in_one_line(self, bert_onnx, tmp_path):
+        (tmp_path / "source").mkdir()
+        file = tmp_path / "source" / "m.onnx"
+        onnx.save(
+            onnx.load(bert_onnx),
+            file,
+            save_as_external_data=True,
+            all_tensors_to_one_file=False,
+            size_threshold=64,
+        )
+        count = len(list(file.parent.iterdir())) - 1
+        said = []
+        import_model(file, tmp_path / "out", progress=said.append)
+        (told,) = (text for text in said if "shared with the model" in text)
+        assert f" and {count - 3} more; onnx.load" in told
+        assert count > 10
 
     def test_data_is_copied_where_that_is_asked_for(self, outside, bert_onnx, tmp_path):
         said = []

@@ -31,6 +31,7 @@ _TOKENIZER = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+_NAMED = 3
 # What is smaller stays in the graph: shapes and the like, which shape inference reads.
 _SMALLEST_OUTSIDE = 1024
 
@@ -49,7 +50,7 @@ def share_data(
         model: As `read_graph` gave it.
         source: The model's directory.
         bundle: An existing directory.
-        progress: Told of each file whether it is shared.
+        progress: Told of files that had to be copied, and of those that are shared.
         copy: Copy them all.
 
     Returns:
@@ -65,6 +66,7 @@ def share_data(
         if location in _OWN_NAMES or first in _OWN_DIRECTORIES:
             problems.add(location, "a data file of another name", "one a bundle has itself")
     problems.raise_if_any("the model's data cannot lie in a bundle")
+    shared = []
     for location in locations:
         target = bundle / location
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,10 +82,13 @@ def share_data(
             progress(f"copying {location}, which cannot be linked")
             shutil.copyfile(real, target)
         else:
-            progress(
-                f"{location} is shared with the model (a hard link), so onnx.load refuses to read "
-                "it for either; --copy-data copies it"
-            )
+            shared.append(location)
+    if shared:
+        more = f" and {len(shared) - _NAMED} more" if len(shared) > _NAMED else ""
+        progress(
+            f"shared with the model, by hard links: {', '.join(shared[:_NAMED])}{more}; onnx.load "
+            "refuses to read such files for either, --copy-data copies them"
+        )
     return locations
 
 
