@@ -82,6 +82,8 @@ _REASONS = {
     "GRU": "a recurrent layer's projections are inside the operator",
     "RNN": "a recurrent layer's projections are inside the operator",
     "DynamicQuantizeLSTM": "a recurrent layer's projections are inside the operator",
+    "FusedConv": "its activation is inside; export before ONNX Runtime's extended optimizations",
+    "MatMulInteger": "its input is not quantized right before it, or its product not scaled after",
     "ConvTranspose": "transposed convolutions have no slots",
     "Attention": f"its projection {_INSIDE}",
     "QAttention": f"its projection {_INSIDE}",
