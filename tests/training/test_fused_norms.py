@@ -323,4 +323,4 @@ def test_a_gpu_is_told_half_of_what_peft_tells_it(monkeypatch):
     monkeypatch.setattr(F, "rms_norm", kernel)
     with fused(model, CPU), matrices.provided():
         ours = told(model)
-    assert ours < 0.55 * theirs < own
+    assert ours < 0.5 * theirs < own

@@ -82,17 +82,28 @@ def folded(named: Iterable[NamedSite]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def keep_names(before: Iterable[NamedSite], after: Iterable[Site]) -> None:
+def keep_names(before: Sequence[NamedSite], after: Iterable[Site]) -> None:
     """Note on operators that a quantizer wrote what their modules were called before.
 
     Args:
         before: The sites of the graph that it was given.
-        after: Those of what it made of it. Both are told by what their weights are called.
+        after: Those of what it made of it. Both are told by what their outputs are called, which
+            quantizers keep, else by what their weights are.
     """
+    outputs = {entry.site.y.name: entry.path for entry in before}
     paths: dict[tuple[str, ModuleKind], set[str]] = defaultdict(set)
     for entry in before:
         paths[_stored_name(entry.site), entry.site.kind].add(entry.path)
+    left = []
     for site in after:
+        if site.y.name in outputs:
+            path = site.node.metadata_props[_MODULE] = outputs[site.y.name]
+            others = paths[_stored_name(site), site.kind] - {path}
+            if others:  # with such a weight, too: what is left is theirs
+                paths[_stored_name(site), site.kind] = others
+        else:
+            left.append(site)
+    for site in left:
         found = paths[_stored_name(site), site.kind]
         if len(found) == 1 and weight_of(site) is not None:
             site.node.metadata_props[_MODULE] = next(iter(found))
@@ -103,7 +114,8 @@ def _by_weight(sites: Iterable[Site]) -> dict[_Key, list[Site]]:
     for number, site in enumerate(sites):
         weight = weight_of(site)
         name = weight.name if weight else f"?{number}"
-        groups[name, site.kind, _recorded_path(site.node)].append(site)
+        path = site.node.metadata_props.get(_MODULE) or _recorded_path(site.node)
+        groups[name, site.kind, path].append(site)
     return groups
 
 
