@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
+import numpy as np
+
 from loraport.errors import LoraportError, Problems
 
 if TYPE_CHECKING:
@@ -26,6 +29,19 @@ _BITS = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
+}
+# What ONNX Runtime and torch know as well, in numpy.
+NUMPY_DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
 }
 
 
@@ -46,6 +62,20 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+    def array(self, content: np.ndarray) -> np.ndarray:
+        """Return the tensor's bytes, uint8 ``[nbytes]``, as what they are, over the same memory.
+
+        ``BF16`` is ``ml_dtypes.bfloat16``.
+
+        Raises:
+            LoraportError: If numpy has no such dtype.
+        """
+        if self.dtype not in NUMPY_DTYPES:
+            known = ", ".join(NUMPY_DTYPES)
+            raise LoraportError(f"expected one of the dtypes {known}, got {self.dtype}")
+        array: np.ndarray = content.view(NUMPY_DTYPES[self.dtype])
+        return array.reshape(self.shape)
 
 
 class Checkpoint:
@@ -133,6 +163,19 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise LoraportError(f"tensor {name!r} of {info.file}: {error}") from error
         return tensor
+
+    def load_array(self, name: str) -> np.ndarray:
+        """Read one tensor into memory as an array, which takes no torch.
+
+        Raises:
+            LoraportError: If there is none of this name, its bytes cannot be read, or numpy has
+                no such dtype.
+        """
+        info = self.info(name)
+        try:
+            return info.array(np.fromfile(info.file, np.uint8, info.nbytes, offset=info.start))
+        except (LoraportError, OSError, ValueError) as error:
+            raise LoraportError(f"tensor {name!r} of {info.file}: {error}") from error
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

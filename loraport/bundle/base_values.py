@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from loraport.checkpoint import Checkpoint
 from loraport.output import new_file
 
@@ -28,7 +30,7 @@ def write_base_values(bundle: Path, values: Mapping[str, torch.Tensor]) -> None:
             save_file(dict(values), partial)
 
 
-class BaseValues(Mapping[str, "torch.Tensor"]):
+class BaseValues(Mapping[str, np.ndarray]):
     """The values by graph input, each read when it is asked for.
 
     Args:
@@ -42,10 +44,10 @@ class BaseValues(Mapping[str, "torch.Tensor"]):
         file = bundle / BASE_VALUES_FILE
         self._checkpoint = Checkpoint(file) if file.is_file() else None
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> np.ndarray:
         if self._checkpoint is None:
             raise KeyError(name)
-        return self._checkpoint.load(name)
+        return self._checkpoint.load_array(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._checkpoint or ())

@@ -106,7 +106,7 @@ def read_golden(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return a case's inputs and expected outputs by name."""
     checkpoint = Checkpoint(bundle / case.file)
-    arrays = {name: checkpoint.load(name).numpy() for name in checkpoint}
+    arrays = {name: checkpoint.load_array(name) for name in checkpoint}
     inputs = {n.removeprefix(_INPUT): a for n, a in arrays.items() if n.startswith(_INPUT)}
     outputs = {n.removeprefix(_OUTPUT): a for n, a in arrays.items() if n.startswith(_OUTPUT)}
     return inputs, outputs
@@ -115,8 +115,7 @@ def read_golden(
 def _record(
     runtime: Runtime, cases: Mapping[str, Mapping[str, float]], inputs: Mapping[str, np.ndarray]
 ) -> Manifest:
-    import torch
-    from safetensors.torch import save_file
+    from safetensors.numpy import save_file
 
     bundle = runtime.directory
     names = [entry.name for entry in runtime.session.get_outputs()]
@@ -124,11 +123,11 @@ def _record(
     golden = dict(runtime.manifest.golden)
     for name, adapters in cases.items():
         outputs = runtime.run(inputs, adapter=adapters or None, outputs=wanted)
-        tensors = {f"{_INPUT}{key}": torch.from_numpy(array) for key, array in inputs.items()}
-        tensors |= {f"{_OUTPUT}{key}": torch.from_numpy(array) for key, array in outputs.items()}
+        arrays = {f"{_INPUT}{key}": array for key, array in inputs.items()}
+        arrays |= {f"{_OUTPUT}{key}": array for key, array in outputs.items()}
         golden[name] = GoldenCase(dict(adapters), f"{GOLDEN_DIRECTORY}/{name}.safetensors")
         with new_file(bundle / golden[name].file, force=True) as partial:
-            save_file(tensors, partial)
+            save_file(arrays, partial)
     manifest = replace(runtime.manifest, golden=golden)
     manifest = manifest.with_files(bundle, [golden[name].file for name in cases])
     write_manifest(manifest, bundle)

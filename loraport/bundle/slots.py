@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,9 @@ class Slot:
         """Graph input that takes the bias ``[out]``, if there is one."""
         return slot_bias(self.name)
 
-    def inputs(self) -> dict[str, SlotInput]:
-        """Return role (``lora_A``, ``lora_B``, ``gain``, ``bias``) → the input that has it."""
+    @cached_property
+    def inputs(self) -> Mapping[str, SlotInput]:
+        """Role (``lora_A``, ``lora_B``, ``gain``, ``bias``) → the input that has it."""
         rank = f"{self.name}.rank"
         shape_a: tuple[int | str, ...] = (self.in_features, rank)
         shape_b: tuple[int | str, ...] = (rank, self.out_features)
@@ -140,7 +142,7 @@ class Slot:
         entry: dict[str, Any] = {
             "name": self.name,
             "kind": self.kind.value,
-            "inputs": {role: value.name for role, value in self.inputs().items()},
+            "inputs": {role: value.name for role, value in self.inputs.items()},
             "in_features": self.in_features,
             "out_features": self.out_features,
             "dtype": self.dtype,
@@ -298,13 +300,13 @@ class SlotTable:
 
     def inputs(self) -> list[str]:
         """Return the names of all graph inputs that adapters fill."""
-        names = [value.name for slot in self.slots for value in slot.inputs().values()]
+        names = [value.name for slot in self.slots for value in slot.inputs.values()]
         return names + [slot.input for slot in self.replacements]
 
     def low_rank_inputs(self) -> Iterator[tuple[Slot, str, SlotInput]]:
         """Yield slot, role and input of everything but whole parameters."""
         for slot in self.slots:
-            for role, value in slot.inputs().items():
+            for role, value in slot.inputs.items():
                 yield slot, role, value
 
     def modules(self) -> dict[str, tuple[Slot, SlotMember]]:

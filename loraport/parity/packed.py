@@ -54,7 +54,7 @@ def differences(
     wrong += [
         f"{name}: not in the source adapter"
         for slot in table.slots
-        for name in (entry.name for entry in slot.inputs().values())
+        for name in (entry.name for entry in slot.inputs.values())
         if slot.name not in served and name in tensors
     ]
     return wrong + _replaced(tensors, table, changes, folded=set(map(bias_name, biases)))

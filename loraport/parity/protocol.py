@@ -34,6 +34,7 @@ from loraport.parity.shipped import golden_cases, required_graph, same_in_both_f
 from loraport.parity.tolerances import AS_DEPLOYED, Tolerance
 from loraport.runtime import Runtime, Sampling, Selection, generate
 from loraport.runtime.resident import read_packed
+from loraport.runtime.values import torch_of
 
 _GREEDY_TOKENS = 12
 _GREEDY_PROMPTS = 3
@@ -170,7 +171,8 @@ class Protocol:
         """Compare what is in the bundle with the source adapter, module by module."""
         manifest = self._runtime.manifest
         file = self._runtime.directory / manifest.require_adapter(name).tensors
-        tensors = read_packed(file, manifest.slots)
+        packed = read_packed(file, manifest.slots)
+        tensors = {key: torch_of(array) for key, array in packed.items()}
         wrong = differences(tensors, manifest.slots, changes, self._original)
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         count = f"{len(changes.terms)} modules"

@@ -22,7 +22,7 @@ from loraport.parity.tolerances import Tolerance
 from loraport.runtime import Lane, Runtime
 from loraport.runtime.resident import read_packed
 from loraport.runtime.session import open_session
-from loraport.runtime.values import FLOATS, as_numpy, numpy_of
+from loraport.runtime.values import FLOATS, as_numpy
 
 _SHOWN = 5
 
@@ -34,8 +34,7 @@ def same_in_both_files(runtime: Runtime, name: str) -> Check:
     title = f"adapter {name}: .onnx_adapter = .safetensors"
     entry = runtime.manifest.require_adapter(name)
     file = runtime.directory / entry.file
-    packed = read_packed(runtime.directory / entry.tensors, runtime.manifest.slots)
-    expected = {key: numpy_of(tensor) for key, tensor in packed.items()}
+    expected = read_packed(runtime.directory / entry.tensors, runtime.manifest.slots)
     try:
         contents = onnxruntime.AdapterFormat.read_adapter(str(file))
         got: Mapping[str, Any] = contents.get_parameters()
@@ -72,7 +71,7 @@ def required_graph(
         detail = f"its inputs are not the model's and the slots': {_listed(sorted(strange))}"
         return Check(title, False, detail)
     base_values = BaseValues(runtime.directory)
-    neutral = {slot.input: numpy_of(base_values[slot.input]) for slot in slots.replacements}
+    neutral = {slot.input: base_values[slot.input] for slot in slots.replacements}
     neutral |= {
         entry.name: np.full(entry.neutral_shape, entry.neutral, FLOATS[entries[entry.name].type])
         for _, _, entry in slots.low_rank_inputs()

@@ -40,7 +40,8 @@ class Runtime:
         bundle: The bundle's directory.
         provider: ``"cpu"`` or ``"cuda"``.
         threads: Threads inside operators; ONNX Runtime's choice unless told.
-        check: Compare every file with its hash first.
+        check: Compare every file with its hash first, and of adapters that are added later what
+            is used of them.
         float32_activations: Let quantized kernels compute in full precision.
 
     Raises:
@@ -61,6 +62,7 @@ class Runtime:
         if check:
             check_files(self.manifest, self.directory)
         self._check = check
+        self._unread: dict[str, str] = {}  # path → hash, of adapters that were added since
         self.provider = provider
         self._empty = empty_slots(self.manifest.slots, provider)  # the session points at it
         self.session = open_session(
@@ -84,9 +86,12 @@ class Runtime:
     def refresh(self) -> None:
         """Read the manifest again: adapters added since are known, replaced ones take effect.
 
+        A new adapter's file is compared with its hash while it is first read. Before one in use
+        gives way to another, that is compared at once.
+
         Raises:
-            LoraportError: If a file that is new and that this class reads is damaged, or the graph
-                is another one.
+            LoraportError: If the graph is another one, or a file that is new, replaces an adapter
+                in use or belongs to no adapter, is damaged; everything is as before then.
         """
         known, manifest = self.manifest, read_manifest(self.directory)
         new = {path: sha for path, sha in manifest.files.items() if known.files.get(path) != sha}
@@ -95,14 +100,18 @@ class Runtime:
                 f"bundle {self.directory}: expected the graph that is open, got another; open the "
                 "bundle again"
             )
+        others = {entry.file for entry in manifest.adapters.values()}
+        others |= {case.file for case in manifest.golden.values()}
+        later = {
+            entry.tensors for name, entry in manifest.adapters.items() if name not in self._packed
+        }
         if self._check:
-            others = {entry.file for entry in manifest.adapters.values()}
-            others |= {case.file for case in manifest.golden.values()}
-            others -= {entry.tensors for entry in manifest.adapters.values()}
-            read = {path: sha for path, sha in new.items() if path not in others}
-            check_files(replace(manifest, files=read), self.directory)
+            now = {path: sha for path, sha in new.items() if path not in others | later}
+            check_files(replace(manifest, files=now), self.directory)
         with self._lock:
             self.manifest = manifest
+            if self._check:
+                self._unread |= {path: sha for path, sha in new.items() if path in later}
             for name, entry in known.adapters.items():
                 if manifest.adapters.get(name) != entry or entry.tensors in new:
                     self._forget(name)
@@ -205,8 +214,10 @@ class Runtime:
 
     def _read(self, name: str) -> Mapping[str, Any]:
         if name not in self._packed:
-            entry = self.manifest.require_adapter(name)
-            self._packed[name] = read_packed(self.directory / entry.tensors, self.manifest.slots)
+            path = self.manifest.require_adapter(name).tensors
+            sha256 = self._unread.get(path)
+            self._packed[name] = read_packed(self.directory / path, self.manifest.slots, sha256)
+            self._unread.pop(path, None)
         return self._packed[name]
 
 

@@ -1,101 +1,90 @@
 """Read a packed adapter whole: its tensors are parts of one stretch of memory.
 
 A packed adapter is hundreds of small tensors that are all wanted at once. Opening the file for each
-of them takes ten times as long as reading it.
+of them takes ten times as long as reading it. Where its content is to be compared with a hash, that
+is of the bytes that are used, and taken of each part while the next is read.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraport.checkpoint import Checkpoint
+from loraport.checkpoint import NUMPY_DTYPES, Checkpoint
 from loraport.errors import LoraportError, Problems
-
-if TYPE_CHECKING:
-    import torch
 
 _ALIGNMENT = 64  # what vector instructions like, and ONNX Runtime's own allocator gives
 _LEAST_PART = 8 << 20  # less is not worth a thread
-# The safetensors format's names for dtypes, and torch's.
-_TORCH = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+_HASHED_PART = 1 << 20  # stays in a core's cache until it is hashed
 
 
-def read_whole(file: Path) -> dict[str, torch.Tensor]:
+def read_whole(file: Path, sha256: str | None = None) -> dict[str, np.ndarray]:
     """Return all tensors of a ``.safetensors`` file, in its order.
 
     The file is read, not mapped: it may be replaced or cut short while a session uses them.
 
-    Raises:
-        LoraportError: If the file is damaged, cannot be read, or holds dtypes unknown to torch.
-    """
-    import torch
+    Args:
+        file: The file.
+        sha256: What its content must hash to, if that is known.
 
+    Raises:
+        LoraportError: If the file is damaged, cannot be read, is another one than the hash says,
+            or holds dtypes unknown to numpy.
+    """
     checkpoint = Checkpoint(file)
     infos = {name: checkpoint.info(name) for name in checkpoint}
     problems = Problems()
     for name, info in infos.items():
-        if info.dtype not in _TORCH:
-            problems.add(name, f"one of the dtypes {', '.join(_TORCH)}", info.dtype)
+        if info.dtype not in NUMPY_DTYPES:
+            problems.add(name, f"one of the dtypes {', '.join(NUMPY_DTYPES)}", info.dtype)
     problems.raise_if_any(f"{file} cannot be read")
     start = min((info.start for info in infos.values()), default=0)
-    memory = _read(file, start, sum(info.nbytes for info in infos.values()))
-    tensors = {}
-    for name, info in infos.items():
-        dtype = getattr(torch, _TORCH[info.dtype])
-        if info.nbytes == 0:  # which torch takes from no memory
-            tensors[name] = torch.empty(info.shape, dtype=dtype)
-            continue
-        flat = torch.frombuffer(
-            memory, dtype=dtype, count=math.prod(info.shape), offset=info.start - start
+    end = max((info.start + info.nbytes for info in infos.values()), default=file.stat().st_size)
+    digest = None if sha256 is None else hashlib.sha256()
+    content = _read(file, start, end, digest)
+    if digest is not None and digest.hexdigest() != sha256:
+        raise LoraportError(
+            f"{file}: expected sha256 {str(sha256)[:12]}, got {digest.hexdigest()[:12]}; copy it "
+            "again"
         )
-        tensors[name] = flat.view(info.shape)
-    return tensors
+    return {
+        name: info.array(content[info.start : info.start + info.nbytes])
+        for name, info in infos.items()
+    }
 
 
-def _read(file: Path, start: int, size: int) -> np.ndarray:
-    """Read a stretch of a file to an aligned address, several parts of it at once."""
+def _read(file: Path, start: int, size: int, digest: hashlib._Hash | None) -> np.ndarray:
+    """Read a file, its byte ``start`` to an aligned address, several parts of it at once."""
     memory = np.empty(size + _ALIGNMENT, np.uint8)
-    first = -memory.ctypes.data % _ALIGNMENT
+    first = -(memory.ctypes.data + start) % _ALIGNMENT
     memory = memory[first : first + size]
-    part = max(-(-size // (os.cpu_count() or 1)), _LEAST_PART)
+    part = _HASHED_PART if digest else max(-(-size // (os.cpu_count() or 1)), _LEAST_PART)
 
     def read_part(begin: int) -> int:
         stop = min(begin + part, size)
         reached = begin
         with file.open("rb", buffering=0) as stream:
-            stream.seek(start + begin)
+            stream.seek(begin)
             while reached < stop and (count := stream.readinto(memory.data[reached:stop])):
                 reached += count
         return reached - begin
 
     begins = range(0, size, part)
+    reached = 0
     try:
-        if len(begins) > 1:
-            with ThreadPoolExecutor(len(begins)) as threads:
-                reached = sum(threads.map(read_part, begins))
-        else:
-            reached = sum(map(read_part, begins))
+        with ThreadPoolExecutor(1 if digest else len(begins) or 1) as threads:
+            for begin, count in zip(begins, threads.map(read_part, begins), strict=True):
+                if digest:
+                    digest.update(memory.data[begin : begin + count])
+                reached += count
     except OSError as error:
         raise LoraportError(f"{file}: cannot be read: {error.strerror or error}") from error
     if reached != size:
         raise LoraportError(
-            f"{file}: expected {size} bytes of tensors, got {reached}; it changed while being read"
+            f"{file}: expected {size} bytes, got {reached}; it changed while being read"
         )
     return memory

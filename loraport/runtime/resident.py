@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +14,7 @@ from loraport.bundle.slots import Slot, SlotTable
 from loraport.errors import Problems
 from loraport.naming import weight_name
 from loraport.runtime.packed_file import read_whole
-from loraport.runtime.values import as_value, numpy_of
-
-if TYPE_CHECKING:
-    import torch
+from loraport.runtime.values import as_value
 
 _NUMPY_DTYPES = {"FLOAT": np.float32, "FLOAT16": np.float16, "DOUBLE": np.float64}
 
@@ -37,17 +34,19 @@ class ResidentAdapter:
     owners: tuple[Any, ...] = ()
 
 
-def read_packed(file: Path, table: SlotTable) -> dict[str, torch.Tensor]:
+def read_packed(file: Path, table: SlotTable, sha256: str | None = None) -> dict[str, np.ndarray]:
     """Read a packed adapter and check it against the slot table.
 
     Args:
         file: ``.safetensors`` with tensors named like the slots' inputs.
         table: The slot table.
+        sha256: What the file's content must hash to; not compared unless given.
 
     Raises:
-        LoraportError: Naming every tensor that has no slot or does not fit it.
+        LoraportError: Naming every tensor that has no slot or does not fit it, or the file if it
+            is damaged.
     """
-    tensors = read_whole(file)
+    tensors = read_whole(file, sha256)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = Problems()
     known = set(table.inputs())
@@ -65,7 +64,7 @@ def read_packed(file: Path, table: SlotTable) -> dict[str, torch.Tensor]:
 
 def _check_slot(slot: Slot, shapes: Mapping[str, tuple[int, ...]], problems: Problems) -> None:
     """Note what does not fit one slot; a slot may be left alone, but not half-filled."""
-    entries = slot.inputs()
+    entries = slot.inputs
     present = {role: shapes[entry.name] for role, entry in entries.items() if entry.name in shapes}
     if not present:
         return
@@ -85,14 +84,14 @@ def _check_slot(slot: Slot, shapes: Mapping[str, tuple[int, ...]], problems: Pro
 
 
 def blend_packed(
-    parts: list[tuple[Mapping[str, torch.Tensor], float]],
+    parts: list[tuple[Mapping[str, np.ndarray], float]],
     table: SlotTable,
-    base_values: Mapping[str, torch.Tensor] | None = None,
-) -> dict[str, torch.Tensor]:
+    base_values: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
     """Return packed tensors that equal the weighted sum of several adapters.
 
-    Ranks are concatenated and each strength is multiplied into its ``B`` in float32, so the
-    result is exactly ``Σ strength_i * update_i``, with one rounding of ``B`` to its dtype.
+    Ranks are concatenated and each strength is multiplied into its ``B`` in float32 or wider, so
+    the result is exactly ``Σ strength_i * update_i``, with one rounding of ``B`` to its dtype.
     Gains move from one by ``Σ strength_i * (gain_i - 1)``, biases add up; a replaced parameter
     moves from the base's by ``Σ strength_i * (W_i - W)``.
 
@@ -105,13 +104,11 @@ def blend_packed(
         LoraportError: If one adapter has a gain (DoRA) where another, or it itself at another
             strength than 1, replaces the weight: that is no sum of two changes.
     """
-    import torch
-
     if len(parts) == 1 and parts[0][1] == 1.0:
         return dict(parts[0][0])
-    blended: dict[str, torch.Tensor] = {}
+    blended: dict[str, np.ndarray] = {}
     for slot in table.slots:
-        for role, entry in slot.inputs().items():
+        for role, entry in slot.inputs.items():
             present = [
                 (each[entry.name], strength) for each, strength in parts if entry.name in each
             ]
@@ -119,16 +116,18 @@ def blend_packed(
                 continue
             dtype, axis = present[0][0].dtype, entry.rank_axis
             if role == "lora_A" and axis is not None:
-                whole = torch.cat([tensor for tensor, _ in present], dim=axis)
+                whole = np.concatenate([tensor for tensor, _ in present], axis)
             else:
+                wide = np.promote_types(dtype, np.float32)
                 moved = [
-                    (tensor.float() - entry.neutral) * strength for tensor, strength in present
+                    (tensor.astype(wide) - wide.type(entry.neutral)) * wide.type(strength)
+                    for tensor, strength in present
                 ]
                 if axis is None:
-                    whole = torch.stack(moved).sum(0) + entry.neutral
+                    whole = np.sum(moved, axis=0) + wide.type(entry.neutral)
                 else:
-                    whole = torch.cat(moved, dim=axis)
-            blended[entry.name] = whole.to(dtype)
+                    whole = np.concatenate(moved, axis)
+            blended[entry.name] = whole.astype(dtype)
     _refuse_products(blended, table)
     for replacement in table.replacements:
         name = replacement.input
@@ -140,15 +139,16 @@ def blend_packed(
     return blended
 
 
-def _moved(parts: list[tuple[torch.Tensor, float]], base: torch.Tensor) -> torch.Tensor:
+def _moved(parts: list[tuple[np.ndarray, float]], base: np.ndarray) -> np.ndarray:
     """Return ``W + Σ strength_i * (W_i - W)``, rounded once."""
-    moved = base.double()
+    start = base.astype(np.float64)
+    moved = start.copy()
     for tensor, strength in parts:
-        moved = moved + strength * (tensor.double() - base.double())
-    return moved.to(base.dtype)
+        moved += strength * (tensor.astype(np.float64) - start)
+    return moved.astype(base.dtype)
 
 
-def _refuse_products(blended: Mapping[str, torch.Tensor], table: SlotTable) -> None:
+def _refuse_products(blended: Mapping[str, np.ndarray], table: SlotTable) -> None:
     replaceable = {replacement.parameter: replacement.input for replacement in table.replacements}
     problems = Problems()
     for slot in table.slots:
@@ -165,7 +165,7 @@ def _refuse_products(blended: Mapping[str, torch.Tensor], table: SlotTable) -> N
     problems.raise_if_any("these adapters cannot be blended")
 
 
-def make_resident(tensors: Mapping[str, torch.Tensor], device: str) -> ResidentAdapter:
+def make_resident(tensors: Mapping[str, np.ndarray], device: str) -> ResidentAdapter:
     """Put packed tensors on a device.
 
     Args:
@@ -174,7 +174,7 @@ def make_resident(tensors: Mapping[str, torch.Tensor], device: str) -> ResidentA
     """
     values, owners = {}, []
     for name, tensor in tensors.items():
-        values[name], array = as_value(numpy_of(tensor.cpu()), device)
+        values[name], array = as_value(tensor, device)
         owners.append(array)
     return ResidentAdapter(values, sum(array.nbytes for array in owners), tuple(owners))
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from loraport.adapter import ModuleKind
@@ -20,16 +21,19 @@ from loraport.bundle.slots import (
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
-    import torch
-
     from loraport.runtime.lane import Lane
 
-_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "DOUBLE": "float64"}
+_DTYPES: dict[str, Any] = {
+    "FLOAT": np.float32,
+    "FLOAT16": np.float16,
+    "BFLOAT16": ml_dtypes.bfloat16,
+    "DOUBLE": np.float64,
+}
 
 
 def stack_packed(
-    lanes: Sequence[Mapping[str, torch.Tensor]], table: SlotTable
-) -> dict[str, torch.Tensor]:
+    lanes: Sequence[Mapping[str, np.ndarray]], table: SlotTable
+) -> dict[str, np.ndarray]:
     """Lay several packed adapters together, as `ControlRole` says.
 
     Args:
@@ -47,7 +51,7 @@ def stack_packed(
             "adapters per row: expected a bundle with adapter_ids, got one without; export it "
             "again with --per-row"
         )
-    stacked: dict[str, torch.Tensor] = {}
+    stacked: dict[str, np.ndarray] = {}
     for slot in table.slots:
         if slot.kind is ModuleKind.LINEAR:
             stacked |= _one_after_the_other(lanes, slot)
@@ -56,71 +60,68 @@ def stack_packed(
 
 
 def _one_after_the_other(
-    lanes: Sequence[Mapping[str, torch.Tensor]], slot: Slot
-) -> dict[str, torch.Tensor]:
+    lanes: Sequence[Mapping[str, np.ndarray]], slot: Slot
+) -> dict[str, np.ndarray]:
     """Return ``A`` ``[lanes * in, r]`` and ``B`` ``[lanes * r, out]`` with the largest rank.
 
     A slot that no lane fills has as many lanes, too: the graph counts them once for all.
     """
-    import torch
-
     found = [tensors.get(slot.input_a) for tensors in lanes]
     ranks = [a.shape[1] if a is not None else 0 for a in found]
     rank = max([1, *ranks])
-    dtype = next((a.dtype for a in found if a is not None), getattr(torch, _DTYPES[slot.dtype]))
-    a = torch.zeros(len(lanes), slot.in_features, rank, dtype=dtype)
-    b = torch.zeros(len(lanes), rank, slot.out_features, dtype=dtype)
+    dtype = next((a.dtype for a in found if a is not None), _DTYPES[slot.dtype])
+    a = np.zeros((len(lanes), slot.in_features, rank), dtype)
+    b = np.zeros((len(lanes), rank, slot.out_features), dtype)
     for number, (tensors, own) in enumerate(zip(lanes, ranks, strict=True)):
         if own:
             a[number, :, :own] = tensors[slot.input_a]
             b[number, :own] = tensors[slot.input_b]
-    return {slot.input_a: a.flatten(0, 1), slot.input_b: b.flatten(0, 1)}
+    return {slot.input_a: a.reshape(-1, rank), slot.input_b: b.reshape(-1, slot.out_features)}
 
 
 def _side_by_side(
-    lanes: Sequence[Mapping[str, torch.Tensor]],
+    lanes: Sequence[Mapping[str, np.ndarray]],
     slots: Sequence[Slot],
     controls: Sequence[Control],
-) -> dict[str, torch.Tensor]:
+) -> dict[str, np.ndarray]:
     """Return the columns of all lanes, and whose each is.
 
     Slots of as many modules share one input that says it, so within them a lane has the same
     columns everywhere: its largest rank, filled up with zeros.
     """
-    import torch
-
     empty: list[int] = [0] * len(lanes)
     ranks: dict[int, list[int]] = defaultdict(empty.copy)
     for slot in slots:
-        axis = slot.inputs()["lora_A"].rank_axis or 0
+        axis = slot.inputs["lora_A"].rank_axis or 0
         widest = ranks[len(slot.members)]
         for number, tensors in enumerate(lanes):
             if slot.input_a in tensors:
                 widest[number] = max(widest[number], tensors[slot.input_a].shape[axis])
-    stacked: dict[str, torch.Tensor] = {}
+    stacked: dict[str, np.ndarray] = {}
     for slot in slots:
         widest = ranks[len(slot.members)]
         if not any(widest):
             continue
         # Also where no lane fills it: the graph counts the columns once for all.
-        for entry in (slot.inputs()["lora_A"], slot.inputs()["lora_B"]):
+        for entry in (slot.inputs["lora_A"], slot.inputs["lora_B"]):
             given = [tensors[entry.name].dtype for tensors in lanes if entry.name in tensors]
-            dtype = given[0] if given else getattr(torch, _DTYPES[slot.dtype])
+            dtype = given[0] if given else _DTYPES[slot.dtype]
             axis = entry.rank_axis or 0
             shape = [sum(widest) if isinstance(n, str) else n for n in entry.shape]
-            whole = torch.zeros(shape, dtype=dtype)
+            whole = np.zeros(shape, dtype)
+            columns = np.moveaxis(whole, axis, 0)  # a view
             start = 0
             for tensors, width in zip(lanes, widest, strict=True):
                 if entry.name in tensors:
-                    part = tensors[entry.name]
-                    whole.narrow(axis, start, part.shape[axis]).copy_(part)
+                    part = np.moveaxis(tensors[entry.name], axis, 0)
+                    columns[start : start + len(part)] = part
                 start += width
             stacked[entry.name] = whole
     for control in controls:
-        columns = ranks.get(control.members, [])
-        if control.role is ControlRole.LANES and any(columns):
-            numbers = [lane for lane, width in enumerate(columns) for _ in range(width)]
-            stacked[control.input] = torch.tensor(numbers, dtype=torch.int64)
+        widest = ranks.get(control.members, [])
+        if control.role is ControlRole.LANES and any(widest):
+            numbers = [lane for lane, width in enumerate(widest) for _ in range(width)]
+            stacked[control.input] = np.array(numbers, np.int64)
     return stacked
 
 

@@ -80,3 +80,12 @@ def numpy_of(tensor: torch.Tensor) -> np.ndarray:
         return tensor.numpy()
     array: np.ndarray = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return array
+
+
+def torch_of(array: np.ndarray) -> torch.Tensor:
+    """Return an array as a tensor over the same memory, `numpy_of` the other way round."""
+    import torch
+
+    if array.dtype != ml_dtypes.bfloat16:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

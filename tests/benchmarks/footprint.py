@@ -24,6 +24,7 @@ from loraport.runtime import Lane, Runtime
 from loraport.runtime.generation import first_step_inputs, read_decoder
 from loraport.runtime.resident import make_resident
 from loraport.runtime.session import open_session
+from loraport.runtime.values import numpy_of
 
 COUNTS = (0, 1, 10, 50)
 MERGED_OPENED = 4
@@ -44,7 +45,8 @@ def adapters_resident(bundle: Path, count: int, rank: int) -> int:
     lanes = [runtime.lane(None)]
     for index in range(count):
         packed = pack(random_adapter(runtime, rank, index), runtime.manifest.slots, {})
-        lanes.append(Lane(runtime.session, make_resident(packed.tensors, "cpu"), "cpu"))
+        arrays = {name: numpy_of(tensor) for name, tensor in packed.tensors.items()}
+        lanes.append(Lane(runtime.session, make_resident(arrays, "cpu"), "cpu"))
     outputs = [lane.run(inputs, ["logits"])["logits"][0, -1] for lane in lanes]
     if any(np.array_equal(outputs[0], other) for other in outputs[1:]):
         raise SystemExit("an adapter had no effect")

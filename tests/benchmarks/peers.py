@@ -32,7 +32,7 @@ import torch
 from decode import PROMPT, Decoding, random_adapter  # the sibling benchmarks
 from merged import export_merged
 from rows import strong
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 from timing import child, print_ratios
 
 from converters.onnx import ExportOptions, add_adapters, export_base

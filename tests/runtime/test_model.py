@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -175,13 +177,41 @@ class TestSwaps:
         with pytest.raises(LoraportError, match="got another; open the bundle again"):
             runtime.refresh()
 
-    def test_refresh_checks_what_is_new(self, own_bundle, adapter_b):
+    def test_a_damaged_file_of_a_new_adapter_is_refused_when_it_is_read(
+        self, own_bundle, adapter_b, prompts
+    ):
         runtime = Runtime(own_bundle, threads=1)
-        add_adapters(own_bundle, {"late": read_adapter(adapter_b)})
+        for name in ("late", "sound"):
+            add_adapters(own_bundle, {name: read_adapter(adapter_b)})
         flip_byte(own_bundle / "adapters" / "late.safetensors")
+        runtime.refresh()
+        for _ in range(2):
+            with pytest.raises(LoraportError, match=r"adapters/late\.safetensors: expected sha256"):
+                logits(runtime, prompts[0], "late")
+        runtime.refresh()
         with pytest.raises(LoraportError, match=r"adapters/late\.safetensors: expected sha256"):
+            logits(runtime, prompts[0], "late")
+        got, b = (logits(runtime, prompts[0], name) for name in ("sound", "b"))
+        assert np.array_equal(got, b)
+        # The control: a runtime that is told not to check takes it.
+        unchecked = logits(Runtime(own_bundle, threads=1, check=False), prompts[0], "late")
+        assert not np.array_equal(unchecked, b)
+
+    def test_an_adapter_in_use_stays_until_what_replaces_it_is_known_to_be_sound(
+        self, own_bundle, adapter_b, prompts
+    ):
+        runtime = Runtime(own_bundle, threads=1)
+        old = logits(runtime, prompts[0], "a")
+        add_adapters(own_bundle, {"a": read_adapter(adapter_b)}, force=True)
+        flip_byte(own_bundle / "adapters" / "a.safetensors")
+        with pytest.raises(LoraportError, match=r"adapters/a\.safetensors: expected sha256"):
             runtime.refresh()
-        assert runtime.adapters == ["a", "b"]
+        assert np.array_equal(logits(runtime, prompts[0], "a"), old)
+        flip_byte(own_bundle / "adapters" / "a.safetensors")
+        runtime.refresh()
+        new, b = (logits(runtime, prompts[0], name) for name in "ab")
+        assert np.array_equal(new, b)
+        assert not np.array_equal(new, old)
 
     def test_refresh_leaves_what_other_runtimes_read_to_them(self, own_bundle, adapter_b, prompts):
         runtime = Runtime(own_bundle, threads=1)
@@ -193,6 +223,25 @@ class TestSwaps:
         assert not np.array_equal(got, a)
         with pytest.raises(LoraportError, match=r"adapters/late\.onnx_adapter: expected sha256"):
             Runtime(own_bundle)
+
+
+_USE = """
+import sys
+from loraport.bundle.replay import replay
+from loraport.runtime import Runtime, Sampling, generate
+
+runtime = Runtime(sys.argv[1])
+list(generate(runtime, [3, 5], {"a": 0.5, "b": 2.0}, Sampling(max_new_tokens=2)))
+assert len(replay(runtime)) > 1
+print("torch" in sys.modules)
+"""
+
+
+def test_running_a_bundle_imports_no_torch(bundle):
+    got = subprocess.run(
+        [sys.executable, "-c", _USE, str(bundle)], capture_output=True, text=True, check=False
+    )
+    assert (got.returncode, got.stdout) == (0, "False\n"), got.stderr
 
 
 class TestThreads:

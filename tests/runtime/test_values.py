@@ -65,7 +65,7 @@ def test_a_lane_takes_and_gives_bfloat16(session):
     numbers = torch.Generator().manual_seed(1)
     slot = torch.randn(3, 2, generator=numbers).bfloat16()
     x = torch.randn(4, 3, generator=numbers).bfloat16()
-    lane = Lane(session, make_resident({"slot": slot}, "cpu"), "cpu")
+    lane = Lane(session, make_resident({"slot": numpy_of(slot)}, "cpu"), "cpu")
     got = lane.run({"x": numpy_of(x)})["y"]
     assert got.dtype == ml_dtypes.bfloat16
     expected = (x.float() @ slot.float()).bfloat16()

@@ -30,6 +30,7 @@ from loraport.bundle.sources import base_source
 from loraport.errors import LoraportError
 from loraport.fingerprint import hash_weight
 from loraport.naming import bias_name, weight_name
+from loraport.runtime.values import torch_of
 
 _REMEDY = "give --base with the model that the bundle was exported from"
 
@@ -130,7 +131,7 @@ class BaseParameters:
     def _in_graph(self, path: str, in_out: bool) -> torch.Tensor | None:
         for slot in self._manifest.slots.replacements:
             if slot.parameter == weight_name(path):
-                value = BaseValues(self._bundle)[slot.input]
+                value = torch_of(BaseValues(self._bundle)[slot.input])
                 return value.T if slot.transposed else value
         if path not in self._sites:
             return None

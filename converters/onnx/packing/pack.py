@@ -62,7 +62,7 @@ def pack(
         if any(member.module_path in fitted.updates for member in slot.members):
             filled = slot_tensors(slot, fitted.updates)
             tensors |= filled
-            ranks[slot.name] = filled[slot.input_a].shape[slot.inputs()["lora_A"].rank_axis or 0]
+            ranks[slot.name] = filled[slot.input_a].shape[slot.inputs["lora_A"].rank_axis or 0]
             require_finite(slot.dtype, filled, problems)
     problems.raise_if_any(_HEADLINE)
     return PackedAdapter(

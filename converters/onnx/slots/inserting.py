@@ -226,7 +226,7 @@ def _slot(site: Site, modules: Match, options: SlotOptions) -> Slot:
 
 def _add_inputs(graph: ir.Graph, slot: Slot, site: Site, *, lanes: bool) -> dict[str, ir.Value]:
     found = {}
-    for role, entry in slot.inputs().items():
+    for role, entry in slot.inputs.items():
         value = _overridable(graph, entry, site.dtype)
         if lanes and slot.kind is ModuleKind.LINEAR:  # as long as there are lanes
             value.shape = ir.Shape([f"{entry.name}.lanes", entry.shape[1]])

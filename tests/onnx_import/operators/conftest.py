@@ -49,7 +49,7 @@ def slotted() -> Callable[..., Slotted]:
 def lora(slot, rank=3, seed=5, size=0.3):
     """Return an adapter's two inputs for one slot, far from zero."""
     random = np.random.default_rng(seed)
-    shapes = {name: entry.shape for name, entry in slot.inputs().items()}
+    shapes = {name: entry.shape for name, entry in slot.inputs.items()}
     found = {}
     for role in ("lora_A", "lora_B"):
         shape = [length if isinstance(length, int) else rank for length in shapes[role]]
