@@ -1,15 +1,35 @@
 """What several test folders share: a tiny language model, its adapters, its bundle."""
 
-import functools
 import shutil
 import signal
 
+import onnxruntime
 import pytest
 import torch
 from tiny_llm import ALL_LINEAR, SOME_RANKS, save_adapter, save_base
 
 # Models this small only lose time to threads that wait for one another.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session_threads():
+    """Run ONNX Runtime's sessions on one thread unless a test says otherwise."""
+
+    class OneThread(onnxruntime.SessionOptions):
+        def __init__(self):
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    open_session = onnxruntime.InferenceSession.__init__
+
+    def open_on_one_thread(session, model, sess_options=None, *more, **named):
+        open_session(session, model, sess_options or OneThread(), *more, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", OneThread)
+        patch.setattr(onnxruntime.InferenceSession, "__init__", open_on_one_thread)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -65,15 +85,6 @@ def bundle(bare_bundle, adapters, tmp_path_factory):
 def own_bundle(bundle, tmp_path):
     """A copy of the bundle, to be changed by one test."""
     return shutil.copytree(bundle, tmp_path / "bundle")
-
-
-@pytest.fixture
-def one_thread(monkeypatch):
-    """Verify tiny models on one thread: more would only wait for one another."""
-    from loraport.runtime import Runtime
-
-    one = functools.partial(Runtime, threads=1)
-    monkeypatch.setattr("loraport.parity.verification.Runtime", one)
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,6 @@ import torch
 
 from loraport.cli import main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def call(capsys, *arguments):
     with pytest.raises(SystemExit) as stop:

@@ -17,8 +17,6 @@ from loraport.bundle.manifest import check_files, read_manifest, write_manifest
 from loraport.cli import main
 from loraport.runtime import Runtime, Sampling, TextGenerator
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def call(capsys, *arguments):
     with pytest.raises(SystemExit) as stop:

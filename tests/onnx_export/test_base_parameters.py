@@ -20,8 +20,6 @@ from loraport.bundle.manifest import read_manifest
 from loraport.errors import LoraportError
 from loraport.runtime import Runtime
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 DORA = Case(lambda: None, {"target_modules": TARGETS, "r": 3, "lora_alpha": 5, "use_dora": True})
 # float32 logits of some units through two layers.

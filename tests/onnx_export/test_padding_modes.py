@@ -18,8 +18,6 @@ from converters.onnx.slots.inserting import SlotOptions
 from loraport.parity import Sample, verify_bundle
 from loraport.runtime import Runtime
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 

@@ -22,8 +22,6 @@ from loraport.errors import LoraportError
 from loraport.runtime import Runtime
 from loraport.runtime.resident import read_packed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def relative(got, wanted):
     return np.linalg.norm(got - wanted) / np.linalg.norm(wanted)

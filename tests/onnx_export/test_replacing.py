@@ -23,8 +23,6 @@ from loraport.errors import LoraportError
 from loraport.parity import Sample, verify_bundle
 from loraport.runtime import Runtime
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32 logits of some units through two layers
 SAVED = {"target_modules": ["q_proj", "down_proj"], "r": 3, "lora_alpha": 5}
 

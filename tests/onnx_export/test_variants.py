@@ -17,8 +17,6 @@ from loraport.parity.changes import changes_of
 from loraport.parity.reference import adapted, torch_outputs
 from loraport.runtime import Runtime
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CLOSE = {"rtol": 1e-4, "atol": 3e-5}  # float32 sums through two layers
 ALL = ("lora", "gain", "bias", "embedding", "conv")
 IDS = np.random.default_rng(0).integers(1, 17, (2, 8))

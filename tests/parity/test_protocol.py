@@ -24,8 +24,6 @@ from loraport.parity.reference import next_token_logits
 from loraport.runtime import Runtime
 from loraport.runtime.generation import first_step_inputs, read_decoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DOWN = "model.layers.1.mlp.down_proj"
 PACKED = "model.layers.0.self_attn.q_proj+k_proj+v_proj"
 

@@ -26,9 +26,14 @@ def real_int4(real_directory):
     return real_directory / "int4"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def session_threads():
+    """Leave sessions their threads: unlike the tiny models, this one gains by them."""
+
+
 @pytest.fixture(autouse=True)
 def all_threads():
-    """Unlike the tiny models, this one gains by threads."""
+    """Give torch its threads back, too."""
     before = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     yield
