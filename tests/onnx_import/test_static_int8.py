@@ -15,9 +15,10 @@ from loraport.bundle.manifest import read_manifest
 from loraport.bundle.replay import replay_golden
 from loraport.runtime import Runtime
 
-KINDS = ("qdq", "qoperator", "fused dynamic")
+KINDS = ("qdq", "qdq pairs", "qoperator", "fused dynamic")
 OPERATORS = {
     "qdq": "DequantizeLinear",
+    "qdq pairs": "QuantizeLinear",
     "qoperator": "QLinearMatMul",
     "fused dynamic": "QAttention",
 }
@@ -54,14 +55,15 @@ def quantize(kind, source, out):
     if kind.endswith("dynamic"):
         q.quantize_dynamic(source, out, weight_type=q.QuantType.QInt8, extra_options=extra)
         return
-    form = q.QuantFormat.QDQ if kind == "qdq" else q.QuantFormat.QOperator
+    extra["AddQDQPairToWeight"] = kind.endswith("pairs")  # the weights stay floats, and are rounded
+    form = q.QuantFormat.QOperator if kind == "qoperator" else q.QuantFormat.QDQ
     q.quantize_static(
         str(source),
         str(out),
         Calibration(),
         quant_format=form,
         weight_type=q.QuantType.QInt8,
-        per_channel=kind == "qdq",
+        per_channel=kind != "qoperator",
         extra_options=extra,
     )
 
@@ -101,7 +103,7 @@ def test_every_linear_module_has_a_slot_and_the_base_is_what_it_was(quantized, k
         onnx.checker.check_model(str(tmp_path / "out" / name), full_check=True)
 
 
-@pytest.mark.parametrize("kind", ["qdq", "qoperator"])
+@pytest.mark.parametrize("kind", ["qdq", "qdq pairs", "qoperator"])
 def test_an_adapter_moves_the_outputs_as_in_floating_point(
     quantized, bert_onnx, made_bert, kind, tmp_path
 ):

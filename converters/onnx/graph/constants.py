@@ -1,7 +1,8 @@
-"""Constants of a graph, seen through the operators that only rearrange or dequantize them.
+"""Constants of a graph, seen through the operators that only rearrange or round them.
 
 A weight may reach its operator through ``Transpose``, ``Identity``, ``Cast``, ``Reshape`` or
-``DequantizeLinear``: shape, type and name are known at once, the values when they are asked for.
+``DequantizeLinear``, maybe rounded by ``QuantizeLinear`` before: shape, type and name are known at
+once, the values when they are asked for.
 """
 
 from __future__ import annotations
@@ -126,6 +127,31 @@ def _dequantize(node: ir.Node, source: Constant) -> Constant | None:
     return replace(source, dtype=scale.dtype, array=values, quantized=True)
 
 
+def _quantize(node: ir.Node, source: Constant) -> Constant | None:
+    scale = constant(node.inputs[1])
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    if scale is None or (zero is None and len(node.inputs) > 2 and node.inputs[2] is not None):
+        return None
+    wanted = node.attributes.get_int("output_dtype", 0) or int(ir.DataType.UINT8)
+    dtype = zero.dtype if zero is not None else ir.DataType(wanted)
+    if not dtype.is_integer():
+        return None
+    axis = node.attributes.get_int("axis", 1)
+    block = node.attributes.get_int("block_size", 0)
+
+    def values() -> np.ndarray:
+        steps = 1 << dtype.bitwidth
+        lowest = -steps // 2 if dtype.is_signed() else 0
+        array = source.array()
+        rounded = np.rint(array / _spread(scale.array(), array.shape, axis, block))
+        if zero is not None:
+            rounded += _spread(zero.array(), array.shape, axis, block).astype(rounded.dtype)
+        result: np.ndarray = rounded.clip(lowest, lowest + steps - 1).astype(dtype.numpy())
+        return result
+
+    return replace(source, dtype=dtype, array=values, quantized=True)
+
+
 def dequantized(
     values: np.ndarray,
     scale: np.ndarray,
@@ -143,21 +169,21 @@ def dequantized(
         axis: The quantized axis, where there is one.
         block: Entries of ``axis`` that share a scale; 0 for all or one.
     """
-
-    def spread(parameter: np.ndarray) -> np.ndarray:
-        if block:
-            repeated = np.repeat(parameter, block, axis)
-            return repeated.take(np.arange(values.shape[axis]), axis)
-        if parameter.size == 1:
-            return parameter.reshape(())
-        return parameter.reshape([-1 if i == axis % values.ndim else 1 for i in range(values.ndim)])
-
     centred = values.astype(np.float32)
     if zero is not None:
-        centred -= spread(zero).astype(np.float32)
-    centred *= spread(scale).astype(np.float32)
+        centred -= _spread(zero, values.shape, axis, block).astype(np.float32)
+    centred *= _spread(scale, values.shape, axis, block).astype(np.float32)
     result: np.ndarray = centred.astype(scale.dtype, copy=False)
     return result
+
+
+def _spread(parameter: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
+    """Return scales or zero points so that numpy lays them over values of a shape."""
+    if block:
+        return np.repeat(parameter, block, axis).take(np.arange(shape[axis]), axis)
+    if parameter.size == 1:
+        return parameter.reshape(())
+    return parameter.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
 
 
 _RULES: dict[str, Callable[[ir.Node, Constant], Constant | None]] = {
@@ -166,4 +192,5 @@ _RULES: dict[str, Callable[[ir.Node, Constant], Constant | None]] = {
     "Cast": _cast,
     "Reshape": _reshape,
     "DequantizeLinear": _dequantize,
+    "QuantizeLinear": _quantize,
 }

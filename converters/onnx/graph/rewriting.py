@@ -22,7 +22,7 @@ class Rewrite:
     """
 
     def __init__(self, node: ir.Node) -> None:
-        self._node = node
+        self.node = node
         self._stem = node.name or node.outputs[0].name or node.op_type
         self.nodes: list[ir.Node] = []
 
@@ -62,7 +62,7 @@ class Rewrite:
         """Append ``Split`` into parts of these sizes."""
         inputs: list[ir.Value | None] = [value]
         attributes: dict[str, object] = {"axis": axis}
-        if opset_of(self._node) >= _AXES_ARE_INPUTS:
+        if opset_of(self.node) >= _AXES_ARE_INPUTS:
             inputs.append(self.constant(f"{name}/sizes", np.array(sizes, np.int64)))
         else:
             attributes["split"] = list(sizes)
@@ -70,7 +70,7 @@ class Rewrite:
 
     def unsqueeze(self, name: str, value: ir.Value, axis: int, dtype: ir.DataType) -> ir.Value:
         """Append ``Unsqueeze`` of one axis."""
-        if opset_of(self._node) >= _AXES_ARE_INPUTS:
+        if opset_of(self.node) >= _AXES_ARE_INPUTS:
             axes = self.constant(f"{name}/axes", np.array([axis], np.int64))
             return self.add(name, "Unsqueeze", [value, axes], [dtype])[0]
         return self.add(name, "Unsqueeze", [value], [dtype], {"axes": [axis]})[0]
@@ -82,9 +82,9 @@ class Rewrite:
 
     def put_before(self) -> None:
         """Put the operators before the graph's."""
-        owner = self._node.graph
+        owner = self.node.graph
         assert owner is not None
-        owner.insert_before(self._node, self.nodes)
+        owner.insert_before(self.node, self.nodes)
 
     def put_after(self, value: ir.Value, last: ir.Value) -> None:
         """Put the operators after the graph's.
@@ -93,7 +93,7 @@ class Rewrite:
             value: The output of the graph's operator that they read.
             last: What all others read in its place, under its name.
         """
-        owner = self._node.graph
+        owner = self.node.graph
         assert owner is not None
         own = {id(node) for node in self.nodes}
         readers = [usage for usage in value.uses() if id(usage.node) not in own]
@@ -103,7 +103,7 @@ class Rewrite:
         for index, output in enumerate(owner.outputs):
             if output is value:
                 owner.outputs[index] = last
-        owner.insert_after(self._node, self.nodes)
+        owner.insert_after(self.node, self.nodes)
 
     def replace(self, outputs: Sequence[ir.Value | None]) -> None:
         """Put the operators in the place of the graph's.
@@ -113,16 +113,16 @@ class Rewrite:
                 for one that nothing reads.
         """
         self.put_before()
-        old = [output for output, new in zip(self._node.outputs, outputs, strict=True) if new]
+        old = [output for output, new in zip(self.node.outputs, outputs, strict=True) if new]
         new = [output for output in outputs if output is not None]
         for before, after in zip(old, new, strict=True):
             name, after.shape = before.name, before.shape
             before.name = f"{name}/taken_apart"
             after.name = name
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        owner = self._node.graph
+        owner = self.node.graph
         assert owner is not None
-        owner.remove(self._node, safe=True)
+        owner.remove(self.node, safe=True)
 
 
 def opset_of(node: ir.Node) -> int:

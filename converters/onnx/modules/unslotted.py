@@ -82,7 +82,7 @@ _REASONS = {
     "GRU": "a recurrent layer's projections are inside the operator",
     "RNN": "a recurrent layer's projections are inside the operator",
     "DynamicQuantizeLSTM": "a recurrent layer's projections are inside the operator",
-    "FusedConv": "its activation is inside; export before ONNX Runtime's extended optimizations",
+    "FusedConv": "its activation is of an unknown kind",
     "MatMulInteger": "its input is not quantized right before it, or its product not scaled after",
     "ConvTranspose": "transposed convolutions have no slots",
     "Attention": f"its projection {_INSIDE}",
