@@ -280,13 +280,13 @@ def _describe(
         tolerances=golden_tolerances(precision),
         made_by=MADE_BY,
     )
+    files = sorted(f.relative_to(bundle).as_posix() for f in bundle.rglob("*") if f.is_file())
+    write_manifest(manifest.with_files(bundle, files), bundle)
     if options.base is not None:
         from loraport.base_model import resolve_base
         from loraport.bundle.sources import record_base
 
         record_base(bundle, str(resolve_base(options.base).resolve()))
-    files = sorted(f.relative_to(bundle).as_posix() for f in bundle.rglob("*") if f.is_file())
-    write_manifest(manifest.with_files(bundle, files), bundle)
 
 
 def _fingerprint(

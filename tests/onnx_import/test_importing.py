@@ -15,6 +15,7 @@ from converters.onnx.importing import ImportOptions, import_model
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.bundle.manifest import check_files, read_manifest
+from loraport.bundle.sources import base_source, record_adapter
 from loraport.bundle.replay import replay_golden
 from loraport.errors import LoraportError
 from loraport.runtime import Runtime
@@ -334,6 +335,8 @@ def test_with_the_checkpoint_names_need_not_be_in_the_graph(
         made_bert.fresh_base().save_pretrained(base)
     import_model(tmp_path / "nameless.onnx", tmp_path / "out", ImportOptions(base=str(base)))
     add_adapters(tmp_path / "out", {"a": read_adapter(made_bert.path)})
+    record_adapter(tmp_path / "out", "a", str(made_bert.path))
+    assert base_source(tmp_path / "out") == str(base)
     _, adapted = reference(made_bert)
     got = Runtime(tmp_path / "out").run(arrays(), "a")["logits"]
     np.testing.assert_allclose(got, adapted, atol=1e-4)
