@@ -10,6 +10,14 @@ from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
+
+def stores_in_out(module: nn.Module) -> bool:
+    """Tell whether a module of a model stores its weight ``[in, out]``."""
+    from torch import nn
+
+    return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
 
 
 def is_transposed(module: LoraModule, shape: Sequence[int]) -> bool:

@@ -8,7 +8,7 @@ adapter's strength is not a factor on its scaling, which its norm depends on.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch import nn
 from loraport.adapter import Adapter, Replacement
 from loraport.errors import LoraportError, Problems
 from loraport.naming import weight_name
-from loraport.storage import is_transposed
+from loraport.storage import is_transposed, stores_in_out
 from loraport.update import LowRankUpdate
 
 
@@ -82,6 +82,9 @@ def changes_of(
                 problems.add(path, "this module in the base", "none")
                 continue
             weight = own[name].tensor if _is_whole(own.get(name)) else original(name)
+            # The model knows; the adapter's one flag may be wrong for some modules.
+            turned = stores_in_out(model.get_submodule(path))
+            module = replace(module, fan_in_fan_out=turned)
             try:
                 is_transposed(module, tuple(weight.shape))
                 update = module.lower(weight.detach().cpu())

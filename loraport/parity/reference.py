@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from loraport.errors import LoraportError
 from loraport.naming import bias_name, weight_name
 from loraport.parity.changes import Changes, Term, added_bias, changed_value, merged_matrix
+from loraport.storage import stores_in_out
 from loraport.update import LowRankUpdate
 
 
@@ -69,7 +70,7 @@ def merged(model: nn.Module, changes: Changes) -> Iterator[None]:
             continue
         name = weight_name(path)
         weight = values.get(name, _parameter(model, name))
-        turned = _is_transposed(module)
+        turned = stores_in_out(module)
         matrix = merged_matrix(weight.detach().flatten(1).T if turned else weight.flatten(1), terms)
         values[name] = (matrix.T if turned else matrix).reshape(weight.shape).to(weight)
         bias = added_bias(terms)
@@ -155,13 +156,6 @@ def _mergeable(module: nn.Module, terms: Sequence[Term]) -> bool:
         return False
     has_bias = getattr(module, "bias", None) is not None
     return has_bias or all(term.update.bias is None for term in terms)
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Tell whether the module stores its weight ``[in, out]``."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Embedding | Conv1D)
 
 
 def _parameter(model: nn.Module, name: str) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """Adapters that depend on the base's weights: where those come from, and what PEFT computes."""
 
+import json
 import shutil
+import warnings
 
 import numpy as np
 import onnx
@@ -12,13 +14,19 @@ from tiny_llm import peft_model, save_adapter
 
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base
+from converters.onnx.importing import ImportOptions, import_model
 from converters.onnx.modules.base_parameters import BaseParameters
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.base_model import load_model
 from loraport.bundle.golden import base_inputs
 from loraport.bundle.manifest import read_manifest
 from loraport.errors import LoraportError
+from loraport.naming import slot_gain
+from loraport.parity.changes import changes_of
+from loraport.parity.packed import differences
 from loraport.runtime import Runtime
+from loraport.runtime.resident import read_packed
+from loraport.runtime.values import torch_of
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 DORA = Case(lambda: None, {"target_modules": TARGETS, "r": 3, "lora_alpha": 5, "use_dora": True})
@@ -201,3 +209,50 @@ def test_dora_on_weights_stored_in_out_equals_peft(tmp_path):
         base = made.base(input_ids=ids).logits.numpy()
     np.testing.assert_allclose(got, expected, **CLOSE)
     assert np.abs(expected - base).max() > 0.05
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_square_weights_lie_as_the_base_has_them_whatever_the_adapter_says(tmp_path, said):
+    """PEFT writes one ``fan_in_fan_out``, and writes it wrong where it corrects itself."""
+    options = {"target_modules": ["c_attn", "attn.c_proj"], "r": 3, "fan_in_fan_out": True}
+    made = make_case(Case(gpt2, {**options, "use_dora": True}), tmp_path / "adapter")
+    config = made.path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "fan_in_fan_out": said}))
+    made.fresh_base().save_pretrained(tmp_path / "base")
+    ids = torch.tensor([[1, 5, 3, 9, 2], [4, 8, 0, 1, 5]])
+    file = tmp_path / "gpt2.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Logits(made.fresh_base()).eval(), (ids,), file, verbose=False)
+    adapter = read_adapter(made.path)
+    base, slots = str(tmp_path / "base"), SlotOptions(("lora", "gain"))
+    packed = {}
+    for bundle, precision, name, given in (
+        ("fp32", None, "graph", None),
+        ("fp32", None, "checkpoint", base),
+        ("int8", "int8", "rounded", None),
+    ):
+        out = tmp_path / bundle
+        if not out.exists():
+            import_model(file, out, ImportOptions(base=base, slots=slots, precision=precision))
+        add_adapters(out, {name: adapter}, base=given)
+        manifest = read_manifest(out)
+        packed[name] = read_packed(out / manifest.adapters[name].tensors, manifest.slots)
+    runtime = Runtime(tmp_path / "fp32")
+    with torch.no_grad():
+        expected = made.peft_model(input_ids=ids).logits.numpy()
+        idle = made.base(input_ids=ids).logits.numpy()
+    (feed,) = runtime.session.get_inputs()
+    got = next(iter(runtime.run({feed.name: ids.numpy()}, "graph").values()))
+    np.testing.assert_allclose(got, expected, **CLOSE)
+    assert np.abs(expected - idle).max() > 0.05
+    for name in ("checkpoint", "rounded"):
+        assert packed[name].keys() == packed["graph"].keys()
+        for key, array in packed["graph"].items():
+            np.testing.assert_allclose(packed[name][key], array, rtol=1e-5, atol=1e-6)
+    changes = changes_of([(adapter, 1.0)], made.fresh_base())
+    tensors = {key: torch_of(array) for key, array in packed["graph"].items()}
+    own = made.base.get_parameter
+    assert differences(tensors, runtime.manifest.slots, changes, own) == []
+    tensors[slot_gain("transformer.h.0.attn.c_proj")] *= 1.01
+    assert differences(tensors, runtime.manifest.slots, changes, own) != []

@@ -15,8 +15,8 @@ from converters.onnx.importing import ImportOptions, import_model
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.bundle.manifest import check_files, read_manifest
-from loraport.bundle.sources import base_source, record_adapter
 from loraport.bundle.replay import replay_golden
+from loraport.bundle.sources import base_source, record_adapter
 from loraport.errors import LoraportError
 from loraport.runtime import Runtime
 

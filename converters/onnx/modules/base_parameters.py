@@ -51,12 +51,12 @@ class BaseParameters:
         self._stored: StoredWeights | None = None
 
     def weight(self, path: str, in_out: bool = False) -> torch.Tensor:
-        """Return a module's weight as it is stored.
+        """Return a module's weight.
 
         Args:
             path: The module.
-            in_out: It is stored ``[in, out]`` (transformers' ``Conv1D``), where the shape does
-                not tell; a graph does not know.
+            in_out: Return a square matrix as ``[in, out]``, whatever a checkpoint has: that is
+                how the adapter says it is stored, rightly or not (transformers' ``Conv1D``).
 
         Raises:
             LoraportError: If no source has it, or it is another base's.
@@ -64,7 +64,11 @@ class BaseParameters:
         if self._base is None and (found := self._in_graph(path, in_out)) is not None:
             return found
         stored = self._checkpoint(path)
-        return self._checked(path, stored(path), stored.base)
+        weight = self._checked(path, stored(path), stored.base)
+        if weight.dim() == 2 and len(weight) == weight.shape[1]:
+            turned = self._is_in_out(path, weight) not in (None, in_out)
+            return weight.T if turned else weight
+        return weight
 
     def bias(self, path: str) -> torch.Tensor:
         """Return a module's bias.
@@ -113,7 +117,7 @@ class BaseParameters:
 
     @cached_property
     def _sites(self) -> dict[str, tuple[Site, SlotMember]]:
-        """Module path → the unquantized operator that computes it, and its part of it."""
+        """Module path → the operator that computes it, and its part of it."""
         places = dict(self._slot_sites())
         return {
             path: (places[slot.name], member)
@@ -125,7 +129,7 @@ class BaseParameters:
         for node in read_graph(self._bundle / MODEL_FILE).graph.all_nodes():
             name = recorded_slot(node)
             site = find_site(node) if name is not None else None
-            if name is not None and site is not None and not site.quantized:
+            if name is not None and site is not None:
                 yield name, site
 
     def _in_graph(self, path: str, in_out: bool) -> torch.Tensor | None:
@@ -133,15 +137,27 @@ class BaseParameters:
             if slot.parameter == weight_name(path):
                 value = torch_of(BaseValues(self._bundle)[slot.input])
                 return value.T if slot.transposed else value
-        if path not in self._sites:
+        if path not in self._sites or self._sites[path][0].quantized:
             return None
         site, member = self._sites[path]
-        # Numpy has no bfloat16 that torch reads; float32 holds all of its values.
-        array = np.ascontiguousarray(site.weight()[:, member.start : member.stop], np.float32)
-        weight = torch.from_numpy(array.copy())
+        weight = _columns(site, member)
         if site.kind is ModuleKind.EMBEDDING:
             return weight
         if site.kind is ModuleKind.CONV:
             own = site.in_features // site.groups
             return weight.T.reshape(member.stop - member.start, own, *site.kernel)
         return weight if in_out else weight.T
+
+    def _is_in_out(self, path: str, weight: torch.Tensor) -> bool | None:
+        """Tell whether a square weight of the checkpoint is stored as the graph has it."""
+        if path not in self._sites or self._sites[path][0].kind is not ModuleKind.LINEAR:
+            return None
+        own, stored = _columns(*self._sites[path]), weight.float()
+        return bool((own - stored).norm() < (own - stored.T).norm())
+
+
+def _columns(site: Site, member: SlotMember) -> torch.Tensor:
+    """Return a module's columns of an operator's weight, ``[in, out]``."""
+    # Numpy has no bfloat16 that torch reads; float32 holds all of its values.
+    array = np.ascontiguousarray(site.weight()[:, member.start : member.stop], np.float32)
+    return torch.from_numpy(array.copy())

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from loraport.adapter import ModuleKind
+from loraport.storage import stores_in_out
 
 if TYPE_CHECKING:
     from loraport.checkpoint import Checkpoint
@@ -82,15 +83,10 @@ def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleKind]]:
             yield path, module, ModuleKind.CONV
 
 
-def _is_in_out(module: nn.Module) -> bool:
-    """Tell whether a module's weight is stored ``[in, out]``."""
-    return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
-
-
 def _out_in(module: nn.Module) -> torch.Tensor:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    return weight.detach().T if _is_in_out(module) else weight.detach().flatten(1)
+    return weight.detach().T if stores_in_out(module) else weight.detach().flatten(1)
 
 
 def _loaded(path: str, module: nn.Module, kind: ModuleKind) -> SlottableModule:
@@ -105,7 +101,7 @@ def _stored(
     path: str, module: nn.Module, kind: ModuleKind, tensor: str, checkpoint: Checkpoint
 ) -> SlottableModule:
     out_features, in_features = _out_in(module).shape
-    turned = _is_in_out(module)
+    turned = stores_in_out(module)
 
     def rows(start: int, stop: int) -> torch.Tensor:
         part = slice(start, stop)
