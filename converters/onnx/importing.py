@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from converters.onnx.modules.base_modules import BaseModules
 
 Progress = Callable[[str], None]
+_PYTORCH = "pytorch"  # as its exporters call themselves
 _HEAD = "lm_head"
 _NAMED = 5
 _LEFT_OUT_HEAD = "left out, as the output head; export again with --lm-head"
@@ -197,7 +198,7 @@ def slot_graph(
     wanted = {path: m for path, m in modules.items() if options.slots.serves(m.kind)}
     finder: SiteMatcher = GraphModules(named) if base is None else Matcher(wanted)
     listening = _Listening(finder)
-    by_name = GraphHolders(model.graph, named)
+    by_name = GraphHolders(model.graph, named, as_stored=model.producer_name == _PYTORCH)
     if not served:
         raise LoraportError(
             "slots: expected operators that can have one, got none"

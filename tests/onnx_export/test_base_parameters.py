@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.importing import ImportOptions, import_model
 from converters.onnx.modules.base_parameters import BaseParameters
 from converters.onnx.slots.inserting import SlotOptions
+from loraport.adapter import Replacement
 from loraport.base_model import load_model
 from loraport.bundle.golden import base_inputs
 from loraport.bundle.manifest import read_manifest
@@ -106,6 +108,30 @@ def test_every_weight_of_the_graph_is_the_bases(own, tiny_base):
         weight = model.get_submodule(path).weight.detach()
         assert torch.equal(parameters.weight(path), weight)
         assert torch.equal(parameters.weight(path, in_out=True), weight.T)
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_a_bias_that_peft_stored_unchanged_is_the_bases(tmp_path, with_base):
+    """PEFT stores what a head has beside its LoRA: a graph's, or a checkpoint's own."""
+    made = make_case(Case(gpt2, {"target_modules": ["c_attn"], "r": 2}), tmp_path / "a")
+    model = made.fresh_base().eval()
+    with torch.no_grad():
+        model.get_parameter("transformer.ln_f.bias").add_(torch.arange(model.config.n_embd))
+    model.save_pretrained(tmp_path / "base")
+    ids = torch.tensor([[1, 5, 3, 9, 2]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Logits(model), (ids,), tmp_path / "m.onnx", verbose=False)
+    base = str(tmp_path / "base") if with_base else None
+    import_model(tmp_path / "m.onnx", tmp_path / "out", ImportOptions(base=base))
+    own = model.get_parameter("transformer.ln_f.bias").detach()
+    whole = {
+        name: replace(read_adapter(made.path), replacements={"transformer.ln_f.bias": each})
+        for name, each in (("same", Replacement(own)), ("other", Replacement(own + 0.1)))
+    }
+    add_adapters(tmp_path / "out", {"same": whole["same"]}, base=base)
+    with pytest.raises(LoraportError, match=r"ln_f\.bias: expected a slot"):
+        add_adapters(tmp_path / "out", {"other": whole["other"]}, base=base)
 
 
 def test_a_quantized_graph_needs_the_base(int4, dora, tiny_base, tmp_path):

@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 from command_line import command
-from peft_cases import Case, bert, make_case
+from peft_cases import Case, bert, gpt2, make_case
 from tiny_llm import SIZES, peft_model, save_adapter, save_base
 
 from converters.formats.registry import read_adapter
@@ -375,6 +375,38 @@ def test_a_file_of_another_tool(with_base, bert_base, tmp_path):
     np.testing.assert_allclose(got, bert_reference(made), **CLOSE)
     data = tmp_path / "out" / "model.onnx.data"
     assert data.samefile(tmp_path / "model.onnx.data")
+
+
+class _Gpt2(torch.nn.Module):
+    """GPT-2 without its cache."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.transformer = model.transformer
+
+    def forward(self, ids):
+        return self.transformer(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def test_weights_stored_in_out_are_replaced_as_they_lie(tmp_path):
+    """Square ones, too: no shape tells that GPT-2's ``Conv1D`` is no ``Linear``."""
+    options = {"target_modules": ["c_attn"], "r": 2, "fan_in_fan_out": True}
+    options["modules_to_save"] = ["attn.c_proj", "c_fc"]
+    made = make_case(Case(gpt2, options), tmp_path / "a")
+    ids = torch.tensor([[1, 5, 3, 9, 2]])
+    plain = _Gpt2(made.fresh_base()).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(plain, (ids,), tmp_path / "m.onnx", verbose=False)
+    slots = SlotOptions(("lora",), replace=("attn.c_proj", "c_fc"))
+    import_model(tmp_path / "m.onnx", tmp_path / "out", ImportOptions(slots=slots))
+    add_adapters(tmp_path / "out", {"a": read_adapter(made.path)})
+    with torch.no_grad():
+        base = plain(ids).numpy()
+        expected = _Gpt2(made.peft_model.get_base_model())(ids).numpy()
+    (got,) = Runtime(tmp_path / "out").run({"ids": ids.numpy()}, "a").values()
+    np.testing.assert_allclose(got, expected, **CLOSE)
+    assert np.abs(expected - base).max() > 0.05
 
 
 def test_the_graphs_and_the_manifest_are_valid_and_always_the_same(

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from converters.onnx.graph.provenance import recorded_slot
@@ -96,15 +97,20 @@ class BaseParameters:
         """
         path, _, leaf = parameter.rpartition(".")
         known = self._manifest.fingerprint.modules.get(path)
-        if leaf != "weight":
-            return False
-        if known is not None:
+        if leaf == "weight" and known is not None:
             return hash_weight(tensor) == known
         try:
-            own = self.weight(path)
+            own = self.weight(path) if leaf == "weight" else self._named(parameter)
         except LoraportError:
             return False
         return own.shape == tensor.shape and torch.equal(own.float(), tensor.to(own.dtype).float())
+
+    def _named(self, parameter: str) -> torch.Tensor:
+        """Return what the graph or the checkpoint has under a parameter's own name."""
+        stored = None if self._base is not None else self._graph.initializers.get(parameter)
+        if stored is None or stored.const_value is None:
+            return self._checkpoint(parameter).parameter(parameter)
+        return torch_of(np.array(stored.const_value.numpy()))
 
     def _checked(self, path: str, weight: torch.Tensor, source: str) -> torch.Tensor:
         known = self._manifest.fingerprint.modules.get(path)
@@ -114,6 +120,10 @@ class BaseParameters:
                 f"got another ({got[:12]}) in {source}; {_REMEDY}"
             )
         return weight
+
+    @cached_property
+    def _graph(self) -> ir.Graph:
+        return read_graph(self._bundle / MODEL_FILE).graph
 
     @cached_property
     def _sites(self) -> dict[str, tuple[Site, SlotMember]]:
@@ -126,7 +136,7 @@ class BaseParameters:
         }
 
     def _slot_sites(self) -> Iterator[tuple[str, Site]]:
-        for node in read_graph(self._bundle / MODEL_FILE).graph.all_nodes():
+        for node in self._graph.all_nodes():
             name = recorded_slot(node)
             site = find_site(node) if name is not None else None
             if name is not None and site is not None:

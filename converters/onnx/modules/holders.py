@@ -147,9 +147,14 @@ class GraphHolders:
     Args:
         graph: The graph, before slots are put in.
         named: All its sites with their modules' names.
+        as_stored: What has a parameter's name lies as that does, ``Conv1D``'s ``[in, out]`` too:
+            so it is where PyTorch exported the graph. ``[out, in]`` is taken for granted else.
     """
 
-    def __init__(self, graph: ir.Graph, named: Iterable[NamedSite]) -> None:
+    def __init__(
+        self, graph: ir.Graph, named: Iterable[NamedSite], *, as_stored: bool = False
+    ) -> None:
+        self._as_stored = as_stored
         self._by_name = {
             value.name: value
             for value in _stored(graph)
@@ -180,7 +185,8 @@ class GraphHolders:
                 return _MAYBE_SHARED if len(uses) > 1 else Holder(value, uses, transposed=False)
             node = entry.site.node
             uses = tuple(use for use in value.uses() if _leads_to(use.node, node))
-            transposed = _stored_transposed(value, entry)
+            own = self._as_stored and value.name == parameter
+            transposed = False if own else _stored_transposed(value, entry)
             if not uses or transposed is None:
                 return _NOT_AS_IT_IS
             return Holder(value, uses, transposed)

@@ -49,6 +49,15 @@ _NO_WEIGHTS = frozenset(
         "Constant",
         "Shape",
         "Range",
+        "Cos",
+        "Sin",
+        "Exp",
+        "Neg",
+        "Sqrt",
+        "Reciprocal",
+        "Tanh",
+        "Sigmoid",
+        "Softmax",
         "GroupQueryAttention",
         "RotaryEmbedding",
         "If",
@@ -72,6 +81,7 @@ _NO_WEIGHTS = frozenset(
         "ArgMax",
     ]
 )
+_MOVING = ("Gather", "GatherND", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Cast")
 _MULTIPLYING = frozenset(("Conv", "Gemm", "MatMul"))
 _INSIDE = (
     "cannot be taken out: its mask's shape is unknown or of a kind of its own, or it rotates or "
@@ -113,10 +123,27 @@ def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
         elif node.op_type in _MULTIPLYING:
             weight = node.inputs[1]
             maker = weight.producer() if weight is not None and constant(weight) is None else None
-            if weight is not None and maker is not None and _is_fixed(weight, fixed):
+            if weight is None or maker is None:
+                continue
+            if _is_fixed(weight, fixed):
                 why = f"its weight is not stored, {maker.op_type} computes it"
                 found[name] = f"{node.op_type}: {why}"
+            elif _is_picked(weight):
+                found[name] = f"{node.op_type}: its weight is one of several, picked in the run"
     return found
+
+
+def _is_picked(value: ir.Value) -> bool:
+    """Tell whether a matrix is an entry of a larger constant, as those of experts are."""
+    seen: ir.Value | None = value
+    while seen is not None and (node := seen.producer()) is not None:
+        if node.op_type not in _MOVING or not node.inputs:
+            return False
+        seen = node.inputs[0]
+        found = constant(seen)
+        if found is not None:
+            return len(found.shape) > 2 and found.dtype.is_floating_point()
+    return False
 
 
 def _is_embedding(node: ir.Node) -> bool:
@@ -153,6 +180,8 @@ def _reason(node: ir.Node, shapes: list[tuple[int, ...]]) -> str:
     if node.op_type in ("MatMul", "Gemm"):
         if constant(node.inputs[0]) is not None:
             return f"{operator}: its constant is the left factor"
+        if node.attributes.get_int("transA", 0):
+            return f"{operator}: its other factor is transposed"
         return f"{operator}: its constant of shape {shapes[-1]} is no matrix of floats"
     if node.op_type == "Gather":
         return "Gather: its rows of integers are not only dequantized, all by one scale"

@@ -221,7 +221,9 @@ class _Fitter:
         if path in self._places:
             return self._places[path]
         reason = self._unslotted.get(path, "the exported model has no such module")
-        if path not in self._unslotted and kind is not ModuleKind.LINEAR:
+        if kind is ModuleKind.EXPERTS:
+            reason = f"the experts of a mixture have no slots; {MERGE}"
+        elif path not in self._unslotted and kind is not ModuleKind.LINEAR:
             reason = export_with(kind.value)
         self._problems.add(path, "a slot for this module", "none", reason)
         return None

@@ -27,3 +27,44 @@ def test_the_reason_says_what_to_change(slotted, node, weight, given, reason):
     model = helper.make_model(graph, opset_imports=DOMAINS, ir_version=10)
     with pytest.raises(LoraportError, match=reason):
         slotted(model, "lora", "conv")
+
+
+def graph_of(nodes, inputs, constants):
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])
+    given = [helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in inputs]
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "g", given, [made], tensors)
+    return helper.make_model(graph, opset_imports=DOMAINS, ir_version=10)
+
+
+def test_experts_that_the_run_picks_are_listed(slotted):
+    """Whether their matrices are turned or not; rows that are looked up are none."""
+    random = np.random.default_rng(0)
+    matrix = random.standard_normal((4, 4)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="/router/MatMul"),
+        helper.make_node("Gather", ["experts", "expert"], ["e"]),
+        helper.make_node("Squeeze", ["e", "zero"], ["s"]),
+        helper.make_node("Transpose", ["s"], ["t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["a", "t"], ["b"], name="/experts/up"),
+        helper.make_node("MatMul", ["b", "s"], ["c"], name="/experts/down"),
+        helper.make_node("Gather", ["table", "expert"], ["rows"]),
+        helper.make_node("Transpose", ["rows"], ["columns"], perm=[1, 0]),
+        helper.make_node("MatMul", ["c", "columns"], ["y"], name="/looked/up"),
+    ]
+    inputs = [("x", TensorProto.FLOAT, ["n", 4]), ("expert", TensorProto.INT64, [1])]
+    experts = random.standard_normal((3, 4, 4)).astype(np.float32)
+    constants = {"w": matrix, "experts": experts, "zero": np.array([0]), "table": matrix + 1}
+    made = slotted(graph_of(nodes, inputs, constants), "lora")
+    assert [slot.name for slot in made.slots] == ["router"]
+    picked = "MatMul: its weight is one of several, picked in the run"
+    found = {name: reason for name, reason in made.unslotted.items() if name.startswith("/")}
+    assert found == {"/experts/up": picked, "/experts/down": picked}
+
+
+def test_a_transposed_input_is_told(slotted):
+    node = helper.make_node("Gemm", ["x", "w"], ["y"], name="/layer/Gemm", transA=1)
+    weight = np.ones((4, 3), np.float32)
+    model = graph_of([node], [("x", TensorProto.FLOAT, [4, "n"])], {"w": weight})
+    with pytest.raises(LoraportError, match="/layer/Gemm: Gemm: its other factor is transposed"):
+        slotted(model, "lora")
