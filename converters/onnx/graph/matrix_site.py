@@ -26,13 +26,12 @@ def matrix_site(
         y: ``[..., out]``.
         weight: ``[in, out]``.
         transposed: It is stored ``[out, in]``.
-        alpha: A factor of the product.
+        alpha: A factor of the product; no part of the weight.
     """
     rows, columns = reversed(weight.shape) if transposed else weight.shape
 
     def stored_as_in_out() -> np.ndarray:
-        array = weight.array().T if transposed else weight.array()
-        return array if alpha == 1.0 else array * np.asarray(alpha, array.dtype)
+        return weight.array().T if transposed else weight.array()
 
     return Site(
         node=node,
@@ -43,4 +42,5 @@ def matrix_site(
         dtype=weight.dtype,
         weight=stored_as_in_out,
         quantized=weight.quantized,
+        alpha=alpha,
     )

@@ -14,7 +14,7 @@ from loraport.adapter import ModuleKind
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """An operator ``y = x W (+ bias)`` with a constant weight.
+    """An operator ``y = alpha * x W (+ bias)`` with a constant weight.
 
     Attributes:
         node: The operator.
@@ -26,6 +26,8 @@ class Site:
         dtype: Element type of the output, and so of the slot.
         weight: Gives the weight as ``[in, out]``, dequantized if need be; a kernel is flattened
             to ``in = channels / groups * kernel``.
+        alpha: A factor of the product, and so of what an adapter adds to the weight; its bias is
+            added as it is.
         quantized: The stored weight is a rounding of the base's.
         kind: What the operator is.
         kernel: A convolution's kernel size.
@@ -45,6 +47,7 @@ class Site:
     out_features: int
     dtype: ir.DataType
     weight: Callable[[], np.ndarray]
+    alpha: float = 1.0
     quantized: bool = False
     kind: ModuleKind = ModuleKind.LINEAR
     kernel: tuple[int, ...] = ()

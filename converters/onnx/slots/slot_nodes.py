@@ -87,7 +87,8 @@ def _changed(
 ) -> ir.Value:
     """Return ``y + (x A) B``, where rows may have adapters and lanes a strength."""
     if controls.per_row and slot.kind is ModuleKind.LINEAR:
-        return chain.add("Add", "Add", [y, controls.own_change(chain, slot, site, inputs)])
+        change = controls.own_change(chain, slot, site, inputs)
+        return chain.add("Add", "Add", [y, _times_alpha(chain, site, change)])
     hidden = controls.on_hidden(chain, slot, site, _hidden(chain, slot, site, inputs))
     if _is_matrix(slot, site):
         return chain.add("B", "Gemm", [hidden, inputs["lora_B"], y])
@@ -132,7 +133,15 @@ def _hidden(chain: NodeChain, slot: Slot, site: Site, inputs: Mapping[str, ir.Va
             if (attribute := site.node.attributes.get(name)) is not None
         }
         return chain.add("A", "Conv", [site.x, a], taken)
-    return chain.add("A", "MatMul", [site.x, a])
+    return _times_alpha(chain, site, chain.add("A", "MatMul", [site.x, a]))
+
+
+def _times_alpha(chain: NodeChain, site: Site, value: ir.Value) -> ir.Value:
+    """Scale what an adapter adds as the operator scales its product."""
+    if site.alpha == 1.0:
+        return value
+    alpha = chain.constant("alpha", np.array(site.alpha, site.dtype.numpy()))
+    return chain.add("scaled", "Mul", [value, alpha])
 
 
 def _widened(

@@ -24,7 +24,8 @@ def test_weight_is_what_the_runtime_multiplies_with(transposed, alpha):
     model = fused(weight, transB=transposed, alpha=alpha)
     site = find_site(only_node(model))
     assert (site.in_features, site.out_features) == (IN, OUT)
-    got = x.astype(np.float64) @ site.weight().astype(np.float64)
+    assert site.alpha == alpha
+    got = alpha * x.astype(np.float64) @ site.weight().astype(np.float64)
     # float32 sums of 7 products of about 1.
     np.testing.assert_allclose(run(model, x=x), got, atol=2e-6, rtol=1e-6)
     assert np.abs(run(model, x=x) - 0.5 * got).max() > 0.1

@@ -28,12 +28,13 @@ def test_weight_is_what_the_runtime_multiplies_with(transposed, alpha, beta):
     model = gemm(["x", *constants], constants, **attributes)
     site = find_site(only_node(model))
     assert (site.in_features, site.out_features) == (IN, OUT)
-    got = x.astype(np.float64) @ site.weight().astype(np.float64)
+    assert site.alpha == alpha
+    got = alpha * x.astype(np.float64) @ site.weight().astype(np.float64)
     if beta is not None:
         got = got + beta * bias.astype(np.float64)
     # float32 sums of 7 products of about 1.
     np.testing.assert_allclose(run(model, x=x), got, atol=2e-6, rtol=1e-6)
-    control = got - 0.5 * x.astype(np.float64) @ site.weight().astype(np.float64)
+    control = got - 0.3 * x.astype(np.float64) @ site.weight().astype(np.float64)
     assert np.abs(control - got).max() > 0.1
 
 

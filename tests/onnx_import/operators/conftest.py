@@ -29,9 +29,9 @@ class Slotted:
         return session(self.original).run(None, inputs)
 
 
-def slot_model(model: onnx.ModelProto, *variants: str) -> Slotted:
+def slot_model(model: onnx.ModelProto, *variants: str, **controls: bool) -> Slotted:
     read = ir.from_proto(model)
-    options = ImportOptions(slots=SlotOptions(variants or ("lora",)))
+    options = ImportOptions(slots=SlotOptions(variants or ("lora",), **controls))
     made = slot_graph(read, options).slotted
     result = ir.to_proto(made.model)
     onnx.checker.check_model(result, full_check=True)
