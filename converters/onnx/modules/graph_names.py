@@ -38,6 +38,8 @@ _MODULE = "loraport.module"
 _ENDINGS = re.compile(
     r"(_quantized|_Q\d+(G\d+)?|_DequantizeLinear|\.qweight|_qweight|_transposed|\.MatMul|_fp16|_bnb4)+$"
 )
+# What ONNX Runtime's optimizer adds to the name of a node: ``/q_proj/MatMul/MatMulScaleFusion/``.
+_FUSED = re.compile(r"/\w*Fusion/?(_token_\d+)?$")
 _ANONYMOUS = re.compile(r"(onnx::\w+_\d+|\d+|val_\d+|.*[Cc]onst(ant)?[_.]?\w*(:\d+)?|_v_\d+|t_\d+)")
 
 
@@ -150,7 +152,8 @@ def _name(members: Sequence[Site], tied: bool) -> str:
         return named if named.startswith(f"{path}.") else path
     if named:
         return named
-    parts = [re.sub(r"[^\w.-]", "_", part).strip(".") for part in (node.name or "").split("/")[:-1]]
+    scopes = _FUSED.sub("", node.name or "").split("/")[:-1]
+    parts = [re.sub(r"[^\w.-]", "_", part).strip(".") for part in scopes]
     # A part of a sequence says whose it is: ``/net/net.0/MatMul``.
     own = [
         part

@@ -1,6 +1,8 @@
 """Operators that scale their product: what an adapter adds to the weight is scaled, too."""
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import DOMAINS
@@ -75,3 +77,30 @@ def test_rows_with_adapters_of_their_own(slotted, adapter):
         np.testing.assert_allclose(got[row], expected, atol=1e-5)
     assert np.abs(got[1] - made.run(x=x)[0][1]).max() == 0
     assert np.abs(got[0] - made.run(x=x)[0][0]).max() > 0.05
+
+
+def test_a_product_that_onnx_runtime_fused_with_its_scale_keeps_its_name(slotted, tmp_path):
+    random = np.random.default_rng(0)
+    weights = {name: random.standard_normal((IN, IN)).astype(np.float32) for name in ("q", "k")}
+    nodes = [
+        helper.make_node("MatMul", ["x", "q"], ["queries"], name="/attention/q_proj/MatMul"),
+        helper.make_node("Mul", ["queries", "scale"], ["scaled"], name="/attention/Mul"),
+        helper.make_node("MatMul", ["scaled", "k"], ["y"], name="/attention/k_proj/MatMul"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", IN])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", IN])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()]
+        + [numpy_helper.from_array(np.float32(ALPHA), "scale")],
+    )
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    model = helper.make_model(graph, opset_imports=DOMAINS[:1], ir_version=10)
+    onnxruntime.InferenceSession(model.SerializeToString(), options)
+    fused = onnx.load(tmp_path / "fused.onnx")
+    assert "FusedMatMul" in {node.op_type for node in fused.graph.node}
+    slots = slotted(fused, "lora").slots
+    assert [slot.name for slot in slots] == ["attention.q_proj", "attention.k_proj"]
