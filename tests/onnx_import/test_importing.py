@@ -220,19 +220,13 @@ class Convolved(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
-@pytest.mark.parametrize("fold", [True, False])
-def test_kernels_that_a_normalization_was_folded_into_are_told(fold, tmp_path):
+@pytest.mark.parametrize(("dynamo", "fold"), [(False, True), (False, False), (True, True)])
+def test_kernels_that_a_normalization_was_folded_into_are_told(dynamo, fold, tmp_path):
     mode = torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE
-    model = Convolved()
+    more = {"verbose": False} if dynamo else {"do_constant_folding": fold, "training": mode}
+    model, images = Convolved(), (torch.randn(1, 3, 6, 6),)
     model.train(not fold)
-    torch.onnx.export(
-        model,
-        (torch.randn(1, 3, 6, 6),),
-        tmp_path / "m.onnx",
-        dynamo=False,
-        do_constant_folding=fold,
-        training=mode,
-    )
+    torch.onnx.export(model, images, tmp_path / "m.onnx", dynamo=dynamo, **more)
     said = []
     options = ImportOptions(slots=SlotOptions(("conv",)))
     import_model(tmp_path / "m.onnx", tmp_path / "out", options, progress=said.append)

@@ -33,6 +33,7 @@ from loraport.naming import is_module_path
 
 HEAD = "lm_head"
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_CLASSES = "pkg.torch.onnx.class_hierarchy"
 _MODULE = "loraport.module"
 # What quantizers and exporters add to the name of a weight.
 _ENDINGS = re.compile(
@@ -69,17 +70,18 @@ def name_sites(sites: Sequence[Site]) -> list[NamedSite]:
 
 
 def folded(named: Iterable[NamedSite]) -> list[str]:
-    """Return convolutions whose weights lost their names, though the graph knows the modules.
+    """Return convolutions whose kernels are not their modules' own: computed by the exporter.
 
-    Exporters leave a kernel its name unless they compute it: with a normalization folded into it,
-    most often, so that it is not the module's own.
+    Most often a normalization was folded in. A kernel lost its name then, though the graph knows
+    the module, or the exporter recorded the normalization as what computes the product.
     """
     found = []
     for entry in named:
         site = entry.site
         known = entry.path.rpartition("_")[0] != site.kind.value  # not by its number
         nameless = _ANONYMOUS.fullmatch(_stored_name(site)) and not _recorded_path(site.node)
-        if site.kind is ModuleKind.CONV and known and nameless:
+        computed = nameless or _is_normalization(site.node)
+        if site.kind is ModuleKind.CONV and known and computed:
             found.append(entry.path)
     return list(dict.fromkeys(found))
 
@@ -178,12 +180,22 @@ def _stored_name(site: Site) -> str:
 
 def _recorded_path(node: ir.Node) -> str:
     """Return the module in whose ``forward`` torch met the operator."""
+    path = "" if _is_normalization(node) else _recorded(node, _SCOPES)
+    return path if is_module_path(path) else ""
+
+
+def _is_normalization(node: ir.Node) -> bool:
+    """Tell whether torch met the operator in a normalization that a product was fused with."""
+    return "batchnorm" in _recorded(node, _CLASSES).rpartition(".")[2].lower()
+
+
+def _recorded(node: ir.Node, key: str) -> str:
+    """Return what the exporter recorded of the module around an operator."""
     try:
-        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+        entries = ast.literal_eval(node.metadata_props.get(key, "[]"))
     except (ValueError, SyntaxError):
         return ""
-    path = str(scopes[-2]) if isinstance(scopes, list) and len(scopes) > 1 else ""
-    return path if is_module_path(path) else ""
+    return str(entries[-2]) if isinstance(entries, list) and len(entries) > 1 else ""
 
 
 def _tell_apart(names: dict[_Key, str], groups: Mapping[_Key, list[Site]]) -> None:
