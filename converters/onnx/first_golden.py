@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from converters.onnx.trial_run import ends_the_process
 from loraport.bundle.golden import record_no_golden, write_base_golden
 from loraport.bundle.manifest import MODEL_FILE
 from loraport.errors import LoraportError
+from loraport.runtime.session import open_session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +22,7 @@ _MEMORY_PER_WEIGHT_BYTE = 1.5
 
 def record_first_golden(
     bundle: Path,
+    file: Path,
     examples: Sequence[Mapping[str, np.ndarray]],
     weights: int,
     progress: Callable[[str], None],
@@ -30,10 +33,14 @@ def record_first_golden(
 
     Args:
         bundle: The bundle, with its manifest.
+        file: The model that it was made of.
         examples: Inputs to try, one after the other.
         weights: Bytes of the graph's weights.
         progress: Told why there are none.
         careful: Try each in a process of its own first, which the graph may end.
+
+    Raises:
+        LoraportError: If ONNX Runtime opens the model, but not what was made of it.
     """
     available = _available_memory()
     if available is not None and weights * _MEMORY_PER_WEIGHT_BYTE > available:
@@ -54,11 +61,30 @@ def record_first_golden(
                 write_base_golden(bundle, inputs)
             except LoraportError as error:
                 first = str(error).splitlines()[-1]
+                _require_as_good(bundle / MODEL_FILE, file)
                 reason = f"give --input NAME=FILE.npy for inputs that the model takes: {first}"
             else:
                 return
     progress(f"no golden outputs: {reason}")
     record_no_golden(bundle, reason)
+
+
+def _require_as_good(made: Path, source: Path) -> None:
+    """Refuse a graph that cannot be opened although the one that it was made of can."""
+    if (reason := _refused(made)) and not _refused(source):
+        raise LoraportError(
+            f"{source.name}: ONNX Runtime opens it, but not with these slots and in this "
+            f"precision: {reason}; export it in a newer opset, or with fewer options"
+        )
+
+
+def _refused(file: Path) -> str:
+    try:
+        open_session(file)
+    except LoraportError as error:
+        first = str(error).splitlines()[0].partition("cannot open it: ")[2] or str(error)
+        return re.sub(r"Load model from .+? failed: ?", "", first)
+    return ""
 
 
 def _available_memory() -> int | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from converters.onnx.exporters.quantizing import require_quantizer
 from converters.onnx.exporters.storing import sites_of, store_as, stored_precision
@@ -153,7 +154,7 @@ def import_model(
                 "NchwcTransformer; loraport opens it without, other programs have to as well"
             )
         progress("recording golden outputs")
-        record_first_golden(bundle, examples, weights, progress, careful=careful)
+        record_first_golden(bundle, file, examples, weights, progress, careful=careful)
         finish(bundle)
 
 
@@ -186,6 +187,8 @@ def slot_graph(
     """
     from converters.onnx.modules.slottable import tied_modules
 
+    if options.slots.per_row:  # rows are told by the names of dimensions
+        ShapeInferencePass(check_type=False, strict_mode=False)(model)
     nodes = list(model.graph.all_nodes())
     sites = sites_of(model)
     served = [site for site in sites if options.slots.serves(site.kind)]

@@ -104,7 +104,7 @@ def export(
         lm_head=lm_head,
         slots=SlotOptions(variants, strength_input, per_row, replaced),
     )
-    if base.endswith(".onnx"):
+    if base.lower().endswith(".onnx"):
         from converters.onnx.importing import ImportOptions, import_model
 
         chosen = None if precision == "fp32" else precision
@@ -118,7 +118,7 @@ def export(
     else:
         export_base(base, output, options, force=force, progress=progress, finish=finish)
     manifest = read_manifest(output)
-    if base.endswith(".onnx"):
+    if base.lower().endswith(".onnx"):
         for name, reason in manifest.unslotted.items():
             log.print(f"no slot: {name}: {reason}", markup=False)
     log.print(

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from command_line import command
 from peft_cases import load_with_peft
 
 from converters.formats.registry import read_adapter
@@ -203,6 +204,34 @@ class TestExternalData:
         data.write_bytes(data.read_bytes()[:-100])
         with pytest.raises(LoraportError, match="fetch the data file again"):
             import_model(outside, tmp_path / "out")
+
+
+def test_a_graph_that_opens_no_more_is_refused(tmp_path):
+    """``Gemm`` without a third input is of opset 11; the bias must go where a gain comes."""
+    from onnx import helper as make
+    from onnx import numpy_helper
+
+    weight, bias = np.ones((4, 3), np.float32), np.ones(3, np.float32)
+    graph = make.make_graph(
+        [make.make_node("Gemm", ["x", "fc.weight", "fc.bias"], ["y"], name="/fc/Gemm")],
+        "g",
+        [make.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 4])],
+        [make.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(weight, "fc.weight"), numpy_helper.from_array(bias, "fc.bias")],
+    )
+    for opset in (9, 11):
+        opsets = [make.make_opsetid("", opset)]
+        onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.ONNX")
+        arguments = ("export", tmp_path / "m.ONNX", "-o", tmp_path / "out", "--slots", "lora,gain")
+        code, said = command(*arguments)
+        if opset == 9:
+            assert code == 2
+            assert "m.ONNX: ONNX Runtime opens it, but not with these slots" in said
+            assert "partial" not in said
+            assert not (tmp_path / "out").exists()
+    assert code == 0
+    with pytest.raises(LoraportError, match=r"fc\.lora_A: expected a graph without an input"):
+        import_model(tmp_path / "out" / "model.onnx", tmp_path / "again")
 
 
 class Convolved(torch.nn.Module):

@@ -41,7 +41,9 @@ _ENDINGS = re.compile(
 )
 # What ONNX Runtime's optimizer adds to the name of a node: ``/q_proj/MatMul/MatMulScaleFusion/``.
 _FUSED = re.compile(r"/\w*Fusion/?(_token_\d+)?$")
-_ANONYMOUS = re.compile(r"(onnx::\w+_\d+|\d+|val_\d+|.*[Cc]onst(ant)?[_.]?\w*(:\d+)?|_v_\d+|t_\d+)")
+_ANONYMOUS = re.compile(
+    r"(onnx::\w+_\d+|\d+|val_\d+|(.*[/._])?[Cc]onst(ant)?(?![A-Za-z])\w*(:\d+)?|_v_\d+|t_\d+)"
+)
 
 
 # What a weight is called, what it is, and the module that the exporter recorded.
@@ -119,6 +121,10 @@ def _by_weight(sites: Iterable[Site]) -> dict[_Key, list[Site]]:
         weight = weight_of(site)
         name = weight.name if weight else f"?{number}"
         path = site.node.metadata_props.get(_MODULE) or _recorded_path(site.node)
+        # One weight is read as it lies and transposed, or subgraphs have weights of one name.
+        others, first = itertools.count(1), name
+        while (found := groups.get((name, site.kind, path))) and not _same_module(found[0], site):
+            name = f"{first}/{next(others)}"
         groups[name, site.kind, path].append(site)
     return groups
 

@@ -64,16 +64,27 @@ class Controls:
 
     def _keeps_rows(self, x: ir.Value) -> bool:
         """Tell whether a value has the graph's batch as, or in, its first dimension."""
-        if x.shape is None:
+        if x.shape is None or not len(x.shape):
             return False
-        batches = {str(value.shape[0]) for value in self.graph.inputs if value.shape}
-        if str(x.shape[0]) in batches:
+        if _size(x.shape[0]) in self._batches():
             return True
         producer = x.producer()
         flattened = len(x.shape) == 2 and producer is not None and producer.op_type == "Reshape"
         if not flattened or producer is None or producer.inputs[0] is None:
             return False
         return self._keeps_rows(producer.inputs[0])
+
+    def _batches(self) -> set[str | int]:
+        """Return what the batch may be: names that inputs begin with, or else their numbers.
+
+        A number that is another dimension's too says nothing.
+        """
+        shapes = [value.shape for value in self.graph.inputs if value.shape]
+        first = {_size(shape[0]) for shape in shapes}
+        if named := {size for size in first if isinstance(size, str)}:
+            return set(named)
+        others = {_size(dim) for shape in shapes for dim in shape[1:]}
+        return {size for size in first - others if size is not None}
 
     def own_change(
         self, chain: NodeChain, slot: Slot, site: Site, inputs: Mapping[str, ir.Value]
@@ -286,3 +297,8 @@ class Controls:
                 self.graph.insert_after(producer, node)
             self._values["last",] = self._values[key] = node.outputs[0]
         return self._values[key]
+
+
+def _size(dim: int | ir.SymbolicDim) -> str | int | None:
+    """Return a dimension's number or name; ``None`` where it has neither."""
+    return dim if isinstance(dim, int) else dim.value

@@ -145,11 +145,16 @@ def insert_slots(
     if not options.per_row:
         flatten_rows(model.graph, [node for node, _ in chosen])
     for node, matched in chosen:
+        site = find_site(node)
+        assert site is not None
+        # What is called twice takes an adapter in both places or in none.
+        if (reason := controls.why_not(_slot(site, matched, options), site)) is not None:
+            unslotted.update({module.path: reason for module in matched})
+    for node, matched in chosen:
         site = find_site(node)  # anew: its values may be rows now
         assert site is not None
         slot = _slot(site, matched, options)
-        if (reason := controls.why_not(slot, site)) is not None:
-            unslotted.update({module.path: reason for module in matched})
+        if any(module.path in unslotted for module in matched):
             continue
         if slot.name not in table:
             inputs[slot.name] = _add_inputs(model.graph, slot, site, lanes=options.per_row)
@@ -236,6 +241,11 @@ def _add_inputs(graph: ir.Graph, slot: Slot, site: Site, *, lanes: bool) -> dict
 
 def _overridable(graph: ir.Graph, entry: SlotInput, dtype: ir.DataType) -> ir.Value:
     """Add a graph input with a default that changes nothing."""
+    if entry.name in graph.initializers or any(v.name == entry.name for v in graph.inputs):
+        raise LoraportError(
+            f"{entry.name}: expected a graph without an input of this name, got one with; it has "
+            "slots already: export the model that they were put in"
+        )
     value = ir.Value(name=entry.name, shape=ir.Shape(entry.shape), type=ir.TensorType(dtype))
     default = np.full(entry.neutral_shape, entry.neutral, dtype.numpy())
     value.const_value = ir.tensor(default, name=entry.name)

@@ -1,0 +1,80 @@
+"""``--per-row`` on graphs: rows are the batch's, or the module has no slot and a reason."""
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx_graphs import DOMAINS
+
+from loraport.errors import LoraportError
+
+IN, OUT = 6, 5
+RANDOM = np.random.default_rng(0)
+WEIGHT = RANDOM.standard_normal((IN, OUT)).astype(np.float32)
+SQUARE = RANDOM.standard_normal((IN, IN)).astype(np.float32)
+UNKNOWN = "its input is not known to have the batch first"
+
+
+def graph(nodes, inputs, constants, rank):
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * rank)
+    given = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs.items()]
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    whole = helper.make_graph(nodes, "g", given, [made], tensors)
+    return helper.make_model(whole, opset_imports=DOMAINS, ir_version=10)
+
+
+def product(x, y, name="fc"):
+    return helper.make_node("MatMul", [x, f"{name}.weight"], [y], name=f"/{name}/{y}")
+
+
+@pytest.mark.parametrize("shape", [[3, 3, IN], [None, None, IN]])
+def test_a_batch_that_was_moved_is_no_batch(slotted, shape):
+    turn = helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2])
+    model = graph([turn, product("t", "y")], {"x": shape}, {"fc.weight": WEIGHT}, 3)
+    with pytest.raises(LoraportError, match=UNKNOWN):
+        slotted(model, "lora", per_row=True)
+    straight = graph([product("x", "y")], {"x": ["batch", 3, IN]}, {"fc.weight": WEIGHT}, 3)
+    assert [slot.name for slot in slotted(straight, "lora", per_row=True).slots] == ["fc"]
+
+
+def test_what_all_rows_share_has_no_slot(slotted):
+    """Another input that begins with 1 makes no batch of what else does."""
+    nodes = [
+        helper.make_node("Mul", ["query", "temperature"], ["q1"]),
+        product("q1", "q", "q"),
+        product("x", "k", "k"),
+        helper.make_node("Add", ["k", "q"], ["y"]),
+    ]
+    inputs = {"x": ["batch", IN], "temperature": [1]}
+    constants = {"q.weight": WEIGHT, "k.weight": WEIGHT + 1, "query": SQUARE[:1]}
+    made = slotted(graph(nodes, inputs, constants, 2), "lora", per_row=True)
+    assert [slot.name for slot in made.slots] == ["k"]
+    assert made.unslotted["q"].startswith(UNKNOWN)
+
+
+def test_a_module_called_twice_acts_in_both_places(slotted, adapter):
+    """The shape between them is inferred."""
+    nodes = [product("x", "h"), helper.make_node("Relu", ["h"], ["r"]), product("r", "y")]
+    model = graph(nodes, {"x": ["batch", IN]}, {"fc.weight": SQUARE}, 2)
+    made = slotted(model, "lora", per_row=True)
+    (slot,) = made.slots
+    x = RANDOM.standard_normal((3, IN)).astype(np.float32)
+    lanes = [adapter(slot, seed=seed) for seed in (5, 6)]
+    stacked = {name: np.concatenate([lane[name] for lane in lanes]) for name in lanes[0]}
+    got = made.run(x=x, adapter_ids=np.array([1, -1, 0]), **stacked)[0]
+    for row, lane in ((0, lanes[1]), (1, None), (2, lanes[0])):
+        whole = SQUARE.astype(np.float64)
+        if lane is not None:
+            whole = whole + lane[slot.input_a].astype(np.float64) @ lane[slot.input_b]
+        expected = np.maximum(x[row] @ whole, 0) @ whole
+        np.testing.assert_allclose(got[row], expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(got[0] - made.run(x=x)[0][0]).max() > 0.1
+
+
+def test_a_module_whose_second_call_cannot_tell_rows_has_no_slot(slotted):
+    turn = helper.make_node("Transpose", ["h"], ["t"], perm=[1, 0, 2])
+    nodes = [product("x", "h"), turn, product("t", "u"), product("x", "v", "other")]
+    nodes.append(helper.make_node("Concat", ["u", "v"], ["y"], axis=2))
+    constants = {"fc.weight": SQUARE, "other.weight": SQUARE + 1}
+    made = slotted(graph(nodes, {"x": ["n", 3, IN]}, constants, 3), "lora", per_row=True)
+    assert [slot.name for slot in made.slots] == ["other"]
+    assert made.unslotted["fc"].startswith(UNKNOWN)

@@ -1,0 +1,82 @@
+"""Weights of one name that are not one module's: each is changed where it is used."""
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx_graphs import DOMAINS
+
+SIZE = 4
+RANDOM = np.random.default_rng(0)
+
+
+def model_of(nodes, inputs, width, constants=()):
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", width])
+    graph = helper.make_graph(nodes, "g", inputs, [made], list(constants))
+    return helper.make_model(graph, opset_imports=DOMAINS, ir_version=10)
+
+
+X = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", SIZE])
+
+
+@pytest.mark.parametrize("hidden", [SIZE, SIZE + 1])
+def test_a_matrix_and_its_transpose_take_adapters_of_their_own(slotted, adapter, hidden):
+    weight = RANDOM.standard_normal((SIZE, hidden)).astype(np.float32)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w.weight"], ["h"], name="encode"),
+        helper.make_node("Transpose", ["w.weight"], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["h", "turned"], ["y"], name="decode"),
+    ]
+    made = slotted(model_of(nodes, [X], SIZE, [numpy_helper.from_array(weight, "w.weight")]))
+    assert [slot.name for slot in made.slots] == ["w.encode", "w.decode"]
+    x = RANDOM.standard_normal((3, SIZE)).astype(np.float32)
+    tensors = [adapter(slot, seed=seed) for seed, slot in enumerate(made.slots)]
+    first, second = (
+        part[slot.input_a].astype(np.float64) @ part[slot.input_b]
+        for part, slot in zip(tensors, made.slots, strict=True)
+    )
+    got = made.run(x=x, **tensors[0], **tensors[1])[0]
+    expected = x.astype(np.float64) @ (weight + first) @ (weight.T + second)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(got - made.run_original(x=x)[0]).max() > 0.1
+
+
+def test_branches_with_weights_of_one_name_take_adapters_of_their_own(slotted, adapter):
+    weights = [RANDOM.standard_normal((SIZE, 3)).astype(np.float32) for _ in range(2)]
+
+    def branch(number):
+        out = f"y{number}"
+        node = helper.make_node("MatMul", ["x", "w.weight"], [out], name=f"product_{number}")
+        made = helper.make_tensor_value_info(out, TensorProto.FLOAT, ["n", 3])
+        stored = numpy_helper.from_array(weights[number], "w.weight")
+        return helper.make_graph([node], f"branch{number}", [], [made], [stored])
+
+    choice = helper.make_tensor_value_info("choice", TensorProto.BOOL, [])
+    node = helper.make_node("If", ["choice"], ["y"], then_branch=branch(0), else_branch=branch(1))
+    made = slotted(model_of([node], [X, choice], 3))
+    assert len(made.slots) == 2
+    x = RANDOM.standard_normal((2, SIZE)).astype(np.float32)
+    for number, taken in ((0, True), (1, False)):
+        (slot,) = (each for each in made.slots if each.name.endswith(f"product_{number}"))
+        tensors = adapter(slot)
+        change = tensors[slot.input_a].astype(np.float64) @ tensors[slot.input_b]
+        got = made.run(x=x, choice=np.array(taken), **tensors)[0]
+        np.testing.assert_allclose(got, x @ (weights[number] + change), rtol=1e-5, atol=1e-5)
+        other = made.run(x=x, choice=np.array(not taken), **tensors)[0]
+        np.testing.assert_array_equal(other, made.run_original(x=x, choice=np.array(not taken))[0])
+
+
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [
+        ("decoder_reconstruction_W", "decoder_reconstruction_W"),
+        ("p_constituents", "p_constituents"),
+        ("const_fold_opt__12", "linear_0"),
+        ("model/dense/Const_2:0", "linear_0"),
+        ("_const_3", "linear_0"),
+    ],
+)
+def test_only_constants_are_anonymous(slotted, stored, name):
+    weight = numpy_helper.from_array(np.ones((SIZE, 3), np.float32), stored)
+    node = helper.make_node("MatMul", ["x", stored], ["y"])
+    (slot,) = slotted(model_of([node], [X], 3, [weight])).slots
+    assert slot.name == name
