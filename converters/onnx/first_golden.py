@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from converters.onnx.trial_run import ends_the_process
 from loraport.bundle.golden import record_no_golden, write_base_golden
-from loraport.bundle.manifest import MODEL_FILE
+from loraport.bundle.manifest import MODEL_FILE, read_manifest
 from loraport.errors import LoraportError
 from loraport.runtime.session import open_session
 
@@ -61,7 +61,7 @@ def record_first_golden(
                 write_base_golden(bundle, inputs)
             except LoraportError as error:
                 first = str(error).splitlines()[-1]
-                _require_as_good(bundle / MODEL_FILE, file)
+                _require_as_good(bundle, file)
                 reason = f"give --input NAME=FILE.npy for inputs that the model takes: {first}"
             else:
                 return
@@ -69,18 +69,19 @@ def record_first_golden(
     record_no_golden(bundle, reason)
 
 
-def _require_as_good(made: Path, source: Path) -> None:
+def _require_as_good(bundle: Path, source: Path) -> None:
     """Refuse a graph that cannot be opened although the one that it was made of can."""
-    if (reason := _refused(made)) and not _refused(source):
+    precision = read_manifest(bundle).precision
+    if (reason := _refused(bundle / MODEL_FILE, precision)) and not _refused(source, precision):
         raise LoraportError(
             f"{source.name}: ONNX Runtime opens it, but not with these slots and in this "
             f"precision: {reason}; export it in a newer opset, or with fewer options"
         )
 
 
-def _refused(file: Path) -> str:
+def _refused(file: Path, precision: str) -> str:
     try:
-        open_session(file)
+        open_session(file, precision=precision)
     except LoraportError as error:
         first = str(error).splitlines()[0].partition("cannot open it: ")[2] or str(error)
         return re.sub(r"Load model from .+? failed: ?", "", first)

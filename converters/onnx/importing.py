@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -204,7 +204,7 @@ def slot_graph(
     by_name = GraphHolders(model.graph, named, as_stored=model.producer_name == _PYTORCH)
     if not served:
         raise LoraportError(
-            "slots: expected operators that can have one, got none"
+            f"slots: expected operators that can have one, got {_listed(nodes)}"
             + "".join(f"\n  - {name}: {reason}" for name, reason in list(why.items())[:20])
         )
     slotted = insert_slots(
@@ -221,6 +221,12 @@ def slot_graph(
         holders = by_name if options.base is None else _base_holders(model, options.base)
         slotted = with_replacements(slotted, options.slots, holders)
     return ImportedGraph(slotted, named)
+
+
+def _listed(nodes: Iterable[ir.Node]) -> str:
+    kinds = sorted({node.op_type for node in nodes})
+    more = f" and {len(kinds) - _NAMED} other kinds" if len(kinds) > _NAMED else ""
+    return f"only {', '.join(kinds[:_NAMED])}{more}" if kinds else "no operators"
 
 
 def _base_holders(model: ir.Model, base: str) -> Holders:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from command_line import command
@@ -125,6 +126,13 @@ def test_names_that_the_exporter_recorded_are_there_in_every_precision(precision
     import_model(file, tmp_path / "out", ImportOptions(precision=precision))
     names = ["first", "second", "alike"]
     assert list(read_manifest(tmp_path / "out").slots.modules()) == names
+    # Both products with the shared weight are what they were, but for the rounding.
+    x = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+    (expected,) = onnxruntime.InferenceSession(file).run(None, {"x": x})
+    (got,) = Runtime(tmp_path / "out").run({"x": x}).values()
+    allowed = {None: 1e-6, **BOUNDS}[precision]
+    assert np.linalg.norm(got - expected) < allowed * np.linalg.norm(expected)
+    assert np.linalg.norm(got[::-1] - expected) > np.linalg.norm(expected) / 2
 
 
 def save_products(file, weights, tokens=False):
@@ -168,7 +176,7 @@ def test_an_output_head_is_called_so_in_every_precision(precision, tmp_path):
 @pytest.mark.parametrize("precision", OPERATORS)
 def test_weights_that_would_come_to_one_name_keep_theirs(precision, tmp_path):
     numbers = np.random.default_rng(0).standard_normal((2, 32, 32)).astype(np.float32)
-    save_products(tmp_path / "m.onnx", dict(zip(["w", "w_quantized"], numbers, strict=True)))
+    save_products(tmp_path / "m.onnx", dict(zip(["w", "w_transposed"], numbers, strict=True)))
     expected = modules_in(tmp_path / "m.onnx", tmp_path / "one", None, "lora")
     assert expected == ["w.at0", "w.at1"]
     assert modules_in(tmp_path / "m.onnx", tmp_path / "two", precision, "lora") == expected

@@ -76,7 +76,8 @@ def _int8(source: Path, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     # Unsigned times unsigned: signed weights overflow on processors without VNNI.
-    model = _load(source)
+    # The quantizer itself turns the weight of each Gemm in place, a shared one several times.
+    model = _load(source, gemms=True)
     # The quantizer infers the shapes inside a graph anew and trips over those that are noted.
     del model.graph.value_info[:]
     quantize_dynamic(

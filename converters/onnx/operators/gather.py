@@ -29,7 +29,7 @@ def find_site(node: ir.Node) -> Site | None:
     rows_of = constant(table)
     if tokens is None or rows_of is None or len(rows_of.shape) != 2:
         return None
-    if node.attributes.get_int("axis", 0) != 0 or constant(tokens) is not None:
+    if node.attributes.get_int("axis", 0) not in (0, -2) or constant(tokens) is not None:
         return None
     rows, columns = rows_of.shape
     site = Site(

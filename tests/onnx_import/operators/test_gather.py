@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import DOMAINS, only_node
 
 from converters.onnx.operators import find_site
@@ -153,3 +153,26 @@ def test_numbers_that_are_looked_up_are_no_weights(slotted):
     with pytest.raises(LoraportError) as caught:
         slotted(model, "embedding")
     assert "embed" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("axis", "found"), [(0, True), (-2, True), (1, False), (-1, False)])
+def test_rows_are_of_the_first_dimension_however_it_is_counted(slotted, adapter, axis, found):
+    table = np.random.default_rng(0).standard_normal((ROWS, ROWS)).astype(np.float32)
+    node = helper.make_node("Gather", ["table", "tokens"], ["y"], name="embed", axis=axis)
+    given = helper.make_tensor_value_info("tokens", TensorProto.INT64, ["n"])
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])
+    constants = [numpy_helper.from_array(table, "table")]
+    body = helper.make_graph([node], "g", [given], [made], constants)
+    model = helper.make_model(body, opset_imports=DOMAINS, ir_version=10)
+    if not found:
+        with pytest.raises(LoraportError, match="can have one, got only Gather"):
+            slotted(model, "embedding")
+        return
+    slotted = slotted(model, "embedding")
+    (slot,) = slotted.slots
+    tensors = adapter(slot)
+    tokens = np.array([0, 3, 10])
+    a, b = tensors[slot.input_a].astype(np.float64), tensors[slot.input_b]
+    got = slotted.run(tokens=tokens, **tensors)[0]
+    np.testing.assert_allclose(got, table[tokens] + a[tokens] @ b, rtol=1e-5, atol=1e-6)
+    assert np.abs(got - slotted.run(tokens=tokens)[0]).max() > 0.1
