@@ -11,7 +11,7 @@ import numpy as np
 
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot, SlotTable
-from loraport.errors import Problems
+from loraport.errors import LoraportError, Problems
 from loraport.naming import weight_name
 from loraport.runtime.packed_file import read_whole
 from loraport.runtime.values import as_value
@@ -102,10 +102,27 @@ def blend_packed(
 
     Raises:
         LoraportError: If one adapter has a gain (DoRA) where another, or it itself at another
-            strength than 1, replaces the weight: that is no sum of two changes.
+            strength than 1, replaces the weight: that is no sum of two changes; or if a number
+            leaves its dtype's range.
     """
     if len(parts) == 1 and parts[0][1] == 1.0:
         return dict(parts[0][0])
+    try:
+        with np.errstate(over="raise"):
+            return _blended(parts, table, base_values or {})
+    except FloatingPointError as error:
+        said = ", ".join(f"{strength:g}" for _, strength in parts)
+        raise LoraportError(
+            f"strengths {said}: expected sums that the slots' dtype holds, got larger ones; use "
+            "smaller strengths"
+        ) from error
+
+
+def _blended(
+    parts: list[tuple[Mapping[str, np.ndarray], float]],
+    table: SlotTable,
+    base_values: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
     blended: dict[str, np.ndarray] = {}
     for slot in table.slots:
         for role, entry in slot.inputs.items():
@@ -135,7 +152,7 @@ def blend_packed(
         if len(found) == 1 and found[0][1] == 1.0:
             blended[name] = found[0][0]
         elif found:
-            blended[name] = _moved(found, (base_values or {})[name])
+            blended[name] = _moved(found, base_values[name])
     return blended
 
 

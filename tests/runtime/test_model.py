@@ -303,6 +303,11 @@ class TestRefusals:
         with pytest.raises(LoraportError, match="strength of 'a': expected a finite number"):
             logits(runtime, prompts[0], {"a": strength})
 
+    def test_a_strength_that_leaves_the_dtypes_range(self, runtime, prompts):
+        with pytest.raises(LoraportError, match=r"strengths 1e\+300: .* use smaller strengths"):
+            logits(runtime, prompts[0], {"a": 1e300})
+        assert np.isfinite(logits(runtime, prompts[0], {"a": 1.5})).all()
+
     def test_inputs_missing_and_too_many_are_all_named(self, runtime, prompts):
         inputs = inputs_of(runtime, prompts[0])
         inputs["input_idz"] = inputs.pop("input_ids")
