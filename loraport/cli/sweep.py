@@ -18,7 +18,8 @@ from loraport.cli.train import train as train_command
 _SHARED = (
     *("validation_share", "use_rslora", "dropout", "exclude", "use_dora", "init"),
     *("lora_plus_ratio", "epochs", "steps", "batch_size", "accumulate", "max_length", "packing"),
-    *("warmup", "weight_decay", "clip", "gradient_checkpointing", "seed", "dtype", "device"),
+    *("warmup", "weight_decay", "clip", "gradient_checkpointing", "cuda_graphs", "seed"),
+    *("dtype", "device"),
     *("save_every", "keep", "validate_every", "early_stopping"),
 )
 

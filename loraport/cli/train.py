@@ -100,9 +100,10 @@ def _pattern(
 @click.option("--compile", is_flag=True,
               help="Compile the layers, which takes a minute or so; meant for GPUs, on CPUs it "
               "hardly pays. --resume then continues but for the order of sums.")  # fmt: skip
-@click.option("--cuda-graphs", is_flag=True,
+@click.option("--cuda-graphs/--no-cuda-graphs", default=None,
+              show_default="where it works and memory is left",
               help="On a GPU: record the passes of each shape of batch, which are then launched "
-              "at once; for small models. Takes more memory.")  # fmt: skip
+              "at once; a small model takes a fraction of the time.")  # fmt: skip
 @click.option("--liger-kernel", is_flag=True,
               help="On a GPU: norms, rotations and gates by liger-kernel's kernels.")  # fmt: skip
 @click.option("--seed", type=int, default=_LOOP.seed, help="Seed of everything random.")

@@ -79,6 +79,11 @@ class CandidatesLayer(nn.Module):
     def clear_gradients(self) -> None:
         """Forget the gradients of what is not the candidates' own."""
 
+    def leaves(self) -> list[torch.Tensor]:
+        """Return what gets gradients, of those who are present."""
+        there = [self._members[name] for name in self._present.names if name in self._members]
+        return [p for member in there for p in _own_parameters(member)]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the adapted output, in the base's dtype.
 
@@ -135,6 +140,10 @@ class CandidatesLinear(CandidatesLayer):
         for stack in self.stacks:
             stack.a.grad = stack.b.grad = None
 
+    def leaves(self) -> list[torch.Tensor]:
+        """Return the stacks' matrices."""
+        return [matrix for stack in self.stacks for matrix in (stack.a, stack.b)]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the adapted output, in the base's dtype.
 
@@ -176,20 +185,25 @@ class Attached:
         for layer in self.layers:
             layer.arrange()
 
-    def matrices(self) -> list[Matrices]:
+    def matrices(self) -> Sequence[Matrices]:
         """Return all that has an A and a B, for those who are present."""
         if self.layers:
             return [stack for layer in self.layers for stack in layer.stacks]
-        return [layer for member in self.members.values() for layer in member.values()]
+        return self._own_layers()
+
+    def leaves(self) -> list[torch.Tensor]:
+        """Return what gets gradients, of those who are present."""
+        if self.layers:
+            return [leaf for layer in self.layers for leaf in layer.leaves()]
+        return [p for member in self._own_layers() for p in _own_parameters(member)]
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""
         for layer in self.layers:
             layer.clear_gradients()
-        for member in self.members.values():
-            for own in member.values():
-                for parameter in own.parameters(recurse=False):
-                    parameter.grad = None
+        for member in self._own_layers():
+            for parameter in member.parameters(recurse=False):
+                parameter.grad = None
 
     def hand_out_gradients(self) -> None:
         """Give every candidate's parameters their gradients."""
@@ -203,6 +217,9 @@ class Attached:
                 if isinstance(child, CandidatesLayer | LoraLayer):
                     parent._modules[name] = child.base_layer
         unfreeze(self.model, self.before)
+
+    def _own_layers(self) -> list[LoraLayer]:
+        return [layer for member in self.members.values() for layer in member.values()]
 
 
 def attach_candidates(model: nn.Module, candidates: Mapping[str, LoraOptions]) -> Attached:
@@ -246,6 +263,10 @@ def _candidates_layers(
 def _plain(layer: LoraLayer) -> bool:
     """Tell whether two matrices beside a linear module are all that a layer is."""
     return type(layer) is LoraLinear and layer.magnitude is None and layer.initial_A is None
+
+
+def _own_parameters(layer: LoraLayer) -> list[torch.Tensor]:
+    return [p for p in layer.parameters(recurse=False) if p.requires_grad]
 
 
 def _adapted(layer: LoraLayer, base: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

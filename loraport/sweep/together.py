@@ -9,10 +9,12 @@ the dropped ones are others.)
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from loraport.sweep.validation import row_losses
 from loraport.training import rng
 from loraport.training.devices import Placement, choose_placement, to_device
 from loraport.training.distributed.stream import Batches, BatchStream, EndOfEpoch
+from loraport.training.kernels.cuda_graphs import RecordedPasses, Recorder, Trained
 from loraport.training.kernels.fused_norms import fused_norms
 from loraport.training.lora.rounded import RoundedMatrices
 from loraport.training.modes import training_mode
@@ -56,6 +59,7 @@ def train_together(
     starts: Mapping[str, Outcome] | None = None,
     keep: Keep | None = None,
     observer: SweepObserver | None = None,
+    recorder: Recorder | None = None,
 ) -> dict[str, Outcome]:
     """Train candidates together; one that fails is dropped and harms no other.
 
@@ -71,6 +75,8 @@ def train_together(
             others that took as many steps.
         keep: Given all outcomes so far every ``save_every`` steps, and after SIGINT or SIGTERM.
         observer: Told what happens.
+        recorder: Records the passes of each shape of batch, where that can be told to work (see
+            `loraport.training.kernels.cuda_graphs`); the loss then takes ``hidden``, too.
 
     Returns:
         Name → what came of it, in the order of the trials.
@@ -97,6 +103,7 @@ def train_together(
             steps=total_steps(batches, options),
             stream=BatchStream(batches, options.accumulate),
             keep=keep,
+            recorder=recorder,
             members=[make_member(trial, attached, options, placement) for trial in trials],
         )
         run.resume(starts)
@@ -104,6 +111,7 @@ def train_together(
             training_mode(model),
             placement.attention(),
             fused_norms(model, placement.device),
+            contextlib.nullcontext() if recorder is None else recorder.stream(),
             stop_requests(active=keep is not None) as run.stop,
         ):
             return run.go(validation, step_at(run.steps, until))
@@ -123,11 +131,13 @@ class _GroupRun:
     steps: int
     stream: BatchStream
     keep: Keep | None
+    recorder: Recorder | None
     members: list[Member]
     step: int = 0
     running: list[Member] = field(default_factory=list)
     stop: StopRequest = field(default_factory=StopRequest)
     rounded: RoundedMatrices = field(init=False)
+    training_loss: GroupLoss = field(init=False)
 
     def resume(self, starts: Mapping[str, Outcome]) -> None:
         """Go on from where candidates stood, if any did."""
@@ -204,7 +214,7 @@ class _GroupRun:
             placed = to_device(batch, self.placement.device)
             with self.rounded.provided():
                 with self.placement.autocast():
-                    part = self.loss(self.attached.model, placed, count)
+                    part = self.training_loss(self.attached.model, placed, count)
                 # Rows do not mix: each candidate's gradients come from its own losses alone.
                 part.totals.sum().backward()  # type: ignore[no-untyped-call]
             sums += part.totals.detach().double().sum(dim=1)
@@ -299,4 +309,12 @@ class _GroupRun:
     def _set_running(self, members: list[Member]) -> None:
         self.running = list(members)
         self.attached.set_present([member.name for member in members])
-        self.rounded = RoundedMatrices(self.attached.matrices(), self.placement.dtype)
+        matrices = self.attached.matrices()
+        self.rounded = RoundedMatrices(matrices, self.placement.dtype)
+        self.training_loss = self.loss
+        if self.recorder is not None and members:
+            trained = Trained(self.attached.leaves(), matrices)
+            hidden = RecordedPasses(
+                self.attached.model, self.recorder, trained=trained, tentative=True
+            )
+            self.training_loss = partial(self.loss, hidden=hidden)

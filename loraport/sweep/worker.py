@@ -25,6 +25,8 @@ from loraport.training.data.batches import Row
 from loraport.training.data.packing import make_batches
 from loraport.training.devices import choose_placement
 from loraport.training.distributed.stream import EpochBatches
+from loraport.training.kernels.cuda_graphs import asked_to_record, on_gpu, why_not_recorded
+from loraport.training.kernels.row_attention import use_row_attention
 from loraport.training.lora.targets import select_targets
 from loraport.training.options import TrainOptions
 from loraport.training.run.checkpoints import RunState
@@ -56,13 +58,26 @@ class Setting:
     length: int
     options: TrainOptions
 
-    def batches(self, model: nn.Module) -> tuple[EpochBatches, EpochBatches]:
-        """Return batches to train on and to validate with, as ``loraport train`` has them."""
+    def batches(
+        self, model: nn.Module, *, few_lengths: bool = False
+    ) -> tuple[EpochBatches, EpochBatches]:
+        """Return batches to train on and to validate with, as ``loraport train`` has them.
+
+        Args:
+            model: The model they are for.
+            few_lengths: Train on few shapes, which are recorded.
+        """
 
         def batches(rows: tuple[Row, ...], seed: int | None) -> EpochBatches:
-            size, packing = self.options.batch_size, self.options.packing
             return make_batches(
-                model, rows, size, self.pad, seed, packing=packing, max_length=self.length
+                model,
+                rows,
+                self.options.batch_size,
+                self.pad,
+                seed,
+                packing=self.options.packing,
+                max_length=self.length,
+                few_lengths=few_lengths and seed is not None,
             )
 
         return batches(self.train, self.options.loop.seed), batches(self.validation, None)
@@ -106,14 +121,23 @@ class Worker:
     ) -> None:
         self._setting = setting
         self._observer = observer or SilentSweep()
-        loop = setting.options.loop
+        loop, asked = setting.options.loop, setting.options.cuda_graphs
         self._placement = choose_placement(loop.device, loop.dtype)
+        recorded = asked_to_record(self._placement.device, setting.options)
         with faults_explained(lambda: f"loading {setting.base}", lambda: _KEPT):
             device = str(self._placement.device)
             self._model: PreTrainedModel = load_base(setting.base, self._placement, device)
         selected = _select_targets(self._model, trials)
         if setting.options.gradient_checkpointing:
             checkpoint_activations(self._model)
+        longest = max(len(row.tokens) for row in setting.train)
+        if recorded and (reason := why_not_recorded(self._model, longest)):
+            if asked:
+                raise LoraportError(f"--cuda-graphs: {reason}; use --no-cuda-graphs")
+            recorded = False
+        self._recorder = on_gpu(self._model) if recorded else None
+        if recorded:
+            use_row_attention(self._model, self._placement, longest)
         self._adapted = fingerprint_model(self._model, selected)
         self._rows_mix = False
 
@@ -170,7 +194,8 @@ class Worker:
         def trained(outcomes: Mapping[str, Outcome]) -> list[Trained]:
             return [self._trained(trial, outcomes[trial.name]) for trial in trials]
 
-        batches, validation = self._setting.batches(self._model)
+        few_lengths = self._recorder is not None
+        batches, validation = self._setting.batches(self._model, few_lengths=few_lengths)
         what = trials[0].name if len(trials) == 1 else f"{len(trials)} candidates together"
         with faults_explained(lambda: what, lambda: _KEPT):
             found = train_together(
@@ -184,6 +209,7 @@ class Worker:
                 starts={t.name: self._start(starts[t.name]) for t in trials if t.name in starts},
                 keep=None if keep is None else lambda outcomes: keep(trained(outcomes)),
                 observer=self._observer,
+                recorder=self._recorder,
             )
         return trained(found)
 

@@ -150,8 +150,8 @@ class TrainOptions:
             others keep theirs: more memory, less time.
         compile: Compile the model's layers (`torch.compile`): fewer and larger kernels, after a
             minute or so; losses equal but for the order of sums.
-        cuda_graphs: Record forward and backward pass once for each shape of batch, on a GPU that
-            waits for the host; batches are padded to few lengths.
+        cuda_graphs: On a GPU, record forward and backward pass once for each shape of batch, and
+            pad batches to few lengths; ``None`` where that can be told to work and memory is left.
         liger_kernel: Let liger-kernel compute norms, rotations and gates on a GPU.
         packing: How rows lie in a batch: ``"auto"`` lays them end to end, their common beginning
             once, where that is less work than padding; ``"fill"`` packs as many as fit into
@@ -168,7 +168,7 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     checkpointed_layers: int | None = None
     compile: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
     liger_kernel: bool = False
     packing: Literal["auto", "fill", "none"] = "auto"
     base_dtype: Literal["auto", "float32", "bfloat16", "nf4", "int8"] = "auto"

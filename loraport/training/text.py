@@ -24,8 +24,12 @@ from loraport.training.devices import choose_placement
 from loraport.training.distributed.processes import Processes, processes_now
 from loraport.training.distributed.stream import Batches
 from loraport.training.kernels.compiled import compiled_layers
-from loraport.training.kernels.cuda_graphs import RecordedPasses, require_recordable
-from loraport.training.kernels.liger_kernels import liger_function, use_liger_kernels
+from loraport.training.kernels.cuda_graphs import (
+    RecordedPasses,
+    asked_to_record,
+    why_not_recorded,
+)
+from loraport.training.kernels.liger_kernels import liger_function, liger_kernels
 from loraport.training.kernels.row_attention import use_row_attention
 from loraport.training.lora.inject import adapter_of, attach
 from loraport.training.lora.targets import select_targets
@@ -121,7 +125,8 @@ def train_language_model(
     """
     options = options or TrainOptions()
     processes = processes_now()
-    with only_process(out) if processes.first else contextlib.nullcontext():
+    alone = only_process(out) if processes.first else contextlib.nullcontext()
+    with alone, contextlib.ExitStack() as during:
         try:
             return _train(
                 base,
@@ -133,6 +138,7 @@ def train_language_model(
                 force=force,
                 observer=observer if observer is not None and processes.first else Silent(),
                 processes=processes,
+                during=during,
             )
         except MemoryRanOutError as error:
             raise LoraportError(f"{error}; to need less, try {_memory_savers(options)}") from None
@@ -149,6 +155,7 @@ def _train(
     force: bool,
     observer: Observer,
     processes: Processes,
+    during: contextlib.ExitStack,
 ) -> TrainingSummary:
     work = work_directory(out)
     if processes.first:
@@ -166,8 +173,7 @@ def _train(
     if options.liger_kernel:
         kind = read_model_config(resolve_base(base)).get("model_type")
         liger_function(str(kind), placement.device)  # or a refusal, before anything is discarded
-    if options.cuda_graphs:
-        require_recordable(placement.device, options)
+    graphs = asked_to_record(placement.device, options, processes.size)
     if not resume and processes.first:
         shutil.rmtree(work, ignore_errors=True)
     with faults_explained(lambda: f"loading {base}", lambda: kept(work)):
@@ -184,8 +190,11 @@ def _train(
             if not sharded:
                 model.to(placement.device)  # whole: quantized layers are there already
     if options.liger_kernel:
-        use_liger_kernels(model, placement.device)
-    if options.cuda_graphs:
+        during.enter_context(liger_kernels(model, placement.device))
+    longest = max(len(row.tokens) for row in rows.train)
+    if graphs and options.cuda_graphs is None:
+        graphs = why_not_recorded(model, longest) is None
+    if graphs:
         # Not elsewhere: what calls its kernel is Python, and a GPU would wait for that.
         use_row_attention(model, placement, rows.length)
     attach(model, options.lora)
@@ -195,8 +204,8 @@ def _train(
 
     loss: LossFunction = language_model_loss
     where: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if options.cuda_graphs:
-        recorded = RecordedPasses(model)
+    if graphs:
+        recorded = RecordedPasses(model, tentative=options.cuda_graphs is None)
         loss, where = partial(language_model_loss, hidden=recorded), recorded.stream()
 
     def batches(part: tuple[Row, ...], seed: int | None) -> Batches:
@@ -208,7 +217,7 @@ def _train(
             seed,
             packing=options.packing,
             max_length=rows.length,
-            few_lengths=options.cuda_graphs and seed is not None,
+            few_lengths=graphs and seed is not None,
         )
 
     data_batches = batches(rows.train, options.loop.seed)
@@ -271,7 +280,7 @@ def _memory_savers(options: TrainOptions) -> str:
         accumulate = options.loop.accumulate * -(-size // (size // 2))
         savers.append(f"--batch-size {size // 2} --accumulate {accumulate} (the same step)")
     if options.cuda_graphs:
-        savers.append("no --cuda-graphs")
+        savers.append("--no-cuda-graphs")
     elif not options.gradient_checkpointing:
         savers.append("--gradient-checkpointing")
     if options.base_dtype not in QUANTIZED:

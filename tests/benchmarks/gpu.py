@@ -49,10 +49,11 @@ SECTIONS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "rows": latency.rows,
     "losses": training.losses,
     "speed": training.speed,
+    "sweep": training.sweep,
     "memory": training.memory,
 }
-UNTIMED, TIMED = ("losses", "encoder", "memory"), ("swaps", "decode", "rows", "speed")
-WITHOUT_RUNTIME = frozenset(("bundles", "losses", "speed", "memory"))
+UNTIMED, TIMED = ("losses", "encoder", "memory"), ("swaps", "decode", "rows", "speed", "sweep")
+WITHOUT_RUNTIME = frozenset(("bundles", "losses", "speed", "sweep", "memory"))
 
 
 def main() -> None:

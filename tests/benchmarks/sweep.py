@@ -17,6 +17,7 @@ What the candidates learned is compared too: in the sweep they end at the losses
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -37,6 +39,9 @@ from loraport.sweep.together import train_together
 from loraport.sweep.trial import Trial
 from loraport.training import LoopOptions, LoraOptions, attach, train
 from loraport.training.data.packing import make_batches
+from loraport.training.devices import choose_placement
+from loraport.training.kernels.cuda_graphs import RecordedPasses, on_gpu
+from loraport.training.kernels.row_attention import use_row_attention
 from loraport.training.lora.inject import detach
 from loraport.training.losses.language_model import language_model_loss
 
@@ -51,14 +56,25 @@ _SAME_ROUNDED = 2e-2
 
 def batches(model, setting):
     found = rows(setting, model.config.vocab_size)
+    few = bool(setting.graphs)
     return make_batches(
-        model, found, setting.batch, 0, 0, packing="auto", max_length=setting.longest
+        model,
+        found,
+        setting.batch,
+        0,
+        0,
+        packing="auto",
+        max_length=setting.longest,
+        few_lengths=few,
     )
 
 
 def loop(setting, rate):
     return LoopOptions(
-        learning_rate=rate, steps=setting.steps, device=setting.device, dtype=setting.dtype
+        learning_rate=rate,
+        steps=setting.steps * setting.epochs,
+        device=setting.device,
+        dtype=setting.dtype,
     )
 
 
@@ -83,6 +99,7 @@ def trained(model, setting, together, halving):
     options = loop(setting, RATES[0])  # each candidate has its own rate
     held_out = replace(setting, steps=max(1, setting.steps // 9)) if halving else None
     left, found = TRIALS, {}
+    recorder = on_gpu(model) if setting.graphs else None
     for share in shares(halving):
         for group in passes(model, setting, together, left):
             found |= train_together(
@@ -94,6 +111,7 @@ def trained(model, setting, together, halving):
                 validation=batches(model, held_out) if held_out else None,
                 until=share,
                 starts={trial.name: found[trial.name] for trial in group if trial.name in found},
+                recorder=recorder,
             )
         given_up = worse_half(found.values(), share) if share < 1 else {}
         left = [trial for trial in left if trial.name not in given_up]
@@ -108,7 +126,10 @@ def one_by_one(model, setting, _):
 def one_run(model, setting, trial):
     attach(model, trial.lora)
     options = loop(setting, trial.learning_rate)
-    result = train(model, batches(model, setting), language_model_loss, options)
+    hidden = RecordedPasses(model, tentative=True) if setting.graphs else None
+    with hidden.stream() if hidden else contextlib.nullcontext():
+        loss = partial(language_model_loss, hidden=hidden)
+        result = train(model, batches(model, setting), loss, options)
     detach(model)
     return result.losses[-1][1]
 
@@ -125,7 +146,7 @@ def peft_run(model, setting, trial):
     adapted = get_peft_model(model, config).train()
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=trial.learning_rate, weight_decay=0, fused=True)
-    for batch in padded(model, setting):
+    for batch in padded(model, setting, setting.epochs):
         feeds = {name: tensor.to(setting.device) for name, tensor in inputs(batch).items()}
         with torch.autocast(setting.device, torch.bfloat16, enabled=setting.dtype == "bfloat16"):
             loss = adapted(**feeds, use_cache=False).loss
@@ -144,12 +165,16 @@ PEERS = {
     "loraport, sweep": sweep,
     "loraport, halved": halved,
 }
-ALONE, OURS = "loraport, 8 runs", ("loraport, sweep", "loraport, halved")
+ALONE, TOGETHER = "loraport, 8 runs", "loraport, sweep"
+OURS = (TOGETHER, "loraport, halved")
 
 
 def measure(title, setting, together):
     """Train in this process, and return what it took and what was learned."""
     model = base_model(setting)
+    if setting.graphs:
+        placement = choose_placement(setting.device, setting.dtype)
+        use_row_attention(model, placement, setting.longest)
     if setting.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:

@@ -43,7 +43,7 @@ from loraport.training.data.packing import make_batches
 from loraport.training.devices import choose_placement
 from loraport.training.kernels.compiled import compiled_layers
 from loraport.training.kernels.cuda_graphs import RecordedPasses
-from loraport.training.kernels.liger_kernels import use_liger_kernels
+from loraport.training.kernels.liger_kernels import liger_kernels
 from loraport.training.kernels.row_attention import use_row_attention
 from loraport.training.losses.language_model import language_model_loss
 from loraport.training.run.observer import Silent
@@ -71,6 +71,8 @@ class Task:
     rows: str = "text"
     longest: int = 256
     steps: int = 12
+    epochs: int = 1  # of so many steps each
+    graphs: int = 0  # loraport records its passes
 
     @property
     def batch(self):
@@ -89,15 +91,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Setting(Task):
-    """What else the three tools of this benchmark are told."""
+    """What else the three tools of this benchmark are told; of several epochs the last counts."""
 
-    epochs: int = 1  # of so many steps each; where there are several, only the last counts
     warm: int = 2
     checkpointing: int = 0
     more: int = 0  # tokens in every row
     compile: int = 0  # of loraport's alone, as what follows
     liger: int = 0
-    graphs: int = 0
 
     @property
     def all_steps(self):
@@ -158,8 +158,12 @@ class Clock(Silent):
 
 
 def loraport(model, setting, clock):
-    if setting.liger:
-        use_liger_kernels(model, torch.device(setting.device))
+    device = torch.device(setting.device)
+    with liger_kernels(model, device) if setting.liger else contextlib.nullcontext():
+        loraport_with(model, setting, clock)
+
+
+def loraport_with(model, setting, clock):
     if setting.graphs:
         placement = choose_placement(setting.device, setting.dtype)
         use_row_attention(model, placement, setting.longest + setting.more)

@@ -1,5 +1,6 @@
 """Training on a GPU: the same numbers as float64 on the CPU, exact resume, quantized bases."""
 
+import contextlib
 import copy
 import itertools
 import shutil
@@ -13,16 +14,21 @@ from tiny_llm import SIZES
 from torch import nn
 
 from loraport.errors import LoraportError
+from loraport.sweep.loss import grouped_language_model_loss
+from loraport.sweep.together import train_together
+from loraport.sweep.trial import Trial
 from loraport.training import LoopOptions, LoraOptions, adapter_of, attach, train
 from loraport.training.data.batches import IGNORED, Row
 from loraport.training.data.end_to_end import lay_end_to_end
 from loraport.training.data.packing import make_batches
 from loraport.training.devices import choose_placement
-from loraport.training.kernels.cuda_graphs import RecordedPasses
+from loraport.training.kernels.cuda_graphs import RecordedPasses, on_gpu
 from loraport.training.kernels.fused_norms import fused_norms
 from loraport.training.kernels.row_attention import use_row_attention
 from loraport.training.lora.inject import lora_layers
 from loraport.training.losses.language_model import language_model_loss
+
+RATES = (1e-4, 1e-2)
 
 
 @pytest.fixture
@@ -94,13 +100,13 @@ def text_batches(model):
     return make_batches(model, rows, 4, 0, 0, packing="auto", max_length=32, few_lengths=True)
 
 
-def recorded(model, options, lora, *, within_rows=False, **more):
+def recorded(model, options, lora, *, within_rows=False, tentative=False, **more):
     """Train with recorded passes; the losses, and what records."""
     attach(model, lora)
     model.to("cuda")  # the head is measured where it will be
     if within_rows:
         assert use_row_attention(model, choose_placement("cuda", options.dtype), 32)
-    hidden = RecordedPasses(model)
+    hidden = RecordedPasses(model, tentative=tentative)
     loss = partial(language_model_loss, hidden=hidden)
     outside = torch.cuda.current_stream()
     with hidden.stream():
@@ -160,13 +166,15 @@ def test_recorded_passes_have_the_same_losses(llama, lora, dtype, more):
     options = loop(steps=30, accumulate=2, dtype=dtype, learning_rate=0.01)
     attach(plain := copy.deepcopy(llama), lora)
     expected = train(plain, text_batches(plain), language_model_loss, options).losses
+    during = contextlib.nullcontext()
     if more == "liger":
         pytest.importorskip("liger_kernel")
-        from loraport.training.kernels.liger_kernels import use_liger_kernels
+        from loraport.training.kernels.liger_kernels import liger_kernels
 
-        use_liger_kernels(llama, torch.device("cuda"))
-    got, hidden = recorded(llama, options, lora, within_rows=more == "rows")
-    assert sum(made is not None for made in hidden._passes.values()) >= 2
+        during = liger_kernels(llama, torch.device("cuda"))
+    with during:
+        got, hidden = recorded(llama, options, lora, within_rows=more == "rows")
+    assert hidden.recorded >= 2
     bound = 1e-3 if dtype == "float32" else 2e-2
     for (_, mine), (_, other) in zip(got, expected, strict=True):
         assert mine == pytest.approx(other, abs=bound)
@@ -204,6 +212,58 @@ def test_what_waits_for_the_gpu_cannot_be_recorded_and_says_so(llama):
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_where_nothing_is_asked_what_waits_for_the_gpu_is_not_recorded(llama, waits):
+    def asks(_, inputs):
+        if waits:
+            assert inputs[0].isfinite().all()
+
+    lora, options = LoraOptions(rank=4, dropout=0.2), loop(steps=30, learning_rate=0.01)
+    attach(plain := copy.deepcopy(llama), lora)
+    expected = train(plain, text_batches(plain), language_model_loss, options).losses
+    llama.model.layers[0].mlp.register_forward_pre_hook(asks)
+    got, hidden = recorded(llama, options, lora, tentative=True)
+    assert (hidden.recorded >= 2) is not waits
+    for (_, mine), (_, other) in zip(got, expected, strict=True):
+        assert mine == pytest.approx(other, abs=2e-2)
+    assert expected[0][1] - expected[-1][1] > 8e-2
+
+
+@pytest.mark.parametrize("within_rows", [False, True])
+def test_a_recorded_sweep_has_the_same_losses(llama, within_rows):
+    """Ranks of two sizes, and DoRA beside them."""
+
+    def trials():
+        plain = [Trial(f"{r} {rate}", LoraOptions(rank=r), rate) for r in (2, 4) for rate in RATES]
+        return [*plain, Trial("dora", LoraOptions(rank=2, use_dora=True), 1e-3)]
+
+    numbers = torch.Generator().manual_seed(5)
+    drawn = [torch.randint(250, (4 + 3 * (i % 5),), generator=numbers).tolist() for i in range(24)]
+    rows = tuple(Row(tuple(tokens), tuple(tokens)) for tokens in drawn)
+    options = loop(steps=30, dtype="bfloat16", learning_rate=1e-3)
+    llama.to("cuda")
+    if within_rows:
+        assert use_row_attention(llama, choose_placement("cuda", "bfloat16"), 32)
+
+    def losses(recorder):
+        made = make_batches(llama, rows, 4, 0, 0, packing="auto", max_length=32, few_lengths=True)
+        given = llama, trials(), made, grouped_language_model_loss, options
+        return {name: o.losses for name, o in train_together(*given, recorder=recorder).items()}
+
+    expected, recorder = losses(None), on_gpu(llama)
+    graphs = torch.cuda.CUDAGraph
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(graphs()) or made[-1])
+        got = losses(recorder)
+    assert len(made) >= 4
+    for name, theirs in expected.items():
+        for (_, mine), (_, other) in zip(got[name], theirs, strict=True):
+            assert mine == pytest.approx(other, abs=2e-2)
+    fast, slow = expected["4 0.01"], expected["4 0.0001"]
+    assert slow[-1][1] - fast[-1][1] > 0.1
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_norm_is_one_kernel_a_pass_and_computes_the_same(llama, autocast):
     """Against float64; a GPU is told nothing of a norm's single operations."""
@@ -216,7 +276,10 @@ def test_a_norm_is_one_kernel_a_pass_and_computes_the_same(llama, autocast):
     def passes():
         """Output and gradient through the last norm, and what was called."""
         given = x.clone().requires_grad_()
-        with torch.profiler.profile() as profiled, torch.autocast("cuda", enabled=autocast):
+        with (
+            torch.profiler.profile(acc_events=True) as profiled,
+            torch.autocast("cuda", enabled=autocast),
+        ):
             y = norms[-1](given)
             y.backward(slope)
         return y, given.grad, {event.name for event in profiled.events()}
@@ -241,16 +304,16 @@ def test_a_norm_is_one_kernel_a_pass_and_computes_the_same(llama, autocast):
 
 def test_liger_kernels_have_the_same_losses(llama):
     pytest.importorskip("liger_kernel")
-    from loraport.training.kernels.liger_kernels import use_liger_kernels
+    from loraport.training.kernels.liger_kernels import liger_kernels
 
     lora = LoraOptions(rank=4)
     attach(plain := copy.deepcopy(llama), lora)
     expected = train(plain, batches(), lm_loss, loop(dtype="float32")).losses
     before = llama.model.norm.forward
-    use_liger_kernels(llama, torch.device("cuda"))
-    assert llama.model.norm.forward != before
-    attach(llama, lora)
-    got = train(llama, batches(), lm_loss, loop(dtype="float32")).losses
+    with liger_kernels(llama, torch.device("cuda")):
+        assert llama.model.norm.forward != before
+        attach(llama, lora)
+        got = train(llama, batches(), lm_loss, loop(dtype="float32")).losses
     for (_, mine), (_, other) in zip(got, expected, strict=True):
         assert mine == pytest.approx(other, abs=1e-3)
     assert expected[0][1] - expected[-1][1] > 2e-3

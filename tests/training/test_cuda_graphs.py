@@ -1,4 +1,4 @@
-"""``--cuda-graphs``, up to CUDA itself: what is recorded, what is copied, where gradients go.
+"""Recorded passes, up to CUDA itself: what is recorded, what is copied, where gradients go.
 
 A recorder that runs again what it was given stands for a GPU's; the GPU's own is in ``tests/cuda``.
 """
@@ -25,15 +25,28 @@ from loraport.training.data.end_to_end import lay_end_to_end
 from loraport.training.data.model_inputs import Shortcuts, assume_shortcuts
 from loraport.training.data.packing import make_batches
 from loraport.training.kernels import cuda_graphs
-from loraport.training.kernels.cuda_graphs import RecordedPasses, require_recordable
+from loraport.training.kernels.cuda_graphs import (
+    RecordedPasses,
+    asked_to_record,
+    why_not_recorded,
+)
 from loraport.training.losses.language_model import language_model_loss
 
 
 class Replays:
     """Counts recordings and replays."""
 
-    def __init__(self):
+    def __init__(self, *, ahead=True, room=True):
         self.recorded, self.replayed, self.inside = 0, 0, False
+        self.tried, self.ahead, self.room = 0, ahead, room
+
+    def runs_ahead(self, run):
+        self.tried += 1
+        run()
+        return self.ahead
+
+    def has_room(self):
+        return self.room
 
     def __call__(self, run):
         self.recorded += 1
@@ -176,7 +189,7 @@ class Fails(Replays):
             RuntimeError("not while a stream is captured\nmore"),
             LoraportError,
             r"--cuda-graphs: a pass of LlamaForCausalLM cannot be recorded: not while a stream is "
-            "captured; leave out --cuda-graphs",
+            "captured; use --no-cuda-graphs",
         ),
         (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "out of memory"),
     ],
@@ -192,26 +205,85 @@ def test_what_cannot_be_recorded_says_so(llama, error, expected, message, ends_w
 
 
 def test_models_and_devices_that_cannot_be_recorded_are_refused(llama, monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    asked = TrainOptions(cuda_graphs=True)
     with pytest.raises(LoraportError, match="expected a CUDA GPU, got cpu; leave out"):
-        require_recordable(torch.device("cpu"), TrainOptions())
+        asked_to_record(cpu, asked)
     for other in ("gradient_checkpointing", "compile"):
         flag = f"--{other.replace('_', '-')}"
         with pytest.raises(LoraportError, match=f"expected no {flag} beside it"):
-            require_recordable(torch.device("cuda"), TrainOptions(**{other: True}))
-    require_recordable(torch.device("cuda"), TrainOptions())
+            asked_to_record(cuda, replace(asked, **{other: True}))
+        assert not asked_to_record(cuda, TrainOptions(**{other: True}))
+    assert asked_to_record(cuda, asked)
+    assert asked_to_record(cuda, asked, processes=2)
+    assert asked_to_record(cuda, TrainOptions())
+    assert not asked_to_record(cpu, TrainOptions())
+    assert not asked_to_record(cuda, TrainOptions(), processes=2)
+    assert not asked_to_record(cuda, TrainOptions(base_dtype="nf4"))
+    assert not asked_to_record(cuda, TrainOptions(cuda_graphs=False))
+    assert why_not_recorded(llama, 1000) is None
     windowed = Shortcuts(padding_unseen=True, rows_apart=True, longest=20)
     for able, message in (
         (replace(windowed, rows_apart=False), "got LlamaForCausalLM"),
         (windowed, "got one whose attention window is 20 tokens, and a row of 21"),
     ):
         assume_shortcuts(llama, able)
+        assert message in why_not_recorded(llama, 21)
         for packing in ("auto", "none"):
             layout = {"packing": packing, "max_length": 64, "few_lengths": True}
-            with pytest.raises(LoraportError, match=f"--cuda-graphs: .*{message}; leave out"):
+            with pytest.raises(LoraportError, match=f"--cuda-graphs: .*{message}; use --no"):
                 make_batches(llama, rows(4), 4, 0, 0, **layout)
     monkeypatch.setattr(cuda_graphs, "logit_transform", lambda *_: None)
     with pytest.raises(LoraportError, match="--cuda-graphs: expected a model whose output head"):
         RecordedPasses(llama, Replays())
+    assert "output head can be told apart" in why_not_recorded(llama, 1)
+
+
+@pytest.mark.parametrize(
+    ("replays", "tried", "records"),
+    [
+        (Replays(), 1, True),
+        (Replays(ahead=False), 1, False),
+        (Replays(room=False), 1, False),
+    ],
+)
+def test_where_nothing_is_asked_what_may_fail_is_not_recorded(
+    llama, fresh, replays, tried, records
+):
+    """One pass more is tried, which changes neither what is dropped out nor gradients."""
+    # What stands for a recorder here draws numbers while it records.
+    lora = LoraOptions(rank=4, dropout=0.0 if records else 0.3)
+    loop = LoopOptions(steps=10, learning_rate=0.02, device="cpu")
+    layout = {"packing": "auto", "max_length": 64, "few_lengths": True}
+
+    def losses(model, record):
+        torch.manual_seed(0)
+        attach(model, lora)
+        hidden = record and RecordedPasses(model, record, tentative=True)
+        loss = partial(language_model_loss, hidden=hidden)
+        with hidden.stream() if hidden else contextlib.nullcontext():
+            return train(model, make_batches(model, rows(16), 4, 0, 0, **layout), loss, loop).losses
+
+    assert losses(llama, replays) == losses(fresh, None)
+    assert replays.tried == tried
+    assert bool(replays.recorded) is records
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_the_command_records_by_itself_where_it_can(
+    base_directory, chat_data, tmp_path, monkeypatch, able
+):
+    replays = Replays()
+    monkeypatch.setattr(cuda_graphs, "_OnGpu", lambda _: replays)
+    monkeypatch.setattr("loraport.training.text.asked_to_record", lambda *_: True)
+    if not able:
+        monkeypatch.setattr("loraport.training.text.why_not_recorded", lambda *_: "it mixes rows")
+    options = TrainOptions(
+        lora=LoraOptions(rank=4), loop=LoopOptions(steps=12, learning_rate=0.02, device="cpu")
+    )
+    found = train_language_model(str(base_directory), chat_data, tmp_path / "out", options)
+    assert (replays.tried, bool(replays.replayed)) == ((1, True) if able else (0, False))
+    assert found.validation_loss < found.base_validation_loss - 0.1
 
 
 def test_the_command_records_and_learns_the_same(base_directory, chat_data, tmp_path, monkeypatch):
@@ -224,8 +296,8 @@ def test_the_command_records_and_learns_the_same(base_directory, chat_data, tmp_
         train_language_model(*arguments, tmp_path / "out", replace(options, cuda_graphs=True))
     assert not (tmp_path / "out.training").exists()
     replays = Replays()
-    monkeypatch.setattr(cuda_graphs, "_OnGpu", lambda: replays)
-    monkeypatch.setattr("loraport.training.text.require_recordable", lambda *_, **__: None)
+    monkeypatch.setattr(cuda_graphs, "_OnGpu", lambda _: replays)
+    monkeypatch.setattr("loraport.training.text.asked_to_record", lambda *_: True)
     found = train_language_model(*arguments, tmp_path / "out", replace(options, cuda_graphs=True))
     assert replays.replayed > replays.recorded > 0
     assert not replays.inside
@@ -238,9 +310,9 @@ def test_memory_that_runs_out_while_recording_says_what_to_change(
     base_directory, chat_data, tmp_path, monkeypatch
 ):
     full = Fails(torch.OutOfMemoryError("CUDA out of memory"), ends_well=False)
-    monkeypatch.setattr(cuda_graphs, "_OnGpu", lambda: full)
-    monkeypatch.setattr("loraport.training.text.require_recordable", lambda *_, **__: None)
+    monkeypatch.setattr(cuda_graphs, "_OnGpu", lambda _: full)
+    monkeypatch.setattr("loraport.training.text.asked_to_record", lambda *_: True)
     options = TrainOptions(loop=LoopOptions(steps=12, device="cpu"), cuda_graphs=True)
-    with pytest.raises(LoraportError, match=r"memory.*to need less, try .*, no --cuda-graphs, "):
+    with pytest.raises(LoraportError, match=r"memory.*to need less, try .*, --no-cuda-graphs, "):
         train_language_model(str(base_directory), chat_data, tmp_path / "out", options)
     assert not (tmp_path / "out").exists()

@@ -43,8 +43,8 @@ def test_recorded_passes_keep_as_much_as_a_step_takes_and_are_given_up_first(
     monkeypatch.setattr("loraport.training.memory.dry_run.available_memory", lambda _: whole.total)
     tight = dry_run(str(base_directory), replace(plain, cuda_graphs=True))
     first, second, *_ = tight.alternatives.items()
-    assert first == ("no --cuda-graphs", whole)
-    assert second[0] == "no --cuda-graphs, --gradient-checkpointing"
+    assert first == ("--no-cuda-graphs", whole)
+    assert second[0] == "--no-cuda-graphs --gradient-checkpointing"
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(memory_table(tight))
     assert "recorded passes" in console.export_text()

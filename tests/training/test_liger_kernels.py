@@ -11,10 +11,22 @@ import pytest
 import torch
 
 from loraport.errors import LoraportError
-from loraport.training.kernels.liger_kernels import use_liger_kernels
+from loraport.training.kernels.liger_kernels import liger_kernels
 
 CUDA = torch.device("cuda")
-LLAMA = SimpleNamespace(config=SimpleNamespace(model_type="llama"))
+
+
+class Model(torch.nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.config = SimpleNamespace(model_type=kind)
+
+
+LLAMA = Model("llama")
+
+
+def rotate(x):
+    return x
 
 
 @pytest.fixture
@@ -24,6 +36,7 @@ def package(monkeypatch):
 
     def apply(rope=True, rms_norm=False, cross_entropy=True, model=None):
         asked.append((rope, rms_norm, cross_entropy, model))
+        sys.modules[Model.__module__].rotate = None  # as it does with functions of all models
 
     module = types.ModuleType("liger_kernel.transformers.monkey_patch")
     module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply}
@@ -35,24 +48,29 @@ def package(monkeypatch):
 
 
 def test_all_kernels_but_the_loss(package):
-    use_liger_kernels(LLAMA, CUDA)
-    assert package == [(True, True, False, LLAMA)]
+    own = rotate
+    with liger_kernels(LLAMA, CUDA):
+        assert package == [(True, True, False, LLAMA)]
+        assert rotate is None
+    assert rotate is own
 
 
 def test_a_model_it_does_not_know(package):
-    other = SimpleNamespace(config=SimpleNamespace(model_type="mamba"))
-    with pytest.raises(LoraportError, match="expected one of llama, got a model of type mamba"):
-        use_liger_kernels(other, CUDA)
+    message = "expected one of llama, got a model of type mamba"
+    with pytest.raises(LoraportError, match=message), liger_kernels(Model("mamba"), CUDA):
+        pass
     assert not package
 
 
 def test_without_a_gpu(package):
-    with pytest.raises(LoraportError, match="--liger-kernel: expected a CUDA GPU, got cpu"):
-        use_liger_kernels(LLAMA, torch.device("cpu"))
+    message = "--liger-kernel: expected a CUDA GPU, got cpu"
+    with pytest.raises(LoraportError, match=message), liger_kernels(LLAMA, torch.device("cpu")):
+        pass
     assert not package
 
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    with pytest.raises(LoraportError, match=r"pip install 'loraport\[kernels\]'"):
-        use_liger_kernels(LLAMA, CUDA)
+    message = r"pip install 'loraport\[kernels\]'"
+    with pytest.raises(LoraportError, match=message), liger_kernels(LLAMA, CUDA):
+        pass

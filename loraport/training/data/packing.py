@@ -54,16 +54,8 @@ def make_batches(
         return RowBatches(rows, batch_size, pad, seed)
     able = shortcuts(model)
     longest = max(len(row.tokens) for row in rows)
-    if few_lengths and (not able.rows_apart or able.longest < longest):
-        reason = (
-            f"one whose attention window is {able.longest} tokens, and a row of {longest}"
-            if able.rows_apart
-            else type(model).__name__
-        )
-        raise LoraportError(
-            f"--cuda-graphs: expected a model that keeps rows apart given a mask, got {reason}; "
-            "leave out --cuda-graphs"
-        )
+    if few_lengths and (reason := why_not_few_lengths(model, longest)):
+        raise LoraportError(f"--cuda-graphs: {reason}; use --no-cuda-graphs")
     if packing == "fill":
         if not able.rows_apart or able.longest < max_length:
             reason = (
@@ -87,6 +79,24 @@ def make_batches(
     if few_lengths:
         layout = in_few_lengths(layout, longest, batch_size)
     return RowBatches(rows, batch_size, pad, seed, layout=layout)
+
+
+def why_not_few_lengths(model: nn.Module, longest: int) -> str | None:
+    """Return why a model's batches cannot be padded to few lengths.
+
+    Args:
+        model: A transformers causal language model.
+        longest: Tokens of a row at most.
+    """
+    able = shortcuts(model)
+    if able.rows_apart and able.longest >= longest:
+        return None
+    got = (
+        f"one whose attention window is {able.longest} tokens, and a row of {longest}"
+        if able.rows_apart
+        else type(model).__name__
+    )
+    return f"expected a model that keeps rows apart given a mask, got {got}"
 
 
 def side_by_side(rows: Sequence[Row], pad: int) -> TokenBatch:

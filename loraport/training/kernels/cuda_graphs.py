@@ -1,4 +1,4 @@
-"""``--cuda-graphs``: a model's forward and backward pass recorded once for each shape of batch.
+"""Recorded passes: a model's forward and backward pass once for each shape of batch, on a GPU.
 
 A step of a small model is thousands of small operations, and a GPU waits for the host to name each.
 A CUDA graph names them all at once. What is recorded is the model up to its output head; the loss,
@@ -6,23 +6,31 @@ whose shapes depend on how many tokens are learned, stays as it is. A recording 
 batches come in few lengths (`loraport.training.data.packing.in_few_lengths`); a shape that is seen
 for the first time runs as ever, at the second time it is recorded.
 
+What cannot be recorded is refused where ``--cuda-graphs`` asks for it. Where nothing is asked,
+passes are recorded if that can be told to work: a recording that fails leaves the GPU's random
+numbers and memory in a state in which nothing more can be computed.
+
 Source: CUDA programming guide, "CUDA Graphs"; PyTorch notes on CUDA semantics, "CUDA Graphs".
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import fields, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from loraport.errors import LoraportError
+from loraport.training import rng
+from loraport.training.base.frozen_base import QUANTIZED
 from loraport.training.data.batches import TokenBatch
 from loraport.training.data.end_to_end import SegmentedBatch
+from loraport.training.data.packing import why_not_few_lengths
 from loraport.training.lora.inject import lora_layers
+from loraport.training.lora.rounded import Matrices
 from loraport.training.losses.language_model import hidden_before
 from loraport.training.losses.output_head import logit_transform, output_head
 from loraport.training.options import TrainOptions
@@ -39,31 +47,72 @@ class Recorder(Protocol):
         """Return the context in which all that is not recorded has to run, too."""
         ...
 
+    def runs_ahead(self, run: Callable[[], None]) -> bool:
+        """Run a function once, and tell whether the host never waited for the device."""
+        ...
+
+    def has_room(self) -> bool:
+        """Tell whether the device has as much memory left as a pass has taken so far."""
+        ...
+
+
+class Trained(NamedTuple):
+    """What a model's passes give gradients.
+
+    Attributes:
+        parameters: Leaves, the same ones as long as passes are recorded.
+        matrices: Those of them that may be multiplied as rounded copies.
+    """
+
+    parameters: Sequence[torch.Tensor]
+    matrices: Sequence[Matrices]
+
 
 _MOST = 64  # recordings: each keeps its output, and what CUDA needs to know of it
 
 
-def require_recordable(device: torch.device, options: TrainOptions) -> None:
-    """Refuse what cannot be recorded whatever the model.
+def asked_to_record(device: torch.device, options: TrainOptions, processes: int = 1) -> bool:
+    """Tell whether passes are to be recorded, as far as that does not depend on the model.
 
     Args:
         device: Where it computes.
         options: How it trains.
+        processes: How many train together.
 
     Raises:
-        LoraportError: If the device is no GPU, activations are computed again (which asks for the
-            state of the random numbers), or layers are compiled.
+        LoraportError: If they have to be and the device is no GPU, activations are computed again
+            (which asks for the state of the random numbers), or layers are compiled.
     """
-    if device.type != "cuda":
-        raise LoraportError(
-            f"--cuda-graphs: expected a CUDA GPU, got {device}; leave out --cuda-graphs"
-        )
     others = {
         "--gradient-checkpointing": options.gradient_checkpointing,
         "--compile": options.compile,
     }
-    for flag in [flag for flag, given in others.items() if given]:
+    present = [flag for flag, given in others.items() if given]
+    if options.cuda_graphs is None:
+        alone = processes == 1 and options.base_dtype not in QUANTIZED
+        return device.type == "cuda" and alone and not present
+    if not options.cuda_graphs:
+        return False
+    if device.type != "cuda":
+        raise LoraportError(
+            f"--cuda-graphs: expected a CUDA GPU, got {device}; leave out --cuda-graphs"
+        )
+    for flag in present:
         raise LoraportError(f"--cuda-graphs: expected no {flag} beside it; leave out one of them")
+    return True
+
+
+def why_not_recorded(model: nn.Module, longest: int) -> str | None:
+    """Return why a model's passes cannot be recorded, as far as it shows without a recording.
+
+    Args:
+        model: A transformers causal language model on its device.
+        longest: Tokens of a row at most.
+    """
+    head = output_head(model)
+    if head is None or logit_transform(model, head) is None:
+        return f"expected a model whose output head can be told apart, got {type(model).__name__}"
+    return why_not_few_lengths(model, longest)
 
 
 class RecordedPasses:
@@ -76,22 +125,38 @@ class RecordedPasses:
     Args:
         model: A transformers causal language model with LoRA layers, in training mode when called.
         record: See `Recorder`; CUDA's where ``None``.
+        trained: What gets gradients; the model's parameters and LoRA layers where ``None``.
+        tentative: Record only where that can be told to work beforehand and memory is left;
+            what is not recorded runs as ever.
 
     Raises:
         LoraportError: If the model's output head cannot be told apart.
     """
 
-    def __init__(self, model: nn.Module, record: Recorder | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        record: Recorder | None = None,
+        *,
+        trained: Trained | None = None,
+        tentative: bool = False,
+    ) -> None:
         head = output_head(model)
         if head is None or logit_transform(model, head) is None:
             raise LoraportError(
                 f"--cuda-graphs: expected a model whose output head can be told apart, got "
-                f"{type(model).__name__}; leave out --cuda-graphs"
+                f"{type(model).__name__}; use --no-cuda-graphs"
             )
-        self._model, self._layer = model, next(iter(lora_layers(model).values()))
-        self._record = record or _OnGpu()
+        self._model, self._trained = model, trained or trained_in(model)
+        self._record = record or on_gpu(model)
+        self._untried, self._tentative, self._off = tentative, tentative, False
         self._passes: dict[Hashable, _Pass | None] = {}
         self._gradients: dict[torch.Tensor, torch.Tensor] = {}
+
+    @property
+    def recorded(self) -> int:
+        """How many shapes of batches are recorded."""
+        return sum(made is not None for made in self._passes.values())
 
     def stream(self) -> contextlib.AbstractContextManager[None]:
         """Return the context to train in."""
@@ -105,21 +170,52 @@ class RecordedPasses:
         """
         # For other batches transformers makes masks, and other ones while something is recorded.
         recordable = torch.is_grad_enabled() and isinstance(batch, SegmentedBatch)
-        if not recordable or model is not self._model:
+        if not recordable or self._off or model is not self._model:
             return hidden_before(model, head, batch)
         # Another run has rounded copies of its own; those of recordings live as long as these.
-        leaves = id(self._layer.rounded[0]) if self._layer.rounded else None
-        key = (leaves, *((name, tensor.shape) for name, tensor in _given(batch).items()))
+        rounded = next((each.rounded for each in self._trained.matrices if each.rounded), None)
+        copies = None if rounded is None else id(rounded[0])
+        key = (copies, *((name, tensor.shape) for name, tensor in _given(batch).items()))
         if key not in self._passes:
             if len(self._passes) < _MOST:
                 self._passes[key] = None
             return hidden_before(model, head, batch)
         made = self._passes[key]
         if made is None:
-            made = _Pass(model, head, batch, self._record, self._gradients)
+            if self._tentative and not self._may_record(head, batch):
+                return hidden_before(model, head, batch)
+            made = _Pass(model, head, batch, self._record, self._trained, self._gradients)
             self._passes[key] = made
         hidden: torch.Tensor = _Replayed.apply(made.leaves[0], made, batch)  # type: ignore[no-untyped-call]
         return hidden
+
+    def _may_record(self, head: nn.Module, batch: TokenBatch) -> bool:
+        """Tell whether a recording will work; whether the model's passes can be is tried once."""
+        if self._untried:
+            self._untried = False
+            before = rng.capture()
+            leaves = _leaves(self._trained)
+
+            def run() -> None:
+                hidden = hidden_before(self._model, head, batch)
+                slope = torch.zeros_like(hidden)
+                with torch.autocast(hidden.device.type, enabled=False):
+                    torch.autograd.grad(hidden, leaves, slope, allow_unused=True)
+
+            self._off = not self._record.runs_ahead(run)
+            rng.restore(before)
+        return not self._off and self._record.has_room()
+
+
+def trained_in(model: nn.Module) -> Trained:
+    """Return what gets gradients in a model with LoRA layers."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Trained(parameters, list(lora_layers(model).values()))
+
+
+def _leaves(trained: Trained) -> list[torch.Tensor]:
+    rounded = [matrix for each in trained.matrices for matrix in each.rounded or ()]
+    return [*trained.parameters, *rounded]
 
 
 class _Pass:
@@ -135,12 +231,12 @@ class _Pass:
         head: nn.Module,
         batch: TokenBatch,
         record: Recorder,
+        trained: Trained,
         gradients: dict[torch.Tensor, torch.Tensor],
     ) -> None:
-        matrices = [p for p in model.parameters() if p.requires_grad]
-        rounded = [each for layer in lora_layers(model).values() for each in layer.rounded or ()]
-        self.leaves = [*matrices, *rounded]
-        self._taken_at_once = set(rounded)  # their gradients, by `RoundedMatrices`
+        self.leaves = _leaves(trained)
+        # The gradients of rounded copies, by `RoundedMatrices`.
+        self._taken_at_once = set(self.leaves[len(trained.parameters) :])
         self._model, self._head = model, head
         self._gradients = gradients  # of all recordings: one is read before another is replayed
         self._taken: list[torch.Tensor] = []
@@ -162,7 +258,7 @@ class _Pass:
             reason = str(cause).strip().splitlines()[0]
             raise LoraportError(
                 f"--cuda-graphs: a pass of {type(model).__name__} cannot be recorded: {reason}; "
-                "leave out --cuda-graphs"
+                "use --no-cuda-graphs"
             ) from error
 
     def _forward(self) -> None:
@@ -221,12 +317,18 @@ def _given(batch: TokenBatch) -> dict[str, torch.Tensor]:
     return {name: named[name] for name in _GIVEN if named.get(name) is not None}
 
 
+def on_gpu(model: nn.Module) -> Recorder:
+    """Return CUDA's recorder, for the GPU on which a model is."""
+    return _OnGpu(next(model.parameters()).device)
+
+
 class _OnGpu:
     """CUDA's recorder, with one pool of memory: two recordings are never under way at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
@@ -242,10 +344,29 @@ class _OnGpu:
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
-        outside = torch.cuda.current_stream()
+        outside = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(outside)
         try:
             with torch.cuda.stream(self._stream):
                 yield
         finally:
             outside.wait_stream(self._stream)
+
+    def runs_ahead(self, run: Callable[[], None]) -> bool:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        except RuntimeError as error:
+            if "synchronizing" not in str(error):
+                raise
+            return False
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return True
+
+    def has_room(self) -> bool:
+        # All that was taken at once so far, less what lasts: as much as one pass, or more.
+        taken = torch.cuda.max_memory_allocated(self._device)
+        taken -= torch.cuda.memory_allocated(self._device)
+        return bool(torch.cuda.mem_get_info(self._device)[0] > taken)

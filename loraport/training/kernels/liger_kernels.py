@@ -6,8 +6,10 @@ a dozen operations, and keeps less for the backward pass. The loss stays ours.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -56,11 +58,15 @@ def liger_function(kind: str, device: torch.device) -> Callable[..., None]:
     return known[kind]
 
 
-def use_liger_kernels(model: Any, device: torch.device) -> None:
-    """Let a model compute with them, for as long as this process lives.
+@contextlib.contextmanager
+def liger_kernels(model: Any, device: torch.device) -> Iterator[None]:
+    """Let a model compute with them.
+
+    The package also changes functions that all models of a kind share, for good: other models of
+    this process would compute with a GPU's kernels on the CPU. Here those are put back.
 
     Args:
-        model: A transformers language model, without LoRA layers; changed in place.
+        model: A transformers language model, without LoRA layers; its own modules stay changed.
         device: Where it computes.
 
     Raises:
@@ -68,4 +74,11 @@ def use_liger_kernels(model: Any, device: torch.device) -> None:
     """
     apply = liger_function(model.config.model_type, device)
     taken = inspect.signature(apply).parameters
-    apply(model=model, **{name: on for name, on in _KERNELS.items() if name in taken})
+    shared = [sys.modules[name] for name in {type(part).__module__ for part in model.modules()}]
+    before = [dict(vars(module)) for module in shared]
+    try:
+        apply(model=model, **{name: on for name, on in _KERNELS.items() if name in taken})
+        yield
+    finally:
+        for module, names in zip(shared, before, strict=True):
+            vars(module).update(names)

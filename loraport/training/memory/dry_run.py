@@ -147,8 +147,8 @@ def _lighter(options: TrainOptions, placement: Placement) -> Iterator[tuple[str,
     flags: list[str] = []
     if options.cuda_graphs:
         options = replace(options, cuda_graphs=False)
-        flags.append("no --cuda-graphs,")
-        yield "no --cuda-graphs", options
+        flags.append("--no-cuda-graphs")
+        yield " ".join(flags), options
     if not options.gradient_checkpointing:
         options = replace(options, gradient_checkpointing=True)
         flags.append("--gradient-checkpointing")

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import torch
 from random_llamas import config_of
+from sweep import ALONE as EIGHT_RUNS
+from sweep import TOGETHER
+from sweep import measure as measure_sweep
 from torch.nn import functional as F
-from train import PEERS, RANK, TARGETS, Setting, compare
+from train import PEERS, RANK, TARGETS, Setting, Task, compare
 
 from gpu_sections.place import Place, Row
 from loraport.training import LoopOptions, LoraOptions, TrainOptions, attach, train
@@ -18,8 +21,9 @@ from loraport.training.memory.dry_run import dry_run
 
 # How far a step's loss may be from float64's: 24 bits of mantissa (TF32 off), or 8.
 _BOUNDS = {"float32": 1e-3, "bfloat16": 5e-2}
+# What `loraport train` does by itself on a GPU, and without recording.
 OURS, LOOP = "loraport", "PEFT, plain loop"
-GRAPHS = f"{OURS} --cuda-graphs"
+UNRECORDED = f"{OURS} --no-cuda-graphs"
 
 
 def losses(place: Place) -> Iterator[Row]:
@@ -64,20 +68,47 @@ def speed(place: Place) -> Iterator[Row]:
         # On a GPU the allocator counts each one's memory, and starting processes takes minutes.
         found = compare(setting, titles, apart=place.device == "cpu" and not place.tiny)
         if place.device == "cuda":
+            found[UNRECORDED] = found.pop(OURS)
             # Every shape was there twice before what counts.
             recorded = replace(setting, graphs=1, epochs=4)
-            found[GRAPHS] = compare(recorded, (OURS,), apart=False)[OURS]
+            found[OURS] = compare(recorded, (OURS,), apart=False)[OURS]
         what = f"training {Path(base).name}, bf16, rows of 32 to {setting.longest}"
         for title, (seconds, peak, reserved) in found.items():
             memory = f"peak {peak / 1e9:.2f} GB (reserved {reserved / 1e9:.2f})"
             figure = f"{1e3 * seconds:.1f} ms a step, {memory}"
             if not title.startswith(OURS):
-                ours = [(name, found[name]) for name in (OURS, GRAPHS) if name in found]
+                ours = [(name, found[name]) for name in (UNRECORDED, OURS) if name in found]
                 figure += "".join(
                     f"; {name}: {own / seconds:.3f} of the time, {high / peak:.3f} of the memory"
                     for name, (own, high, _) in ours
                 )
             yield Row(f"{what}, {title}", figure)
+
+
+def sweep(place: Place) -> Iterator[Row]:
+    """Eight candidates in one pass, beside eight runs, recorded and not."""
+    shape = "tiny" if place.tiny else "smollm2-135m"
+    sizes = {"steps": 1, "longest": 48} if place.tiny else {"steps": 16, "longest": 256}
+    narrow = {"device": place.device, "dtype": "bfloat16", "base_dtype": "bfloat16"}
+    setting = Task(base=shape, **narrow, **sizes)
+    several = ((4, False), (4, True)) if place.device == "cuda" else ()
+    for epochs, graphs in ((1, False), *several):
+        repeated = replace(setting, epochs=epochs, graphs=int(graphs))
+        found = {t: measure_sweep(t, repeated, None) for t in (EIGHT_RUNS, TOGETHER)}
+        apart = max(
+            abs(one - other) / other
+            for one, other in zip(
+                *(found[t]["losses"] for t in (TOGETHER, EIGHT_RUNS)), strict=True
+            )
+        )
+        runs, together = (found[title]["seconds"] for title in (EIGHT_RUNS, TOGETHER))
+        peaks = (found[title]["peak"] / 1e9 for title in (TOGETHER, EIGHT_RUNS))
+        steps = setting.steps * epochs
+        yield Row(
+            f"sweep of 8 {shape}, {steps} steps, {'recorded' if graphs else '--no-cuda-graphs'}",
+            f"{together:.2f} s, eight runs {runs:.2f} s: {together / runs:.3f}",
+            "losses at most {:.1g} apart; peaks {:.2f} GB and {:.2f} GB".format(apart, *peaks),
+        )
 
 
 def memory(place: Place) -> Iterator[Row]:
