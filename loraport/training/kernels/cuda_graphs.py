@@ -16,6 +16,7 @@ Source: CUDA programming guide, "CUDA Graphs"; PyTorch notes on CUDA semantics, 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple, Protocol
@@ -354,8 +355,10 @@ class _OnGpu:
 
     def runs_ahead(self, run: Callable[[], None]) -> bool:
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it does not see everything
+                torch.cuda.set_sync_debug_mode("error")
             run()
         except RuntimeError as error:
             if "synchronizing" not in str(error):
