@@ -314,7 +314,6 @@ class _GroupRun:
         self.training_loss = self.loss
         if self.recorder is not None and members:
             trained = Trained(self.attached.leaves(), matrices)
-            hidden = RecordedPasses(
-                self.attached.model, self.recorder, trained=trained, tentative=True
-            )
+            record = self.recorder.anew()
+            hidden = RecordedPasses(self.attached.model, record, trained=trained, tentative=True)
             self.training_loss = partial(self.loss, hidden=hidden)

@@ -264,6 +264,31 @@ def test_a_recorded_sweep_has_the_same_losses(llama, within_rows):
     assert slow[-1][1] - fast[-1][1] > 0.1
 
 
+def test_those_that_are_left_are_recorded_anew_when_one_ends(llama):
+    """Its rate is absurd, so that its validation loss rises at once."""
+    trials = [Trial(f"{rate}", LoraOptions(rank=4), rate) for rate in (1e-2, 3e-3, 1e3)]
+    numbers = torch.Generator().manual_seed(5)
+    drawn = [torch.randint(250, (12,), generator=numbers).tolist() for _ in range(16)]
+    rows = tuple(Row(tuple(tokens), tuple(tokens)) for tokens in drawn)
+    options = loop(steps=24, validate_every=6, early_stopping=1, learning_rate=1e-3)
+    llama.to("cuda")
+
+    def outcomes(recorder):
+        layout = {"packing": "auto", "max_length": 32}
+        made = make_batches(llama, rows, 4, 0, 0, few_lengths=True, **layout)
+        held_out = make_batches(llama, rows[:4], 4, 0, None, **layout)
+        given = llama, trials, made, grouped_language_model_loss, options
+        return train_together(*given, validation=held_out, recorder=recorder)
+
+    expected, got = outcomes(None), outcomes(on_gpu(llama))
+    assert len(got["1000.0"].losses) < 24
+    for name in ("0.01", "0.003"):
+        assert len(got[name].losses) == 24
+        for (_, mine), (_, other) in zip(got[name].losses, expected[name].losses, strict=True):
+            assert mine == pytest.approx(other, abs=2e-2)
+    assert expected["0.003"].losses[-1][1] - expected["0.01"].losses[-1][1] > 0.1
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_norm_is_one_kernel_a_pass_and_computes_the_same(llama, autocast):
     """Against float64; a GPU is told nothing of a norm's single operations."""

@@ -18,7 +18,7 @@ class Replays:
     """Runs again what it was given, as a GPU repeats what was recorded."""
 
     def __init__(self):
-        self.recorded, self.replayed = 0, 0
+        self.recorded, self.replayed, self.begun = 0, 0, 0
 
     def __call__(self, run):
         self.recorded += 1
@@ -34,6 +34,10 @@ class Replays:
 
     def stream(self):
         return contextlib.nullcontext()
+
+    def anew(self):
+        self.begun += 1
+        return self
 
     def runs_ahead(self, run):
         run()
@@ -81,6 +85,7 @@ def test_candidates_learn_the_same(make_llama, dtype):
     replays = Replays()
     expected = trained(make_llama(), trials, None, dtype)
     got = trained(make_llama(), trials, replays, dtype)
+    assert replays.begun == 2  # with all, and without the one that ended
     assert replays.recorded >= 4
     assert replays.replayed > replays.recorded
     assert len(expected["r4 ends"].losses) < 12 == len(expected["r4"].losses)

@@ -16,6 +16,7 @@ Source: CUDA programming guide, "CUDA Graphs"; PyTorch notes on CUDA semantics, 
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import fields, replace
@@ -46,6 +47,10 @@ class Recorder(Protocol):
 
     def stream(self) -> contextlib.AbstractContextManager[None]:
         """Return the context in which all that is not recorded has to run, too."""
+        ...
+
+    def anew(self) -> Recorder:
+        """Return another for the same stream, whose recordings share no memory with this one's."""
         ...
 
     def runs_ahead(self, run: Callable[[], None]) -> bool:
@@ -352,6 +357,12 @@ class _OnGpu:
                 yield
         finally:
             outside.wait_stream(self._stream)
+
+    def anew(self) -> _OnGpu:
+        # A pool of which every recording is gone cannot be recorded into any more.
+        made = copy.copy(self)
+        made._pool = torch.cuda.graph_pool_handle()
+        return made
 
     def runs_ahead(self, run: Callable[[], None]) -> bool:
         before = torch.cuda.get_sync_debug_mode()
