@@ -7,6 +7,7 @@ adapter's strength is not a factor on its scaling, which its norm depends on.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -50,6 +51,11 @@ class Changes:
 
 
 Original = Callable[[str], torch.Tensor]
+
+# The ties of models that `untie` has changed.
+_known_ties: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[str, ...]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def changes_of(
@@ -116,12 +122,26 @@ def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
     }
 
 
+def untie(model: nn.Module, path: str) -> None:
+    """Give a module a weight of its own; trained rows of what it was tied to still act in it.
+
+    Args:
+        model: Changed in place.
+        path: The module, whose weight others share: what is computed with has one rounded for it.
+    """
+    _known_ties[model] = _ties_of_inputs(model)
+    module = model.get_submodule(path)
+    module.weight = nn.Parameter(module.get_parameter("weight").detach().clone())
+
+
 def _ties_of_inputs(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return the path of the model's input embedding → those that share its weight.
 
     Trained rows of it act in all of them; those of a head, or of an encoder's own embedding,
     are its own (PEFT follows ties from the input embedding only).
     """
+    if model in _known_ties:
+        return _known_ties[model]
     getter = getattr(model, "get_input_embeddings", None)
     try:
         embedding = getter() if getter is not None else None

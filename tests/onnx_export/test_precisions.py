@@ -14,11 +14,13 @@ from tiny_llm import tokenizer
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.modules.graph_weights import load_graph_weights
+from loraport.adapter import Adapter, Replacement
 from loraport.base_model import load_model
 from loraport.bundle.golden import base_inputs, golden_reason
 from loraport.bundle.manifest import read_manifest
 from loraport.bundle.replay import replay_golden
 from loraport.errors import LoraportError
+from loraport.parity.changes import changes_of
 from loraport.runtime import Runtime
 from loraport.runtime.resident import read_packed
 
@@ -63,6 +65,38 @@ class TestDecoder:
         # Rounding shows: it is another base than the checkpoint, and only a little.
         assert np.abs(base - exact).max() > 2e-3
         assert relative(base, exact) < 0.02
+
+    @pytest.mark.parametrize("precision", ["int8", "int4"])
+    def test_a_tied_head_is_rounded_and_its_embedding_as_in_the_graph(
+        self, tiny_base, tmp_path, precision
+    ):
+        """int4 rounds both, in one tensor; int8 leaves the embedding as it was."""
+        model = load_model(str(tiny_base))
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        base, out = tmp_path / "base", tmp_path / "bundle"
+        model.save_pretrained(base)
+        tokenizer().save_pretrained(base)
+        export_base(str(base), out, ExportOptions(precision=precision))
+        rows = torch.randn(3, model.lm_head.in_features, generator=torch.Generator().manual_seed(0))
+        trained = {"model.embed_tokens.weight": Replacement(rows, rows=(5, 9, 40))}
+        model = load_model(str(base))
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        own = model.lm_head.weight.detach().clone()
+        load_graph_weights(out / "model.onnx", model)
+        assert not torch.equal(model.lm_head.weight, own)
+        assert torch.equal(model.model.embed_tokens.weight, own) is (precision == "int8")
+        inputs = base_inputs(out, read_manifest(out))
+        arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        got = Runtime(out, threads=1, float32_activations=True).run(inputs, None, ["logits"])
+        exact = torch_logits(model, arguments)
+        np.testing.assert_allclose(got["logits"], exact, atol=2e-4)
+        # Rows trained in the embedding still act in the head, whose weight is another one now.
+        found = changes_of([(Adapter({}, replacements=trained), 1.0)], model)
+        assert set(found.replaced) == {"model.embed_tokens.weight", "lm_head.weight"}
+        if precision == "int8":
+            model.model.embed_tokens.weight = model.lm_head.weight  # the control: one for both
+            assert np.abs(got["logits"] - torch_logits(model, arguments)).max() > 2e-3
 
     def test_int8_as_it_is_deployed(self, int8, tiny_base, adapter_a):
         model = load_model(str(tiny_base))

@@ -6,22 +6,27 @@ compared with is a PyTorch model that has those same weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from converters.onnx.graph.site import Site
 from converters.onnx.graph.source_graph import read_graph
 from converters.onnx.modules.matching import Matcher, Unmatched
-from converters.onnx.modules.slottable import linear_modules
+from converters.onnx.modules.slottable import linear_modules, slottable_modules, tied_modules
 from converters.onnx.operators import find_site
+from loraport.adapter import ModuleKind
+from loraport.parity.changes import untie
 
 
 def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:
     """Copy every linear weight of an exported graph into the model, in place.
 
-    Tied weights stay tied: what is written to the output head is also the embedding's.
+    An embedding that is tied to the output head gets the graph's own rows: quantizers round both
+    where they are one tensor of the graph, and else the head alone.
 
     Args:
         graph: ``model.onnx``.
@@ -32,11 +37,10 @@ def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:
     """
     modules = linear_modules(model)
     matcher = Matcher(modules)
+    sites = [s for s in map(find_site, read_graph(graph).graph.all_nodes()) if s is not None]
+    _load_tied_embedding(sites, model)
     replaced = []
-    for node in read_graph(graph).graph.all_nodes():
-        site = find_site(node)
-        if site is None:
-            continue
+    for site in sites:
         matched = matcher.match(site)
         if isinstance(matched, Unmatched):
             continue
@@ -45,7 +49,29 @@ def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:
         for module in matched:
             rows = weight[start : start + module.out_features]
             with torch.no_grad():
-                modules[module.path].weight.copy_(rows)
+                model.get_submodule(module.path).weight.copy_(rows)  # type: ignore[operator]
             replaced.append(module.path)
             start += module.out_features
     return replaced
+
+
+@torch.no_grad()
+def _load_tied_embedding(sites: Sequence[Site], model: nn.Module) -> None:
+    """Give the input embedding the graph's rows, and heads that share its weight their own."""
+    tables = [site for site in sites if site.kind is ModuleKind.EMBEDDING]
+    for group in tied_modules(slottable_modules(model)):
+        embeddings = [p for p in group if isinstance(model.get_submodule(p), nn.Embedding)]
+        heads = [path for path in group if path not in embeddings]
+        if len(embeddings) != 1 or not heads:
+            continue
+        own = model.get_submodule(embeddings[0]).get_parameter("weight")  # [rows, out]
+        rows = [
+            torch.from_numpy(np.ascontiguousarray(site.weight()).astype(np.float32))
+            for site in tables
+            if (site.in_features, site.out_features) == tuple(own.shape)
+        ]
+        if not rows:
+            continue
+        for path in heads:
+            untie(model, path)
+        own.copy_(min(rows, key=lambda each: float((each - own.float()).norm())))
