@@ -92,8 +92,9 @@ def test_candidates_learn_the_same(make_llama, dtype):
     for name, theirs in expected.items():
         assert got[name].losses == theirs.losses
         assert got[name].validations == theirs.validations
-        for path, module in theirs.modules.items():
+        for path, module in (theirs.modules or {}).items():
             assert torch.equal(got[name].modules[path].lora_B, module.lora_B)
+    assert len(expected["r4"].modules) > 3
     assert expected["r4"].losses[-1] != expected["r4 fast"].losses[-1]
 
 
