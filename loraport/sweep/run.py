@@ -23,6 +23,7 @@ from loraport.sweep.store import Store
 from loraport.sweep.worker import Setting
 from loraport.training.data.text_data import TextData, digest, padding_token, read_data
 from loraport.training.devices import choose_placement
+from loraport.training.kernels.cuda_graphs import asked_to_record
 from loraport.training.run.faults import faults_explained
 from loraport.training.run.lock import only_process
 
@@ -98,6 +99,9 @@ def _run(
             "validation rows: expected some, by which candidates are compared, got none; give "
             "--validation or a --validation-share above 0"
         )
+    if options.spread is None:  # or a refusal, before anything is discarded
+        loop = options.train.loop
+        asked_to_record(choose_placement(loop.device, loop.dtype).device, options.train)
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
     store = Store(work, _identity(base, rows, options))

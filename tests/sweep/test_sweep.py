@@ -102,6 +102,19 @@ def test_bad_values(tiny_base, data, tmp_path):
 
 
 @pytest.mark.usefixtures("interruptible")
+def test_what_cannot_be_recorded_is_refused_before_an_unfinished_sweep_is_discarded(
+    tiny_base, data, tmp_path
+):
+    unfinished = tmp_path / "out.sweep/kept"
+    unfinished.parent.mkdir()
+    unfinished.write_text("of hours")
+    arguments = [str(tiny_base), str(data), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    result = CliRunner().invoke(sweep, [*arguments, "--cuda-graphs", "--force"])
+    assert isinstance(result.exception, LoraportError)
+    assert "--cuda-graphs: expected a CUDA GPU, got cpu" in str(result.exception)
+    assert unfinished.read_text() == "of hours"
+
+
 def test_stopped_or_killed_in_the_midst_of_a_pass_it_goes_on(tiny_base, data, tmp_path):
     """A signal loses no step, `kill -9` those since the last time candidates were kept."""
 
