@@ -62,7 +62,8 @@ class Manifest:
         fingerprint: Content hashes of the base weights that slots sit on.
         precision: How the base's weights are stored, e.g. ``"fp32"`` or ``"int4"``.
         slots: The slot table.
-        unslotted: Module path → why it has no slot.
+        unslotted: Module or parameter path → why it has no slot; name of the input for a gain
+            that was asked for → why a slot has none.
         adapters: By name.
         golden: By case name.
         tolerance: Largest allowed absolute difference of an output from its golden value.

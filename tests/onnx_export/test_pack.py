@@ -130,6 +130,14 @@ def test_everything_that_does_not_fit_is_named_at_once():
     assert str(refused.value).count("\n  - ") == 9
 
 
+def test_why_a_slot_has_no_gain_is_said():
+    adapter = Adapter({Q: module(2, IN, 8, magnitude=torch.ones(8))})
+    with pytest.raises(LoraportError) as refused:
+        pack(adapter, table(), {f"{Q}.lora_gain": "its bias is fixed"})
+    expected = f"{Q}: expected a slot with a gain, got DoRA; its bias is fixed; merge the adapter"
+    assert expected in str(refused.value)
+
+
 def test_a_convolution_is_refused_by_its_kind():
     conv = LoraModule(ModuleKind.CONV, torch.ones(2, IN, 3), torch.ones(8, 2, 1), alpha=1)
     with pytest.raises(LoraportError, match="expected an update of a linear module, got conv"):

@@ -43,3 +43,46 @@ def test_floats_that_are_rounded_and_dequantized(scales, kind):
     expected = session(model).run(None, {})[0]
     np.testing.assert_array_equal(found.array(), expected)
     assert np.abs(expected - weight).max() > 1e3
+
+
+def chain_of(operators):
+    """A matrix behind as many operators, as onnx-ir sees the last one's output."""
+    nodes, value = [], "w"
+    for number, (operator, attributes) in enumerate(operators):
+        nodes.append(helper.make_node(operator, [value], [f"v{number}"], **attributes))
+        value = f"v{number}"
+    made = helper.make_tensor_value_info(value, TensorProto.FLOAT, None)
+    weight = np.random.default_rng(0).standard_normal((ROWS, COLUMNS)).astype(np.float32)
+    graph = helper.make_graph(nodes, "g", [], [made], [numpy_helper.from_array(weight, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return ir.from_proto(model).graph.outputs[0], weight
+
+
+def test_copies_of_copies_are_the_constant_however_many():
+    value, weight = chain_of([("Identity", {})] * 5000 + [("Transpose", {})])
+    np.testing.assert_array_equal(constant(value).array(), weight.T)
+
+
+def test_more_operators_than_any_exporter_writes_are_no_constant():
+    value, weight = chain_of([("Transpose", {})] * 50)
+    np.testing.assert_array_equal(constant(value).array(), weight)
+    value, _ = chain_of([("Transpose", {})] * 5000)
+    assert constant(value) is None
+
+
+@pytest.mark.parametrize(("times", "is_constant"), [(3, True), (40, False)])
+def test_scales_of_scales_of_scales(times, is_constant):
+    """Each is looked at once or not at all: forty would be a million million looks."""
+    constants = [numpy_helper.from_array(np.array(3, np.uint8), "q")]
+    constants.append(numpy_helper.from_array(np.array(0.5, np.float32), "s0"))
+    nodes = []
+    for number in range(times):
+        given = ["q", f"s{number}", "q"] if number == 0 else [f"q{number}", f"s{number}"]
+        if number:
+            nodes.append(helper.make_node("QuantizeLinear", [f"s{number}"] * 2, [f"q{number}"]))
+        nodes.append(helper.make_node("DequantizeLinear", given, [f"s{number + 1}"]))
+    made = helper.make_tensor_value_info(f"s{times}", TensorProto.FLOAT, [])
+    graph = helper.make_graph(nodes, "g", [], [made], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    found = constant(ir.from_proto(model).graph.outputs[0])
+    assert (found is not None) is is_constant

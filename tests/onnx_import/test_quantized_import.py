@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -9,7 +10,7 @@ from command_line import command
 from peft_cases import load_with_peft
 
 from converters.formats.registry import read_adapter
-from converters.onnx import add_adapters
+from converters.onnx import add_adapters, importing
 from converters.onnx.importing import ImportOptions, import_model
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.bundle.manifest import check_files, read_manifest
@@ -200,3 +201,62 @@ def test_fp16_is_in_order_where_an_input_is_read_late(tmp_path):
     import_model(tmp_path / "m.onnx", tmp_path / "out", ImportOptions(precision="fp16"))
     for name in ("model.onnx", "model.required.onnx"):
         onnx.checker.check_model(str(tmp_path / "out" / name), full_check=True)
+
+
+@pytest.mark.parametrize("name", ["stack", ""])
+@pytest.mark.parametrize("precision", OPERATORS)
+def test_stacks_of_matrices_run_in_every_precision(precision, name, tmp_path):
+    """The quantizer for int8 gives them scales that ONNX Runtime refuses in the run."""
+    make, kind = onnx.helper, onnx.TensorProto.FLOAT
+    numbers = np.random.default_rng(0)
+    weights = {"w": (32, 32), "stacked": (4, 32, 48)}
+    stored = [
+        onnx.numpy_helper.from_array(numbers.standard_normal(shape).astype(np.float32) / 6, key)
+        for key, shape in weights.items()
+    ]
+    nodes = [
+        make.make_node("MatMul", ["x", "w"], ["h"], name="one"),
+        make.make_node("MatMul", ["h", "stacked"], ["y"], name=name),
+    ]
+    given = make.make_tensor_value_info("x", kind, ["rows", 32])
+    made = make.make_tensor_value_info("y", kind, [4, "rows", 48])
+    graph = make.make_graph(nodes, "g", [given], [made], stored)
+    opsets = [make.make_opsetid("", 18)]
+    file = tmp_path / "m.onnx"
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=9), file)
+    import_model(file, tmp_path / "out", ImportOptions(precision=precision))
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.precision == precision
+    assert list(manifest.slots.modules()) == ["w"]
+    assert list(manifest.golden) == ["base"]
+    (reason,) = manifest.unslotted.values()
+    assert "MatMul: its constant of shape (4, 32, 48) is no matrix" in reason
+    x = numbers.standard_normal((5, 32)).astype(np.float32)
+    (expected,) = onnxruntime.InferenceSession(file).run(None, {"x": x})
+    (got,) = Runtime(tmp_path / "out").run({"x": x}).values()
+    assert np.linalg.norm(got - expected) < BOUNDS[precision] * np.linalg.norm(expected)
+    assert np.linalg.norm(got[::-1] - expected) > np.linalg.norm(expected) / 2
+
+
+def test_what_runs_and_would_not_in_a_precision_is_refused(tmp_path, monkeypatch):
+    numbers = np.random.default_rng(0)
+    weights = {name: numbers.standard_normal((32, 32)).astype(np.float32) for name in ("v", "w")}
+    save_products(tmp_path / "m.onnx", weights)
+    store = importing.store_as
+
+    def broken(file, out, precision, progress):
+        model = store(file, out, precision, progress)
+        sizes = ir.Value(name="sizes", const_value=ir.tensor(np.array([-1, 13]), name="sizes"))
+        model.graph.register_initializer(sizes)
+        y = model.graph.outputs[0]
+        node = ir.Node("", "Reshape", [y, sizes], num_outputs=1)
+        node.outputs[0].name = "z"
+        node.outputs[0].type = y.type
+        model.graph.append(node)
+        model.graph.outputs[0] = node.outputs[0]
+        return model
+
+    monkeypatch.setattr(importing, "store_as", broken)
+    with pytest.raises(LoraportError, match="ONNX Runtime runs it, but not with these slots and"):
+        import_model(tmp_path / "m.onnx", tmp_path / "out", ImportOptions(precision="int8"))
+    assert not (tmp_path / "out").exists()

@@ -78,6 +78,7 @@ def _int8(source: Path, target: Path) -> None:
     # Unsigned times unsigned: signed weights overflow on processors without VNNI.
     # The quantizer itself turns the weight of each Gemm in place, a shared one several times.
     model = _load(source, gemms=True)
+    left = _name_stacked(model)
     # The quantizer infers the shapes inside a graph anew and trips over those that are noted.
     del model.graph.value_info[:]
     quantize_dynamic(
@@ -87,6 +88,7 @@ def _int8(source: Path, target: Path) -> None:
         per_channel=True,
         use_external_data_format=True,
         op_types_to_quantize=["MatMul", "Gemm", "Attention"],
+        nodes_to_exclude=left,
         # Types are not known behind ONNX Runtime's own operators.
         extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
     )
@@ -110,6 +112,26 @@ def _fp16(source: Path, target: Path) -> None:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     _save(convert_float_to_float16(_load(source), keep_io_types=True), target)
+
+
+def _name_stacked(model: ModelProto) -> list[str]:
+    """Return the products with stacks of matrices, named in place where they have no name.
+
+    The quantizer gives them scales that ONNX Runtime's kernel refuses in the run.
+    """
+    stacked = {weight.name for weight in model.graph.initializer if len(weight.dims) != 2}
+    taken = {node.name for node in model.graph.node}
+    found = []
+    for node in model.graph.node:
+        if node.op_type != "MatMul" or not stacked.intersection(node.input):
+            continue
+        if not node.name:
+            node.name = f"{node.output[0]}/product"
+            while node.name in taken:
+                node.name += "_"
+        taken.add(node.name)
+        found.append(node.name)
+    return found
 
 
 def _load(source: Path, *, gemms: bool = False) -> ModelProto:

@@ -34,22 +34,44 @@ class Constant:
     quantized: bool = False
 
 
-def constant(value: ir.Value | None) -> Constant | None:
-    """Return a value as a constant, or ``None`` if it is computed from something else."""
-    if value is None:
-        return None
-    if value.const_value is not None:
-        return _of_tensor(value.name or "", value.const_value)
-    node = value.producer()
-    if node is None or node.domain not in ("", "ai.onnx", "com.microsoft"):
-        return None
-    if node.op_type == "Constant":
-        return _of_constant_node(node)
-    rule = _RULES.get(node.op_type)
-    source = constant(node.inputs[0]) if rule is not None and node.inputs else None
-    if rule is None or source is None:
-        return None
-    return rule(node, source)
+# No exporter writes more operators one after the other, nor scales whose scales are scaled again.
+_LONGEST = 64
+_DEEPEST = 3
+
+
+def constant(value: ir.Value | None, depth: int = 0) -> Constant | None:
+    """Return a value as a constant, or ``None`` if it is computed from something else.
+
+    Args:
+        value: Any value of a graph.
+        depth: How many constants it is a scale, a zero point or a shape of.
+    """
+    passed: list[ir.Node] = []  # from the value back to what is stored
+    found: Constant | None = None
+    while found is None:
+        if value is None or len(passed) > _LONGEST or depth > _DEEPEST:
+            return None
+        node = value.producer()
+        if value.const_value is not None:
+            found = _of_tensor(value.name or "", value.const_value)
+        elif node is None or node.domain not in ("", "ai.onnx", "com.microsoft"):
+            return None
+        elif node.op_type == "Constant":
+            found = _of_constant_node(node)
+            if found is None:
+                return None
+        elif node.op_type == "Identity":
+            value = node.inputs[0]
+        elif node.op_type in _RULES and node.inputs:
+            passed.append(node)
+            value = node.inputs[0]
+        else:
+            return None
+    for node in reversed(passed):
+        found = _RULES[node.op_type](node, found, depth + 1)
+        if found is None:
+            return None
+    return found
 
 
 def vector(value: ir.Value | None, length: int) -> bool:
@@ -80,12 +102,8 @@ def _of_constant_node(node: ir.Node) -> Constant | None:
     return None
 
 
-def _same(node: ir.Node, source: Constant) -> Constant:
-    del node
-    return source
-
-
-def _transpose(node: ir.Node, source: Constant) -> Constant:
+def _transpose(node: ir.Node, source: Constant, depth: int) -> Constant:
+    del depth
     order = node.attributes.get("perm")
     axes = (
         tuple(order.as_ints()) if order is not None else tuple(reversed(range(len(source.shape))))
@@ -94,13 +112,14 @@ def _transpose(node: ir.Node, source: Constant) -> Constant:
     return replace(source, shape=shape, array=lambda: source.array().transpose(axes))
 
 
-def _cast(node: ir.Node, source: Constant) -> Constant:
+def _cast(node: ir.Node, source: Constant, depth: int) -> Constant:
+    del depth
     dtype = ir.DataType(node.attributes.get_int("to", 0))
     return replace(source, dtype=dtype, array=lambda: source.array().astype(dtype.numpy()))
 
 
-def _reshape(node: ir.Node, source: Constant) -> Constant | None:
-    wanted = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+def _reshape(node: ir.Node, source: Constant, depth: int) -> Constant | None:
+    wanted = constant(node.inputs[1], depth) if len(node.inputs) > 1 else None
     if wanted is None or node.attributes.get_int("allowzero", 0) != 0:
         return None
     sizes = [int(size) for size in wanted.array()]
@@ -111,9 +130,9 @@ def _reshape(node: ir.Node, source: Constant) -> Constant | None:
     return replace(source, shape=tuple(shape), array=lambda: source.array().reshape(shape))
 
 
-def _dequantize(node: ir.Node, source: Constant) -> Constant | None:
-    scale = constant(node.inputs[1])
-    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+def _dequantize(node: ir.Node, source: Constant, depth: int) -> Constant | None:
+    scale = constant(node.inputs[1], depth)
+    zero = constant(node.inputs[2], depth) if len(node.inputs) > 2 else None
     if scale is None or (zero is None and len(node.inputs) > 2 and node.inputs[2] is not None):
         return None
     axis = node.attributes.get_int("axis", 1)
@@ -127,9 +146,9 @@ def _dequantize(node: ir.Node, source: Constant) -> Constant | None:
     return replace(source, dtype=scale.dtype, array=values, quantized=True)
 
 
-def _quantize(node: ir.Node, source: Constant) -> Constant | None:
-    scale = constant(node.inputs[1])
-    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+def _quantize(node: ir.Node, source: Constant, depth: int) -> Constant | None:
+    scale = constant(node.inputs[1], depth)
+    zero = constant(node.inputs[2], depth) if len(node.inputs) > 2 else None
     if scale is None or (zero is None and len(node.inputs) > 2 and node.inputs[2] is not None):
         return None
     wanted = node.attributes.get_int("output_dtype", 0) or int(ir.DataType.UINT8)
@@ -186,8 +205,7 @@ def _spread(parameter: np.ndarray, shape: tuple[int, ...], axis: int, block: int
     return parameter.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
 
 
-_RULES: dict[str, Callable[[ir.Node, Constant], Constant | None]] = {
-    "Identity": _same,
+_RULES: dict[str, Callable[[ir.Node, Constant, int], Constant | None]] = {
     "Transpose": _transpose,
     "Cast": _cast,
     "Reshape": _reshape,

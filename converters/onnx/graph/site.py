@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from converters.onnx.graph.constants import vector
 from loraport.adapter import ModuleKind
 
 
@@ -32,8 +33,9 @@ class Site:
         kind: What the operator is.
         kernel: A convolution's kernel size.
         groups: A convolution's groups.
-        bias_input: Number of the operator's input that is a constant bias ``[out]``, added as it
-            is; ``None`` if it has none.
+        added: Number of the operator's input that it adds to the product; ``None`` if it has none
+            or it cannot be taken out.
+        added_scale: A factor of what it adds.
         bias_is_fixed: The operator adds something that cannot be taken out of it.
         expose: Takes the product ``x W`` out of a larger operator, in place, and gives its site;
             called when a slot goes in, so an operator without one stays as it is. ``None`` where
@@ -52,7 +54,8 @@ class Site:
     kind: ModuleKind = ModuleKind.LINEAR
     kernel: tuple[int, ...] = ()
     groups: int = 1
-    bias_input: int | None = None
+    added: int | None = None
+    added_scale: float = 1.0
     bias_is_fixed: bool = False
     expose: Callable[[], Site] | None = None
 
@@ -60,6 +63,13 @@ class Site:
     def fan_in(self) -> int:
         """Rows of the weight."""
         return self.in_features // self.groups * math.prod(self.kernel)
+
+    @property
+    def bias_input(self) -> int | None:
+        """Number of the input that is a constant bias ``[out]``, added as it is."""
+        if self.added is None or self.added_scale != 1.0:
+            return None
+        return self.added if vector(self.node.inputs[self.added], self.out_features) else None
 
     def exposed(self) -> Site:
         """Return the site with its product in the graph; changes the graph where it was not."""

@@ -17,6 +17,7 @@ embedding's too is the output head.
 from __future__ import annotations
 
 import ast
+import hashlib
 import itertools
 import re
 from collections import defaultdict
@@ -48,6 +49,8 @@ _ANONYMOUS = re.compile(
 
 # What a weight is called, what it is, and the module that the exporter recorded.
 _Key = tuple[str, ModuleKind, str]
+# What tells weights apart: kind, features and a hash of the values.
+_Weight = tuple[ModuleKind, int, int, bytes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +63,14 @@ class NamedSite:
 
 def name_sites(sites: Sequence[Site]) -> list[NamedSite]:
     """Name every site of a graph; sites of one weight have one name."""
-    groups = _by_weight(sites)
+    weights = _Weights()
+    groups = _by_weight(sites, weights)
     embedded = {key[0] for key in groups if key[1] is ModuleKind.EMBEDDING}
     names: dict[_Key, str] = {}
     for number, (key, members) in enumerate(groups.items()):
         tied = key[1] is ModuleKind.LINEAR and key[0] in embedded
         names[key] = _name(members, tied) or f"{key[1].value}_{number}"
-    _tell_apart(names, groups)
+    _tell_apart(names, groups, weights)
     found = {id(site): names[key] for key, members in groups.items() for site in members}
     return [NamedSite(found[id(site)], site) for site in sites]
 
@@ -115,7 +119,7 @@ def keep_names(before: Sequence[NamedSite], after: Iterable[Site]) -> None:
             site.node.metadata_props[_MODULE] = next(iter(found))
 
 
-def _by_weight(sites: Iterable[Site]) -> dict[_Key, list[Site]]:
+def _by_weight(sites: Iterable[Site], weights: _Weights) -> dict[_Key, list[Site]]:
     groups: dict[_Key, list[Site]] = defaultdict(list)
     for number, site in enumerate(sites):
         weight = weight_of(site)
@@ -123,7 +127,7 @@ def _by_weight(sites: Iterable[Site]) -> dict[_Key, list[Site]]:
         path = site.node.metadata_props.get(_MODULE) or _recorded_path(site.node)
         # One weight is read as it lies and transposed, or subgraphs have weights of one name.
         others, first = itertools.count(1), name
-        while (found := groups.get((name, site.kind, path))) and not _same_module(found[0], site):
+        while (found := groups.get((name, site.kind, path))) and not weights.same(found[0], site):
             name = f"{first}/{next(others)}"
         groups[name, site.kind, path].append(site)
     return groups
@@ -204,24 +208,23 @@ def _recorded(node: ir.Node, key: str) -> str:
     return str(entries[-2]) if isinstance(entries, list) and len(entries) > 1 else ""
 
 
-def _tell_apart(names: dict[_Key, str], groups: Mapping[_Key, list[Site]]) -> None:
+def _tell_apart(
+    names: dict[_Key, str], groups: Mapping[_Key, list[Site]], weights: _Weights
+) -> None:
     """Give different weights different names, in place; equal ones are one module called twice."""
     claimed: dict[str, list[_Key]] = defaultdict(list)
     for key, name in names.items():
         claimed[name].append(key)
     taken = set(claimed)
     for name, keys in claimed.items():
-        modules: list[list[_Key]] = []
+        if len(keys) == 1:
+            continue
+        modules: dict[_Weight, list[_Key]] = defaultdict(list)
         for key in keys:
-            first = groups[key][0]
-            same = [known for known in modules if _same_module(groups[known[0]][0], first)]
-            if same:
-                same[0].append(key)
-            else:
-                modules.append([key])
+            modules[weights.of(groups[key][0])].append(key)
         if len(modules) == 1:
             continue
-        for number, module in enumerate(modules):
+        for number, module in enumerate(modules.values()):
             leaf = _clean((groups[module[0]][0].node.name or "").rpartition("/")[2])
             distinct = f"{name}.{leaf or number}"
             while distinct in taken:
@@ -230,16 +233,24 @@ def _tell_apart(names: dict[_Key, str], groups: Mapping[_Key, list[Site]]) -> No
             names.update(dict.fromkeys(module, distinct))
 
 
-def _same_module(one: Site, other: Site) -> bool:
-    if one is other:
-        return True
-    if (one.kind, one.in_features, one.out_features) != (
-        other.kind,
-        other.in_features,
-        other.out_features,
-    ):
-        return False
-    return np.array_equal(one.weight(), other.weight())
+class _Weights:
+    """Tells whether sites compute one module; each weight is read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Weight] = {}
+
+    def same(self, one: Site, other: Site) -> bool:
+        """Tell whether both have the same weight; they are read only where shapes are the same."""
+        shapes = [(site.kind, site.in_features, site.out_features) for site in (one, other)]
+        return one is other or (shapes[0] == shapes[1] and self.of(one) == self.of(other))
+
+    def of(self, site: Site) -> _Weight:
+        """Return what tells a site's weight from others."""
+        if id(site) not in self._known:
+            values = np.ascontiguousarray(site.weight())
+            digest = hashlib.sha256(values.view(np.uint8).data).digest()
+            self._known[id(site)] = (site.kind, site.in_features, site.out_features, digest)
+        return self._known[id(site)]
 
 
 def _clean_path(name: str) -> str:

@@ -31,7 +31,6 @@ def find_site(node: ir.Node) -> Site | None:
         kind=ModuleKind.CONV,
         kernel=tuple(shape[2:]),
         groups=groups,
-        bias_input=2 if constant(bias) is not None else None,
-        bias_is_fixed=bias is not None and constant(bias) is None,
+        added=2 if bias is not None else None,
         quantized=kernel.quantized,
     )

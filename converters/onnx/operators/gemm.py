@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from converters.onnx.graph.constants import constant, vector
+from converters.onnx.graph.constants import constant
 from converters.onnx.graph.matrix_site import matrix_site
 from converters.onnx.graph.quantized_values import rounded, unrounded
 from converters.onnx.graph.site import Site
@@ -25,16 +25,11 @@ def find_site(node: ir.Node) -> Site | None:
     transposed = bool(node.attributes.get_int("transB", 0))
     alpha = node.attributes.get_float("alpha", 1.0)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    separable = (
-        bias is not None
-        and vector(bias, weight.shape[0] if transposed else weight.shape[1])
-        and node.attributes.get_float("beta", 1.0) == 1.0
-    )
     site = matrix_site(
         node, unrounded(x), rounded(node.outputs[0]), weight, transposed=transposed, alpha=alpha
     )
     return replace(
         site,
-        bias_input=2 if separable else None,
-        bias_is_fixed=bias is not None and not separable,
+        added=2 if bias is not None else None,
+        added_scale=node.attributes.get_float("beta", 1.0),
     )

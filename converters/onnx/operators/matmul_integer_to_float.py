@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converters.onnx.graph.constants import constant, dequantized, vector
+from converters.onnx.graph.constants import constant, dequantized
 from converters.onnx.graph.quantized_values import quantized_from
 from converters.onnx.graph.site import Site, inputs_of
 
@@ -21,7 +21,6 @@ def find_site(node: ir.Node) -> Site | None:
         return None
     if b_zero is not None and zero is None:
         return None
-    separable = bias is not None and vector(bias, weight.shape[1])
     return Site(
         node=node,
         x=x,
@@ -31,6 +30,5 @@ def find_site(node: ir.Node) -> Site | None:
         dtype=scale.dtype,
         weight=lambda: dequantized(weight.array(), scale.array(), zero.array() if zero else None),
         quantized=True,
-        bias_input=6 if separable else None,
-        bias_is_fixed=bias is not None and not separable,
+        added=6 if bias is not None else None,
     )

@@ -37,8 +37,7 @@ def find_site(node: ir.Node) -> Site | None:
         dtype=scales.dtype,
         weight=lambda: dequantize(node),
         quantized=True,
-        bias_input=5 if bias is not None and bias.const_value is not None else None,
-        bias_is_fixed=bias is not None and bias.const_value is None,
+        added=5 if bias is not None else None,
     )
 
 

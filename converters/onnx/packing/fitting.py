@@ -15,11 +15,10 @@ from converters.onnx.slots.slot_tensors import TORCH_DTYPES, require_finite
 from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.bundle.slots import Slot, SlotMember, SlotTable
 from loraport.errors import LoraportError, Problems
-from loraport.naming import weight_name
+from loraport.naming import slot_gain, weight_name
 from loraport.update import LowRankUpdate, weighted_sum
 
 MERGE = "merge the adapter and export that"
-_FIXED_BIAS = "this operator adds a bias that no gain may scale and that cannot be taken out of it"
 
 
 class Base(Protocol):
@@ -117,8 +116,8 @@ class _Fitter:
         weight = None
         if module.magnitude is not None:
             if not slot.gain:
-                asked = any(other.gain for other in self._table.slots)
-                remedy = f"{_FIXED_BIAS}; {MERGE}" if asked else export_with("gain")
+                reason = self._unslotted.get(slot_gain(path))
+                remedy = f"{reason}; {MERGE}" if reason else export_with("gain")
                 add(path, "a slot with a gain", "DoRA", remedy)
                 return
             weight = self._base_weight(path, module, own_weight)

@@ -32,10 +32,12 @@ from converters.onnx.slots.slot_nodes import add_slot_nodes
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot, SlotInput, SlotMember, SlotTable
 from loraport.errors import LoraportError, Problems
-from loraport.naming import packed_slot
+from loraport.naming import packed_slot, slot_gain
 
 # Overridable initializers exist from this IR version on.
 _MINIMUM_IR_VERSION = 4
+
+_FIXED_BIAS = "this operator adds a bias that no gain may scale and that cannot be taken out of it"
 
 VARIANTS = ("lora", "gain", "bias", "embedding", "conv")
 
@@ -87,7 +89,8 @@ class SlottedModel:
     Attributes:
         model: The graph, changed in place.
         slots: What was put in.
-        unslotted: Module or parameter path → why it has no slot.
+        unslotted: Module or parameter path → why it has no slot; name of the input for a gain
+            that was asked for → why a slot has none.
         base_values: Graph input → the base's value of a parameter that can be replaced.
     """
 
@@ -147,15 +150,20 @@ def insert_slots(
     for node, matched in chosen:
         site = find_site(node)
         assert site is not None
-        # What is called twice takes an adapter in both places or in none.
-        if (reason := controls.why_not(_slot(site, matched, options), site)) is not None:
+        # What is called twice takes an adapter in both places or in none, and so a gain.
+        slot = _slot(site, matched, options)
+        if (reason := controls.why_not(slot, site)) is not None:
             unslotted.update({module.path: reason for module in matched})
+        elif "gain" in options.variants and site.bias_is_fixed:
+            unslotted.update({slot_gain(module.path): _FIXED_BIAS for module in matched})
     for node, matched in chosen:
         site = find_site(node)  # anew: its values may be rows now
         assert site is not None
         slot = _slot(site, matched, options)
         if any(module.path in unslotted for module in matched):
             continue
+        if any(slot_gain(module.path) in unslotted for module in matched):
+            slot = replace(slot, gain=False)
         if slot.name not in table:
             inputs[slot.name] = _add_inputs(model.graph, slot, site, lanes=options.per_row)
             table[slot.name] = slot
@@ -224,7 +232,7 @@ def _slot(site: Site, modules: Match, options: SlotOptions) -> Slot:
         members=tuple(members),
         kind=site.kind,
         kernel=site.kernel,
-        gain="gain" in options.variants and not site.bias_is_fixed,
+        gain="gain" in options.variants,
         bias="bias" in options.variants,
     )
 

@@ -20,11 +20,13 @@ import onnx_ir as ir
 
 from converters.onnx.graph.nodes import NodeChain
 from converters.onnx.graph.provenance import record_slot
+from converters.onnx.graph.rewriting import opset_of
 from converters.onnx.graph.site import Site
 from converters.onnx.slots.controls import Controls
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot
 
+_OPTIONAL_IN_GEMM = 11  # what it adds, from this opset on
 _CONV_ATTRIBUTES = ("auto_pad", "dilations", "pads", "strides")
 
 
@@ -48,7 +50,7 @@ def add_slot_nodes(
     # A module called twice has two sites, so node names carry the operator's name too.
     chain = NodeChain(f"{slot.name}.lora/{site.node.name or site.y.name}", site.dtype)
     readers = list(site.y.uses())
-    own_bias = _take_bias_out(site) if slot.gain else None
+    added = _take_out(chain, site) if slot.gain else None
     if controls.strength and (slot.gain or slot.bias):
         result = _scaled_as_a_whole(chain, slot, site, inputs, controls)
     else:
@@ -59,8 +61,8 @@ def add_slot_nodes(
         if slot.bias:
             bias = _over_output(chain, slot, inputs["bias"])
             result = chain.add("bias", "Add", [result, bias])
-    if own_bias is not None:
-        own = _over_output(chain, slot, own_bias)
+    if added is not None:
+        own = _over_output(chain, slot, added)
         result = chain.add("own_bias", "Add", [result, own])
     result.shape = site.y.shape
     last = site.y.producer()
@@ -160,10 +162,20 @@ def _over_output(chain: NodeChain, slot: Slot, vector: ir.Value) -> ir.Value:
     return chain.add(f"{vector.name}/shaped", "Reshape", [vector, shape])
 
 
-def _take_bias_out(site: Site) -> ir.Value | None:
-    """Remove the operator's own constant bias, which a gain must not scale, and return it."""
-    if site.bias_input is None:
+def _take_out(chain: NodeChain, site: Site) -> ir.Value | None:
+    """Remove what the operator adds to its product, which a gain must not scale; return it."""
+    if site.added is None:
         return None
-    bias = site.node.inputs[site.bias_input]
-    site.node.replace_input_with(site.bias_input, None)
-    return bias
+    node, added = site.node, site.node.inputs[site.added]
+    assert added is not None
+    nothing = None
+    if node.op_type == "Gemm" and opset_of(node) < _OPTIONAL_IN_GEMM:
+        before = NodeChain(f"{node.name or site.y.name}.lora", site.dtype)
+        nothing = before.constant("nothing", np.zeros(1, site.dtype.numpy()))
+        assert node.graph is not None
+        node.graph.insert_before(node, before.nodes)
+    node.replace_input_with(site.added, nothing)
+    if site.added_scale == 1.0:
+        return added
+    scale = chain.constant("added_scale", np.array(site.added_scale, site.dtype.numpy()))
+    return chain.add("scaled_bias", "Mul", [added, scale])

@@ -11,10 +11,10 @@ IN, OUT, ROWS = 7, 5, 4
 ALPHA, BETA = 0.25, 3.0
 
 
-def graph(operator, transposed):
+def graph(operator, transposed, opset=21, shape=(OUT,), computed=False):
     random = np.random.default_rng(0)
     weight = random.standard_normal((IN, OUT)).astype(np.float32)
-    bias = random.standard_normal(OUT).astype(np.float32)
+    bias = random.standard_normal(shape).astype(np.float32)
     constants = {"layer.weight": weight.T.copy() if transposed else weight}
     attributes = {"alpha": ALPHA, "transB": int(transposed), "name": "/layer/product"}
     if operator == "Gemm":
@@ -22,15 +22,22 @@ def graph(operator, transposed):
         attributes["beta"] = BETA
     else:
         attributes["domain"] = "com.microsoft"
-    node = helper.make_node(operator, ["x", *constants], ["y"], **attributes)
+    given = ["x", *constants]
+    before = []
+    if computed:
+        before.append(helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=1))
+        before.append(helper.make_node("Mul", ["layer.bias", "sum"], ["added"]))
+        given[-1] = "added"
+    node = helper.make_node(operator, given, ["y"], **attributes)
     made = helper.make_graph(
-        [node],
+        [*before, node],
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", IN])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", OUT])],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
-    model = helper.make_model(made, opset_imports=DOMAINS, ir_version=10)
+    domains = [helper.make_opsetid("", opset), *DOMAINS[1:]]
+    model = helper.make_model(made, opset_imports=domains, ir_version=10)
     added = BETA * bias.astype(np.float64) if operator == "Gemm" else 0.0
     return model, weight.astype(np.float64), added
 
@@ -38,16 +45,20 @@ def graph(operator, transposed):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("operator", ["Gemm", "FusedMatMul"])
 @pytest.mark.parametrize("strength", [False, True])
-def test_the_change_is_scaled_as_the_product_is(slotted, adapter, operator, transposed, strength):
-    model, weight, added = graph(operator, transposed)
-    variants = ("lora",) if operator == "Gemm" else ("lora", "gain")
-    made = slotted(model, *variants, strength=strength)
+@pytest.mark.parametrize("opset", [9, 21])
+def test_the_change_is_scaled_as_the_product_is(
+    slotted, adapter, operator, transposed, strength, opset
+):
+    model, weight, added = graph(operator, transposed, opset)
+    made = slotted(model, "lora", "gain", strength=strength)
     (slot,) = made.slots
     assert slot.name == "layer"
     random = np.random.default_rng(1)
     x = random.standard_normal((ROWS, IN)).astype(np.float32)
     base = made.run(x=x)[0]
-    np.testing.assert_array_equal(base, made.run_original(x=x)[0])
+    np.testing.assert_allclose(base, made.run_original(x=x)[0], atol=2e-6)  # its sum is apart
+    plain = slotted(model, "lora", strength=strength)
+    np.testing.assert_array_equal(plain.run(x=x)[0], plain.run_original(x=x)[0])
     tensors = adapter(slot)
     a, b = (tensors[f"{slot.name}.{role}"].astype(np.float64) for role in ("lora_A", "lora_B"))
     gain = random.uniform(0.5, 1.5, OUT).astype(np.float32) if slot.gain else np.float32(1)
@@ -61,6 +72,28 @@ def test_the_change_is_scaled_as_the_product_is(slotted, adapter, operator, tran
     if strength:
         half = made.run(x=x, lora_strength=np.array([0.5], np.float32), **filled)[0]
         np.testing.assert_allclose(half, (base + expected) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (OUT,), (1, OUT), (ROWS, 1), (ROWS, OUT)])
+@pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.parametrize("opset", [9, 21])
+def test_whatever_a_gemm_adds_no_gain_scales(slotted, adapter, shape, computed, opset):
+    model, weight, added = graph("Gemm", False, opset, shape, computed)
+    made = slotted(model, "lora", "gain")
+    (slot,) = made.slots
+    random = np.random.default_rng(2)
+    x = random.standard_normal((ROWS, IN)).astype(np.float32)
+    gain = random.uniform(0.5, 1.5, OUT).astype(np.float32)
+    tensors = adapter(slot)
+    if computed:
+        added = added * x.astype(np.float64).sum()
+    change = tensors[slot.input_a].astype(np.float64) @ tensors[slot.input_b]
+    expected = ALPHA * x.astype(np.float64) @ (gain * weight + change) + added
+    got = made.run(x=x, **tensors, **{slot.input_gain: gain})[0]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    scaled = ALPHA * x.astype(np.float64) @ (gain * weight + change) + gain * added
+    assert np.abs(got - scaled).max() > 0.1
+    np.testing.assert_allclose(made.run(x=x)[0], made.run_original(x=x)[0], atol=2e-6)
 
 
 def test_rows_with_adapters_of_their_own(slotted, adapter):

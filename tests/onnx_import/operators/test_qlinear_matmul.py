@@ -117,3 +117,18 @@ def test_an_output_in_floating_point_is_not_cut_off(slotted, adapter):
     wanted = rounded @ weight + x @ a @ b
     np.testing.assert_allclose(made.run(x=x, **tensors)[0], wanted, atol=1e-3)
     assert np.abs(wanted - made.run(x=x)[0]).max() > 255 * YS
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gain_that_no_slot_can_have_is_told(slotted, bias):
+    """QGemm cuts off what it adds together with the product."""
+    found, _ = constants(False)
+    inputs = ["xq", "xs", "xz", "w", "ws", "wz", "c" if bias else "", "ys", "yz"]
+    if bias:
+        found["c"] = np.ones(OUT, np.int32)
+    node = helper.make_node("QGemm", inputs, ["yq"], name="/mm/product", domain="com.microsoft")
+    made = slotted(graph(around("floats", node)[0], found), "lora", "gain")
+    (slot,) = made.slots
+    assert slot.gain is not bias
+    reason = "this operator adds a bias that no gain may scale and that cannot be taken out of it"
+    assert made.unslotted == ({"mm.lora_gain": reason} if bias else {})

@@ -1,9 +1,15 @@
 """Weights of one name that are not one module's: each is changed where it is used."""
 
+from dataclasses import replace
+
 import numpy as np
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import DOMAINS
+
+from converters.onnx.exporters.storing import sites_of
+from converters.onnx.modules.graph_names import name_sites
 
 SIZE = 4
 RANDOM = np.random.default_rng(0)
@@ -80,3 +86,35 @@ def test_only_constants_are_anonymous(slotted, stored, name):
     node = helper.make_node("MatMul", ["x", stored], ["y"])
     (slot,) = slotted(model_of([node], [X], 3, [weight])).slots
     assert slot.name == name
+
+
+def test_many_weights_of_one_name_are_each_read_once():
+    model = ir.from_proto(
+        model_of(
+            [
+                helper.make_node(
+                    "MatMul", ["x", f"onnx::{n}"], [f"y{n}"], name=f"/block/product{n}"
+                )
+                for n in range(200)
+            ]
+            + [helper.make_node("Sum", [f"y{n}" for n in range(200)], ["y"])],
+            [X],
+            SIZE,
+            [
+                numpy_helper.from_array(np.full((SIZE, SIZE), n % 150, np.float32), f"onnx::{n}")
+                for n in range(200)
+            ],
+        )
+    )
+    read = []
+
+    def counted(site):
+        return replace(site, weight=lambda: read.append(site) or site.weight())
+
+    named = name_sites([counted(site) for site in sites_of(model)])
+    assert len(read) == 200
+    # Equal weights are one module called twice.
+    paths = [entry.path for entry in named]
+    assert len(set(paths)) == 150
+    assert paths[150:] == paths[:50]
+    assert paths[:2] == ["all.product0", "all.product1"]
