@@ -315,5 +315,11 @@ class _GroupRun:
         if self.recorder is not None and members:
             trained = Trained(self.attached.leaves(), matrices)
             record = self.recorder.anew()
-            hidden = RecordedPasses(self.attached.model, record, trained=trained, tentative=True)
+            hidden = RecordedPasses(
+                self.attached.model,
+                record,
+                trained=trained,
+                tentative=True,
+                note=self.observer.note,
+            )
             self.training_loss = partial(self.loss, hidden=hidden)

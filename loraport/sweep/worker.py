@@ -25,7 +25,12 @@ from loraport.training.data.batches import Row
 from loraport.training.data.packing import make_batches
 from loraport.training.devices import choose_placement
 from loraport.training.distributed.stream import EpochBatches
-from loraport.training.kernels.cuda_graphs import asked_to_record, on_gpu, why_not_recorded
+from loraport.training.kernels.cuda_graphs import (
+    NOT_RECORDED,
+    asked_to_record,
+    on_gpu,
+    why_not_recorded,
+)
 from loraport.training.kernels.row_attention import use_row_attention
 from loraport.training.lora.targets import select_targets
 from loraport.training.options import TrainOptions
@@ -135,6 +140,7 @@ class Worker:
             if asked:
                 raise LoraportError(f"--cuda-graphs: {reason}; use --no-cuda-graphs")
             recorded = False
+            self._observer.note(f"{NOT_RECORDED} {reason}")
         self._recorder = on_gpu(self._model) if recorded else None
         if recorded:
             use_row_attention(self._model, self._placement, longest)

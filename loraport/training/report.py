@@ -96,6 +96,8 @@ def summary_table(summary: TrainingSummary) -> Table:
         table.add_row("rows: cut, left out", f"{summary.truncated_rows}, {summary.dropped_rows}")
     table.add_row("steps, tokens", f"{summary.steps:,}, {summary.tokens:,}")
     table.add_row("device, precision", f"{summary.device}, {summary.dtype}")
+    if summary.recorded_passes:
+        table.add_row("shapes of batches recorded", f"{summary.recorded_passes}")
     table.add_row("training loss, last tenth", f"{summary.training_loss:.4f}")
     if summary.base_validation_loss is not None and summary.validation_loss is not None:
         table.add_row("validation loss, base", f"{summary.base_validation_loss:.4f}")

@@ -25,6 +25,7 @@ from loraport.training.distributed.processes import Processes, processes_now
 from loraport.training.distributed.stream import Batches
 from loraport.training.kernels.compiled import compiled_layers
 from loraport.training.kernels.cuda_graphs import (
+    NOT_RECORDED,
     RecordedPasses,
     asked_to_record,
     why_not_recorded,
@@ -67,6 +68,7 @@ class TrainingSummary:
         validation_rows: Held-out rows.
         truncated_rows: Rows cut to the largest length.
         dropped_rows: Rows left out because nothing to learn was left after the cut.
+        recorded_passes: Shapes of batches whose passes were recorded (CUDA graphs).
         device: Where it was trained.
         dtype: Precision of the matrix products.
         seconds: Time taken by this process, without loading.
@@ -90,6 +92,7 @@ class TrainingSummary:
     device: str
     dtype: str
     seconds: float
+    recorded_passes: int = 0
 
 
 def train_language_model(
@@ -193,7 +196,10 @@ def _train(
         during.enter_context(liger_kernels(model, placement.device))
     longest = max(len(row.tokens) for row in rows.train)
     if graphs and options.cuda_graphs is None:
-        graphs = why_not_recorded(model, longest) is None
+        reason = why_not_recorded(model, longest)
+        graphs = reason is None
+        if reason is not None:
+            observer.note(f"{NOT_RECORDED} {reason}")
     if graphs:
         # Not elsewhere: what calls its kernel is Python, and a GPU would wait for that.
         use_row_attention(model, placement, rows.length)
@@ -204,8 +210,10 @@ def _train(
 
     loss: LossFunction = language_model_loss
     where: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    recorded = None
     if graphs:
-        recorded = RecordedPasses(model, tentative=options.cuda_graphs is None)
+        tentative = options.cuda_graphs is None
+        recorded = RecordedPasses(model, tentative=tentative, note=observer.note)
         loss, where = partial(language_model_loss, hidden=recorded), recorded.stream()
 
     def batches(part: tuple[Row, ...], seed: int | None) -> Batches:
@@ -260,6 +268,7 @@ def _train(
         device=str(placement.device),
         dtype=str(placement.dtype).removeprefix("torch."),
         seconds=round(time.monotonic() - started, 3),
+        recorded_passes=recorded.recorded if recorded is not None else 0,
     )
     with faults_explained(lambda: f"writing {out}", lambda: kept(work)):
         if processes.first:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from loraport.sweep.loss import grouped_language_model_loss, repeat
+from loraport.sweep.observer import SilentSweep
 from loraport.sweep.together import train_together
 from loraport.sweep.trial import Trial
 from loraport.training import LoopOptions, LoraOptions
@@ -17,8 +18,9 @@ from loraport.training.data.packing import make_batches
 class Replays:
     """Runs again what it was given, as a GPU repeats what was recorded."""
 
-    def __init__(self):
+    def __init__(self, *, ahead=True):
         self.recorded, self.replayed, self.begun = 0, 0, 0
+        self.ahead = ahead
 
     def __call__(self, run):
         self.recorded += 1
@@ -41,7 +43,7 @@ class Replays:
 
     def runs_ahead(self, run):
         run()
-        return True
+        return self.ahead
 
     def has_room(self):
         return True
@@ -53,7 +55,17 @@ def rows(count):
     return [Row(tuple(each.tolist()), tuple(each.tolist())) for each in drawn]
 
 
-def trained(model, trials, recorder, dtype):
+class Notes(SilentSweep):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def note(self, text):
+        self.told.append(text)
+
+
+def trained(model, trials, recorder, dtype, observer=None):
     batches = make_batches(
         model, rows(16), 4, 0, 0, packing="auto", max_length=64, few_lengths=True
     )
@@ -69,6 +81,7 @@ def trained(model, trials, recorder, dtype):
         loop,
         validation=held_out,
         recorder=recorder,
+        observer=observer,
     )
 
 
@@ -105,6 +118,20 @@ def test_one_alone_is_recorded_too(make_llama):
     assert trained(make_llama(), trials, replays, "bfloat16")["r4"].losses == expected
     assert replays.replayed > replays.recorded > 0
     assert expected[-1][1] < expected[0][1]
+
+
+def test_what_is_not_recorded_is_told(make_llama):
+    trials = [Trial(f"r{rank}", LoraOptions(rank=rank), 0.01) for rank in (2, 4)]
+    notes, replays = Notes(), Replays(ahead=False)
+    got = trained(make_llama(), trials, replays, "float32", notes)
+    (told,) = notes.told
+    expected = "passes are not recorded (CUDA graphs): a pass of LlamaForCausalLM waits for the GPU"
+    assert told == expected
+    assert replays.recorded == 0
+    assert got["r4"].losses == trained(make_llama(), trials, None, "float32")["r4"].losses
+    notes = Notes()
+    trained(make_llama(), trials, Replays(), "float32", notes)
+    assert notes.told == []
 
 
 def test_where_rows_begin_is_repeated():

@@ -4,11 +4,13 @@ A recorder that runs again what it was given stands for a GPU's; the GPU's own i
 """
 
 import contextlib
+import io
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 
 from loraport.errors import LoraportError
 from loraport.training import (
@@ -31,6 +33,7 @@ from loraport.training.kernels.cuda_graphs import (
     why_not_recorded,
 )
 from loraport.training.losses.language_model import language_model_loss
+from loraport.training.report import ProgressReport, summary_table
 
 
 class Replays:
@@ -240,17 +243,17 @@ def test_models_and_devices_that_cannot_be_recorded_are_refused(llama, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("replays", "tried", "records"),
+    ("replays", "tried", "told"),
     [
-        (Replays(), 1, True),
-        (Replays(ahead=False), 1, False),
-        (Replays(room=False), 1, False),
+        (Replays(), 1, None),
+        (Replays(ahead=False), 1, "not recorded (CUDA graphs): a pass of LlamaForCausalLM waits"),
+        (Replays(room=False), 1, "passes of 0 shapes of batches are recorded (CUDA graphs), the"),
     ],
 )
-def test_where_nothing_is_asked_what_may_fail_is_not_recorded(
-    llama, fresh, replays, tried, records
-):
+def test_where_nothing_is_asked_what_may_fail_is_not_recorded(llama, fresh, replays, tried, told):
     """One pass more is tried, which changes neither what is dropped out nor gradients."""
+    notes = []
+    records = told is None
     # What stands for a recorder here draws numbers while it records.
     lora = LoraOptions(rank=4, dropout=0.0 if records else 0.3)
     loop = LoopOptions(steps=10, learning_rate=0.02, device="cpu")
@@ -259,7 +262,7 @@ def test_where_nothing_is_asked_what_may_fail_is_not_recorded(
     def losses(model, record):
         torch.manual_seed(0)
         attach(model, lora)
-        hidden = record and RecordedPasses(model, record, tentative=True)
+        hidden = record and RecordedPasses(model, record, tentative=True, note=notes.append)
         loss = partial(language_model_loss, hidden=hidden)
         with hidden.stream() if hidden else contextlib.nullcontext():
             return train(model, make_batches(model, rows(16), 4, 0, 0, **layout), loss, loop).losses
@@ -267,6 +270,8 @@ def test_where_nothing_is_asked_what_may_fail_is_not_recorded(
     assert losses(llama, replays) == losses(fresh, None)
     assert replays.tried == tried
     assert bool(replays.recorded) is records
+    assert len(notes) == (0 if records else 1)
+    assert records or told in notes[0]
 
 
 @pytest.mark.parametrize("able", [True, False])
@@ -281,7 +286,14 @@ def test_the_command_records_by_itself_where_it_can(
     options = TrainOptions(
         lora=LoraOptions(rank=4), loop=LoopOptions(steps=12, learning_rate=0.02, device="cpu")
     )
-    found = train_language_model(str(base_directory), chat_data, tmp_path / "out", options)
+    written = io.StringIO()
+    report = ProgressReport(Console(file=written))
+    out = tmp_path / "out"
+    found = train_language_model(str(base_directory), chat_data, out, options, observer=report)
+    assert ("passes are not recorded (CUDA graphs): it mixes rows" in written.getvalue()) != able
+    assert found.recorded_passes == (replays.recorded / 2 if able else 0)  # forward and backward
+    Console(file=written).print(summary_table(found))
+    assert ("shapes of batches recorded" in written.getvalue()) == able
     assert (replays.tried, bool(replays.replayed)) == ((1, True) if able else (0, False))
     assert found.validation_loss < found.base_validation_loss - 0.1
 

@@ -74,6 +74,7 @@ class Trained(NamedTuple):
     matrices: Sequence[Matrices]
 
 
+NOT_RECORDED = "passes are not recorded (CUDA graphs):"
 _MOST = 64  # recordings: each keeps its output, and what CUDA needs to know of it
 
 
@@ -134,6 +135,7 @@ class RecordedPasses:
         trained: What gets gradients; the model's parameters and LoRA layers where ``None``.
         tentative: Record only where that can be told to work beforehand and memory is left;
             what is not recorded runs as ever.
+        note: Told once why passes are not recorded, or no more of them.
 
     Raises:
         LoraportError: If the model's output head cannot be told apart.
@@ -146,6 +148,7 @@ class RecordedPasses:
         *,
         trained: Trained | None = None,
         tentative: bool = False,
+        note: Callable[[str], None] = lambda text: None,  # noqa: ARG005
     ) -> None:
         head = output_head(model)
         if head is None or logit_transform(model, head) is None:
@@ -156,6 +159,7 @@ class RecordedPasses:
         self._model, self._trained = model, trained or trained_in(model)
         self._record = record or on_gpu(model)
         self._untried, self._tentative, self._off = tentative, tentative, False
+        self._note, self._full = note, False
         self._passes: dict[Hashable, _Pass | None] = {}
         self._gradients: dict[torch.Tensor, torch.Tensor] = {}
 
@@ -210,7 +214,20 @@ class RecordedPasses:
 
             self._off = not self._record.runs_ahead(run)
             rng.restore(before)
-        return not self._off and self._record.has_room()
+            if self._off:
+                self._note(
+                    f"{NOT_RECORDED} a pass of {type(self._model).__name__} waits for the GPU"
+                )
+        if self._off:
+            return False
+        room = self._record.has_room()
+        if not room and not self._full:
+            self._full = True
+            self._note(
+                f"passes of {self.recorded} shapes of batches are recorded (CUDA graphs), the GPU "
+                "has no memory left for one more"
+            )
+        return room
 
 
 def trained_in(model: nn.Module) -> Trained:
