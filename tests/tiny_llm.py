@@ -33,6 +33,13 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
+# Phi-3 has no head size of its own, and its rotation covers the whole head.
+PHI3 = {key: value for key, value in SIZES.items() if key != "head_dim"} | {
+    "hidden_size": 64,
+    "original_max_position_embeddings": SIZES["max_position_embeddings"],
+}
+# The builder rounds Gemma's embedding scale, sqrt(hidden size), to two decimals: 8 is exact.
+GEMMA = SIZES | {"hidden_size": 64}
 # Every kind of linear module: packed q/k/v as a whole.
 ALL_LINEAR = Case(lambda: None, {"target_modules": "all-linear", "r": 4, "lora_alpha": 6})
 # A part of packed q/k/v, ranks that differ, another scaling.

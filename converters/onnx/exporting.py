@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from converters.onnx.exporters.attention_windows import set_attention_windows
 from converters.onnx.exporters.genai_builder import PRECISIONS, build_with_genai
 from converters.onnx.exporters.quantizing import PRECISIONS as QUANTIZED
 from converters.onnx.exporters.storing import store_as
@@ -41,6 +42,7 @@ from loraport.errors import LoraportError
 from loraport.fingerprint import fingerprint
 from loraport.output import new_directory
 from loraport.parity.tolerances import golden_tolerance, golden_tolerances
+from loraport.runtime.generation import GENAI_CONFIG
 
 GOLDEN_TEXT = "The port keeps its light on."
 _ENCODER_TEXTS = ("The port keeps its light on.", "Ships swap their cargo here.")
@@ -209,7 +211,10 @@ def _slot_and_describe(
     def exclude(path: str) -> str | None:
         return _LEFT_OUT_HEAD if path == head and not options.lm_head else None
 
-    slotted = insert_slots(ir.load(bundle / MODEL_FILE), modules, options.slots, exclude=exclude)
+    graph = ir.load(bundle / MODEL_FILE)
+    if (bundle / GENAI_CONFIG).is_file():
+        set_attention_windows(graph, model.config)
+    slotted = insert_slots(graph, modules, options.slots, exclude=exclude)
     holders = BaseHolders.of_module(slotted.model.graph, model)
     slotted = with_replacements(slotted, options.slots, holders)
     record_provenance(slotted.model, base_name)

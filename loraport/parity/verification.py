@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from loraport.adapter import Adapter
+from loraport.attention_windows import attention_windows
 from loraport.base_model import load_tokenizer
 from loraport.bundle.golden import base_inputs
 from loraport.bundle.manifest import MODEL_FILE
@@ -23,6 +25,9 @@ from loraport.parity.tolerances import Tolerance, tolerance_for
 from loraport.runtime import Runtime
 from loraport.runtime.full_precision import with_float32_activations
 from loraport.runtime.generation import GENAI_CONFIG, first_step_inputs, read_decoder
+
+_BEYOND = 16  # tokens, of a text that is longer than a window
+_MOST_PRODUCTS = 10**12  # of one such run; some minutes on two cores
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def verify_bundle(
     deployed = Runtime(bundle, provider=provider, check=False) if rounds else None
     for name in adapters:
         runtime.manifest.require_adapter(name)
-    samples = samples or default_samples(runtime)
+    samples = samples or [*default_samples(runtime), *_beyond_the_window(runtime, model, progress)]
     tolerance = tolerance_for(runtime.manifest.precision, provider)
     protocol = Protocol(
         runtime,
@@ -123,14 +128,34 @@ def default_samples(runtime: Runtime) -> list[Sample]:
     return [Sample(inputs, inputs) for inputs in found]
 
 
-def _decoder_samples(runtime: Runtime) -> list[Sample]:
-    decoder = read_decoder(runtime.directory)
+def _beyond_the_window(
+    runtime: Runtime, model: nn.Module, progress: Callable[[str], None]
+) -> list[Sample]:
+    """Return a text that is longer than what layers look back, where some look back so far only."""
+    config = getattr(model, "config", None)
+    if config is None or not (runtime.directory / GENAI_CONFIG).is_file():
+        return []
+    window = max(attention_windows(config))
+    if window <= 0:
+        return []
+    size = sum(parameter.numel() for parameter in model.parameters())
+    length = window + _BEYOND
+    if length * size > _MOST_PRODUCTS or length >= read_decoder(runtime.directory).context_length:
+        progress(f"not compared beyond the window of {window} tokens, which takes too long")
+        return []
     tokenizer = load_tokenizer(str(runtime.directory))
-    samples = []
-    for text in PROMPTS:
-        token_ids = [int(token) for token in tokenizer(text)["input_ids"]]
-        inputs = first_step_inputs(runtime, decoder, token_ids)
-        ids = np.array([token_ids], np.int64)
-        arguments = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-        samples.append(Sample(inputs, arguments, token_ids))
-    return samples
+    read = [int(token) for text in PROMPTS for token in tokenizer(text)["input_ids"]]
+    return [_decoder_sample(runtime, list(islice(cycle(read), length)))]
+
+
+def _decoder_samples(runtime: Runtime) -> list[Sample]:
+    tokenizer = load_tokenizer(str(runtime.directory))
+    read = [[int(token) for token in tokenizer(text)["input_ids"]] for text in PROMPTS]
+    return [_decoder_sample(runtime, token_ids) for token_ids in read]
+
+
+def _decoder_sample(runtime: Runtime, token_ids: list[int]) -> Sample:
+    inputs = first_step_inputs(runtime, read_decoder(runtime.directory), token_ids)
+    ids = np.array([token_ids], np.int64)
+    arguments = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    return Sample(inputs, arguments, token_ids)

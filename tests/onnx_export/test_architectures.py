@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from peft_cases import Case
-from tiny_llm import SIZES, save_adapter, save_base
+from tiny_llm import GEMMA, PHI3, SIZES, save_adapter, save_base
 
 from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters, export_base
@@ -12,13 +12,6 @@ from loraport.base_model import load_model
 from loraport.bundle.manifest import read_manifest
 from loraport.parity import verify_bundle
 
-# Phi-3 has no head size of its own, and its rotation covers the whole head.
-PHI3 = {key: value for key, value in SIZES.items() if key != "head_dim"} | {
-    "hidden_size": 64,
-    "original_max_position_embeddings": SIZES["max_position_embeddings"],
-}
-# The builder rounds Gemma's embedding scale, sqrt(hidden size), to two decimals: 8 is exact.
-GEMMA = SIZES | {"hidden_size": 64}
 ARCHITECTURES = {
     "Qwen2": SIZES,
     "Qwen3": SIZES,

@@ -42,6 +42,8 @@ def build_with_genai(base: Path, out: Path, *, precision: str, provider: str) ->
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
     command += ["--input", str(base), "--output", str(out), "--precision", precision]
     command += ["--execution_provider", provider, "--cache_dir", str(cache)]
+    # A cache that keeps a window alone cannot be empty at first, nor be read by other programs.
+    command += ["--extra_options", "windowed_kv_cache=false"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if cache.is_dir():
         cache.rmdir()

@@ -131,7 +131,7 @@ def insert_slots(
     inputs: dict[str, dict[str, ir.Value]] = {}
     unslotted: dict[str, str] = {}
     reasons: list[str] = []
-    chosen: list[tuple[ir.Node, Match]] = []
+    chosen: list[tuple[ir.Node, Slot]] = []
     for node in list(model.graph.all_nodes()):
         site = find_site(node)
         if site is None or not options.serves(site.kind):
@@ -144,26 +144,23 @@ def insert_slots(
         if any(excluded.values()):
             unslotted.update({path: reason for path, reason in excluded.items() if reason})
             continue
-        chosen.append((node, matched))
-    if not options.per_row:
-        flatten_rows(model.graph, [node for node, _ in chosen])
-    for node, matched in chosen:
-        site = find_site(node)
-        assert site is not None
-        # What is called twice takes an adapter in both places or in none, and so a gain.
         slot = _slot(site, matched, options)
+        chosen.append((node, slot))
+        # What is called twice takes an adapter in both places or in none, and so a gain.
         if (reason := controls.why_not(slot, site)) is not None:
             unslotted.update({module.path: reason for module in matched})
         elif "gain" in options.variants and site.bias_is_fixed:
             unslotted.update({slot_gain(module.path): _FIXED_BIAS for module in matched})
-    for node, matched in chosen:
+    if not options.per_row:
+        flatten_rows(model.graph, [node for node, _ in chosen])
+    for node, slot in chosen:
+        paths = [member.module_path for member in slot.members]
+        if any(path in unslotted for path in paths):
+            continue
+        if any(slot_gain(path) in unslotted for path in paths):
+            slot = replace(slot, gain=False)
         site = find_site(node)  # anew: its values may be rows now
         assert site is not None
-        slot = _slot(site, matched, options)
-        if any(module.path in unslotted for module in matched):
-            continue
-        if any(slot_gain(module.path) in unslotted for module in matched):
-            slot = replace(slot, gain=False)
         if slot.name not in table:
             inputs[slot.name] = _add_inputs(model.graph, slot, site, lanes=options.per_row)
             table[slot.name] = slot
