@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -10,6 +11,38 @@ from tiny_llm import ALL_LINEAR, SOME_RANKS, save_adapter, save_base
 
 # Models this small only lose time to threads that wait for one another.
 torch.set_num_threads(1)
+
+
+# Some minutes each; what comes last has one worker to itself while the others wait.
+_SLOWEST = (
+    "real/test_smollm2.py",
+    "test_gpu_script.py",
+    "samples/test_real.py",
+    "onnx_export/test_base_parameters.py",
+    "sweep/test_spread.py",
+    "onnx_import/test_quantized_import.py",
+    "onnx_export/test_precisions.py",
+    "sweep/test_halving.py",
+    "sweep/test_sweep.py",
+)
+
+
+def pytest_configure(config):
+    """Keep xdist from ordering files by their number of tests: the slowest have few."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the slowest files."""
+    places = {name: place for place, name in enumerate(_SLOWEST)}
+    tests = Path(__file__).parent
+
+    def place(item):
+        name = item.path.relative_to(tests).as_posix() if tests in item.path.parents else ""
+        return places.get(name, len(places))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -101,7 +101,6 @@ def test_bad_values(tiny_base, data, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("interruptible")
 def test_what_cannot_be_recorded_is_refused_before_an_unfinished_sweep_is_discarded(
     tiny_base, data, tmp_path
 ):
@@ -115,6 +114,7 @@ def test_what_cannot_be_recorded_is_refused_before_an_unfinished_sweep_is_discar
     assert unfinished.read_text() == "of hours"
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_stopped_or_killed_in_the_midst_of_a_pass_it_goes_on(tiny_base, data, tmp_path):
     """A signal loses no step, `kill -9` those since the last time candidates were kept."""
 
