@@ -51,6 +51,7 @@ class Controls:
     per_row: bool
     made: list[Control] = field(default_factory=list)
     _values: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
+    _batch: str | int | None = None  # what the first slot's input begins with
 
     def why_not(self, slot: Slot, site: Site) -> str | None:
         """Return why rows of a batch cannot be told apart here, or ``None`` if they can."""
@@ -58,33 +59,37 @@ class Controls:
             return None
         if slot.gain or slot.bias:
             return "a slot with a gain or bias cannot differ from row to row"
-        if not self._keeps_rows(site.x):
+        rows = self._rows_of(site.x)
+        if rows is None:
             return "its input is not known to have the batch first, so rows cannot be told apart"
+        self._batch = self._batch or rows
+        if rows != self._batch:
+            return f"its input has {rows} rows, others {self._batch}, and one adapter is for each"
         return None
 
-    def _keeps_rows(self, x: ir.Value) -> bool:
-        """Tell whether a value has the graph's batch as, or in, its first dimension."""
-        if x.shape is None or not len(x.shape):
-            return False
-        if _size(x.shape[0]) in self._batches():
-            return True
-        producer = x.producer()
-        flattened = len(x.shape) == 2 and producer is not None and producer.op_type == "Reshape"
-        if not flattened or producer is None or producer.inputs[0] is None:
-            return False
-        return self._keeps_rows(producer.inputs[0])
+    def _rows_of(self, x: ir.Value | None) -> str | int | None:
+        """Return the batch that a value has as, or in, its first dimension, if it has any."""
+        batches = self._batches()
+        while x is not None and x.shape:
+            size = _size(x.shape[0])
+            if size in batches:
+                return size
+            producer = x.producer()
+            flattened = len(x.shape) == 2 and producer is not None and producer.op_type == "Reshape"
+            x = producer.inputs[0] if flattened and producer is not None else None
+        return None
 
     def _batches(self) -> set[str | int]:
         """Return what the batch may be: names that inputs begin with, or else their numbers.
 
-        A number that is another dimension's too says nothing.
+        What is another dimension's size too says nothing, and of names those that say batch are
+        it.
         """
         shapes = [value.shape for value in self.graph.inputs if value.shape]
-        first = {_size(shape[0]) for shape in shapes}
-        if named := {size for size in first if isinstance(size, str)}:
-            return set(named)
         others = {_size(dim) for shape in shapes for dim in shape[1:]}
-        return {size for size in first - others if size is not None}
+        first = {size for shape in shapes if (size := _size(shape[0])) is not None} - others
+        named: set[str | int] = {size for size in first if isinstance(size, str)}
+        return {name for name in named if "batch" in str(name).lower()} or named or first
 
     def own_change(
         self, chain: NodeChain, slot: Slot, site: Site, inputs: Mapping[str, ir.Value]
@@ -187,7 +192,7 @@ class Controls:
         strengths = self.factor(ir.DataType.FLOAT)
         count = self._shared("strength_count", "Shape", [strengths], ir.DataType.INT64)
         lanes = self._lanes(members)
-        return self._shared(f"strength_of.{members}", "Mod", [lanes, count], ir.DataType.INT64)
+        return self._remainder(f"strength_of.{members}", lanes, count)
 
     def _lane_of_rows(self) -> ir.Value:
         """Return each row's lane, 0 for those without."""
@@ -210,12 +215,16 @@ class Controls:
         """Return each row's strength ``[batch, 1, 1]``."""
         strengths = self.factor(dtype)
         count = self._shared("strength_count", "Shape", [strengths], ir.DataType.INT64)
-        place = self._shared(
-            "strength_of_rows", "Mod", [self._lane_of_rows(), count], ir.DataType.INT64
-        )
+        place = self._remainder("strength_of_rows", self._lane_of_rows(), count)
         name = f"strengths_of_rows.{dtype.name}"
         chosen = self._shared(name, "Gather", [strengths, place], dtype)
         return self._standing(chosen, f"{name}/standing", 2, dtype)
+
+    def _remainder(self, name: str, number: ir.Value, divisor: ir.Value) -> ir.Value:
+        """Return what ``Mod`` does, which opsets before 10 do not have."""
+        times = self._shared(f"{name}/times", "Div", [number, divisor], ir.DataType.INT64)
+        whole = self._shared(f"{name}/whole", "Mul", [times, divisor], ir.DataType.INT64)
+        return self._shared(name, "Sub", [number, whole], ir.DataType.INT64)
 
     def _sizes(
         self, kind: str, rest: list[int], a: ir.Value | None = None, features: int = 0

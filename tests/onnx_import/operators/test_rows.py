@@ -78,3 +78,53 @@ def test_a_module_whose_second_call_cannot_tell_rows_has_no_slot(slotted):
     made = slotted(graph(nodes, {"x": ["n", 3, IN]}, constants, 3), "lora", per_row=True)
     assert [slot.name for slot in made.slots] == ["other"]
     assert made.unslotted["fc"].startswith(UNKNOWN)
+
+
+def test_rows_of_another_input_are_no_rows_of_the_batch(slotted):
+    """Nodes and edges of a graph: ``adapter_ids`` has one length."""
+    nodes = [product("x", "y"), product("e", "z", "edge")]
+    constants = {"fc.weight": WEIGHT, "edge.weight": WEIGHT + 1}
+    for inputs, first in (
+        ({"x": ["nodes", IN], "e": ["edges", IN]}, "fc"),
+        ({"e": ["edges", IN], "x": ["batch_of_nodes", IN]}, "fc"),
+        ({"e": ["batch_of_edges", IN], "x": ["nodes", IN]}, "edge"),
+    ):
+        model = graph(nodes, inputs, constants, 2)
+        model.graph.output.append(
+            helper.make_tensor_value_info("z", TensorProto.FLOAT, [None, OUT])
+        )
+        made = slotted(model, "lora", per_row=True)
+        assert [slot.name for slot in made.slots] == [first]
+        (reason,) = made.unslotted.values()
+        assert "rows" in reason
+    both = graph(nodes, {"x": ["n", IN], "e": ["n", IN]}, constants, 2)
+    both.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [None, OUT]))
+    assert len(slotted(both, "lora", per_row=True).slots) == 2
+
+
+def test_a_name_of_two_dimensions_is_no_batch(slotted):
+    model = graph([product("x", "y")], {"x": ["n", "n", IN]}, {"fc.weight": WEIGHT}, 3)
+    with pytest.raises(LoraportError, match=UNKNOWN):
+        slotted(model, "lora", per_row=True)
+
+
+@pytest.mark.parametrize("opset", [9, 21])
+def test_strengths_of_rows_in_old_opsets(slotted, adapter, opset):
+    model = graph([product("x", "y")], {"x": ["batch", IN]}, {"fc.weight": WEIGHT}, 2)
+    model.opset_import[0].version = opset
+    made = slotted(model, "lora", per_row=True, strength=True)
+    (slot,) = made.slots
+    x = RANDOM.standard_normal((4, IN)).astype(np.float32)
+    lanes = [adapter(slot, seed=seed) for seed in (5, 6)]
+    stacked = {name: np.concatenate([lane[name] for lane in lanes]) for name in lanes[0]}
+    ids = np.array([1, -1, 0, 1])
+    for strengths in ([0.5], [0.25, 2.0]):
+        given = {"lora_strength": np.array(strengths, np.float32), "adapter_ids": ids}
+        got = made.run(x=x, **given, **stacked)[0]
+        for row, lane in enumerate(ids):
+            whole = WEIGHT.astype(np.float64)
+            if lane >= 0:
+                change = lanes[lane][slot.input_a].astype(np.float64) @ lanes[lane][slot.input_b]
+                whole = whole + strengths[lane % len(strengths)] * change
+            np.testing.assert_allclose(got[row], x[row] @ whole, rtol=1e-5, atol=1e-5)
+        assert np.abs(got - made.run(x=x)[0]).max() > 0.1

@@ -92,9 +92,7 @@ def test_many_weights_of_one_name_are_each_read_once():
     model = ir.from_proto(
         model_of(
             [
-                helper.make_node(
-                    "MatMul", ["x", f"onnx::{n}"], [f"y{n}"], name=f"/block/product{n}"
-                )
+                helper.make_node("MatMul", ["x", f"onnx::{n}"], [f"y{n}"], name=f"/all/product{n}")
                 for n in range(200)
             ]
             + [helper.make_node("Sum", [f"y{n}" for n in range(200)], ["y"])],
