@@ -100,7 +100,7 @@ def changes_of(
             terms.setdefault(path, []).append(Term(update, strength))
     alone = len(parts) == 1 and parts[0][1] == 1.0
     if len(parts) > 1:
-        _rows_beside_gains(terms, replaced, model, original)
+        _rows_beside_gains(terms, replaced, model)
     _refuse_products(terms, replaced, alone=alone, to=problems)
     problems.raise_if_any("the adapter does not fit the base")
     return Changes(
@@ -241,7 +241,6 @@ def _rows_beside_gains(
     terms: Mapping[str, list[Term]],
     replaced: dict[str, list[NewValue]],
     model: nn.Module,
-    original: Original,
 ) -> None:
     """Let one adapter's trained tokens act beside another's gain, which is not theirs."""
     for path, found in terms.items():
@@ -252,7 +251,8 @@ def _rows_beside_gains(
             continue
         lookup = isinstance(model.get_submodule(path), nn.Embedding)
         for value in replaced.pop(name, []):
-            update = rows_update(value.replacement, original(name).detach().cpu(), lookup)
+            weight = model.get_parameter(name).detach().cpu()
+            update = rows_update(value.replacement, weight, lookup)
             found.append(Term(update, value.strength))
 
 

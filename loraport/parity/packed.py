@@ -18,7 +18,11 @@ Product = tuple[torch.Tensor, torch.Tensor]  # [out, k] and [k, in], float64
 
 
 def differences(
-    tensors: Mapping[str, torch.Tensor], table: SlotTable, changes: Changes, original: Original
+    tensors: Mapping[str, torch.Tensor],
+    table: SlotTable,
+    changes: Changes,
+    original: Original,
+    computed: Original | None = None,
 ) -> list[str]:
     """Return what of one adapter is not, or not rightly, in its packed tensors.
 
@@ -27,7 +31,10 @@ def differences(
         table: The slot table.
         changes: What the adapter alone does at strength 1.
         original: Gives the base's parameters by path.
+        computed: Gives those that the graph computes with, where they are rounded: trained rows
+            replace them.
     """
+    computed = computed or original
     wrong = []
     places = table.modules()
     rows = {
@@ -48,7 +55,7 @@ def differences(
             continue
         expected = [_of_term(term) for term in changes.terms.get(path, ())]
         if path in rows:
-            expected.append(_of_rows(rows[path], slot, original(weight_name(path))))
+            expected.append(_of_rows(rows[path], slot, computed(weight_name(path))))
         terms = changes.terms.get(path, ())
         wrong += _module(path, slot, member, tensors, expected, terms, biases.get(path))
     wrong += [

@@ -173,7 +173,8 @@ class Protocol:
         file = self._runtime.directory / manifest.require_adapter(name).tensors
         packed = read_packed(file, manifest.slots)
         tensors = {key: torch_of(array) for key, array in packed.items()}
-        wrong = differences(tensors, manifest.slots, changes, self._original)
+        computed = self._model.get_parameter
+        wrong = differences(tensors, manifest.slots, changes, self._original, computed)
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         count = f"{len(changes.terms)} modules"
         if changes.replaced:

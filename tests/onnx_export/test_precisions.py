@@ -14,12 +14,15 @@ from tiny_llm import tokenizer
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.modules.graph_weights import load_graph_weights
+from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Adapter, Replacement
 from loraport.base_model import load_model
 from loraport.bundle.golden import base_inputs, golden_reason
 from loraport.bundle.manifest import read_manifest
 from loraport.bundle.replay import replay_golden
+from loraport.cli.verify import _reference_model
 from loraport.errors import LoraportError
+from loraport.parity import verify_bundle
 from loraport.parity.changes import changes_of
 from loraport.runtime import Runtime
 from loraport.runtime.resident import read_packed
@@ -97,6 +100,50 @@ class TestDecoder:
         if precision == "int8":
             model.model.embed_tokens.weight = model.lm_head.weight  # the control: one for both
             assert np.abs(got["logits"] - torch_logits(model, arguments)).max() > 2e-3
+
+    @pytest.mark.parametrize("precision", ["int4", "int8"])
+    def test_trained_rows_are_what_was_trained_where_the_base_is_rounded(
+        self, tiny_base, tmp_path, precision
+    ):
+        """In the embedding and in the head that shares its weight, each rounded or not."""
+        model = load_model(str(tiny_base))
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        base, out = tmp_path / "base", tmp_path / "bundle"
+        model.save_pretrained(base)
+        tokenizer().save_pretrained(base)
+        slots = SlotOptions(("lora", "gain", "embedding"))
+        export_base(str(base), out, ExportOptions(precision=precision, slots=slots, lm_head=True))
+        numbers = torch.Generator().manual_seed(0)
+        tokens = (5, 9, 40)
+        rows = torch.randn(3, model.lm_head.in_features, generator=numbers)
+        trained = Adapter({}, {"model.embed_tokens.weight": Replacement(rows, rows=tokens)})
+        add_adapters(out, {"tokens": trained})
+        inputs = base_inputs(out, read_manifest(out))
+        inputs["input_ids"] = inputs["input_ids"].copy()
+        inputs["input_ids"][0, 1:4] = tokens
+        arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        runtime = Runtime(out, threads=1, float32_activations=True)
+        model = load_model(str(base))
+        load_graph_weights(out / "model.onnx", model)
+        idle = torch_logits(model, arguments)
+        for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
+            weight.data[list(tokens)] = rows
+        expected = torch_logits(model, arguments)
+        got = runtime.run(inputs, "tokens", ["logits"])["logits"]
+        np.testing.assert_allclose(got, expected, atol=3e-4)
+        assert np.abs(expected - idle)[..., list(tokens)].max() > 1
+        # DoRA on the head depends on what was trained, the rows on what the graph has.
+        case = Case(
+            lambda: load_model(str(base)), {"target_modules": ["lm_head"], "use_dora": True}
+        )
+        head = read_adapter(make_case(case, tmp_path / "head").path)
+        add_adapters(out, {"head": head}, base=str(base))
+        adapters = {"tokens": trained, "head": head}
+        manifest = read_manifest(out)
+        model, original = _reference_model(str(base), out, manifest, adapters)
+        report = verify_bundle(out, model, adapters, original=original)
+        assert report.passed, [check for check in report.checks if not check.passed]
 
     def test_int8_as_it_is_deployed(self, int8, tiny_base, adapter_a):
         model = load_model(str(tiny_base))

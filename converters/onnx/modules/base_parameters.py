@@ -71,6 +71,17 @@ class BaseParameters:
             return weight.T if turned else weight
         return weight
 
+    def rounded(self, path: str) -> torch.Tensor | None:
+        """Return a module's weight as the graph computes with it, if that is a rounding.
+
+        Of a linear module ``[out, in]``, of an embedding ``[vocab, dim]``. What replaces rows of
+        it is told from this one, so that they are what was trained.
+        """
+        if path not in self._sites or not self._sites[path][0].quantized:
+            return None
+        columns = _columns(*self._sites[path])
+        return columns if self._sites[path][0].kind is ModuleKind.EMBEDDING else columns.T
+
     def bias(self, path: str) -> torch.Tensor:
         """Return a module's bias.
 

@@ -28,6 +28,10 @@ class Base(Protocol):
         """Return a module's weight as it is stored."""
         ...
 
+    def rounded(self, path: str) -> torch.Tensor | None:
+        """Return a module's weight as the graph has it, if that is rounded."""
+        ...
+
     def bias(self, path: str) -> torch.Tensor:
         """Return a module's bias."""
         ...
@@ -186,7 +190,9 @@ class _Fitter:
         if placed is None:
             return
         try:
-            base = self._base.weight(path) if self._base is not None else None
+            base = self._rounded(path)
+            if base is None and self._base is not None:
+                base = self._base.weight(path)
         except LoraportError as error:
             self._problems.add(path, "the base's rows of the trained tokens", str(error))
             return
@@ -206,7 +212,13 @@ class _Fitter:
                 self._problems.add(module, expected, "none", f"{reason}; or {MERGE}")
                 continue
             slot, _ = self._places[module]
-            self._combine(module, token_update(replacement, base, slot.kind))
+            # A head may be rounded where the embedding is not that it shares its weight with.
+            rounded = self._rounded(module)
+            weight = base if rounded is None else rounded
+            self._combine(module, token_update(replacement, weight, slot.kind))
+
+    def _rounded(self, path: str) -> torch.Tensor | None:
+        return self._base.rounded(path) if self._base is not None else None
 
     def _combine(self, path: str, update: LowRankUpdate) -> None:
         known = self.fitted.updates.get(path)
