@@ -140,7 +140,7 @@ def import_model(
             progress(
                 f"computed by the exporter, maybe with a normalization folded in: "
                 f"{', '.join(names[:_NAMED])}{more}; an adapter that was trained before that does "
-                "not fit there, and --base tells"
+                "not fit there, and --base tells, here or where it is added"
             )
         record_provenance(model, file.name, file_sha256(file))
         weights = sum(tensor.nbytes for tensor in external_tensors(model))
@@ -289,6 +289,7 @@ def _describe(
         tolerance=golden_tolerance(precision),
         tolerances=golden_tolerances(precision),
         made_by=MADE_BY,
+        computed=() if base is not None else tuple(folded(imported.named)),
     )
     files = sorted(f.relative_to(bundle).as_posix() for f in bundle.rglob("*") if f.is_file())
     write_manifest(manifest.with_files(bundle, files), bundle)

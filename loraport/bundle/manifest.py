@@ -64,6 +64,8 @@ class Manifest:
         slots: The slot table.
         unslotted: Module or parameter path → why it has no slot; name of the input for a gain
             that was asked for → why a slot has none.
+        computed: Modules whose weights the exporter computed, maybe with a normalization folded in;
+            adapters of the module as it was do not fit there.
         adapters: By name.
         golden: By case name.
         tolerance: Largest allowed absolute difference of an output from its golden value.
@@ -83,6 +85,7 @@ class Manifest:
     tolerances: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     made_by: str = ""
+    computed: tuple[str, ...] = ()
 
     def with_files(self, directory: Path, paths: list[str]) -> Manifest:
         """Return the manifest with these files' hashes taken anew."""
@@ -128,6 +131,7 @@ class Manifest:
             "model_required": REQUIRED_MODEL_FILE,
             **self.slots.to_json(),
             "unslotted": dict(self.unslotted),
+            "computed": list(self.computed),
             "adapters": {name: vars(adapter) for name, adapter in self.adapters.items()},
             "golden": {name: vars(case) for name, case in self.golden.items()},
             "tolerance": self.tolerance,
@@ -178,6 +182,7 @@ class Manifest:
             },
             files=_texts(document["files"]),
             made_by=str(document["made_by"]),
+            computed=tuple(map(str, document.get("computed", ()))),
         )
 
     def _refuse_outside_paths(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from command_line import command
 from peft_cases import load_with_peft
+from safetensors.torch import save_file
 
 from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters
@@ -252,6 +253,11 @@ class Convolved(torch.nn.Module):
     def forward(self, x):
         return self.last(self.body(x))
 
+    def save(self, directory):
+        directory.mkdir()
+        save_file(self.state_dict(), directory / "model.safetensors")
+        (directory / "config.json").write_text("{}")
+
 
 @pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
 @pytest.mark.parametrize(("dynamo", "fold"), [(False, True), (False, False), (True, True)])
@@ -268,6 +274,22 @@ def test_kernels_that_a_normalization_was_folded_into_are_told(dynamo, fold, tmp
     told = [text for text in said if "computed by the exporter" in text]
     assert len(told) == fold
     assert all("folded in: body.0;" in text for text in told)
+    # An adapter of the convolution as it was changes other numbers where it is folded.
+    random = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 3, 3, 3, generator=random), torch.randn(4, 2, 1, 1, generator=random)
+    adapter = Adapter({"body.0": LoraModule(ModuleKind.CONV, a, b, alpha=2)})
+    model.save(tmp_path / "base")
+    if fold:
+        with pytest.raises(LoraportError, match=r"body\.0: expected the module's own weight in"):
+            add_adapters(tmp_path / "out", {"a": adapter})
+        with pytest.raises(LoraportError, match=r"body\.0: expected the weight that the bundle"):
+            add_adapters(tmp_path / "out", {"a": adapter}, base=str(tmp_path / "base"))
+        assert not read_manifest(tmp_path / "out").adapters
+        add_adapters(tmp_path / "out", {"a": adapter}, ignore_fingerprint=True)
+    else:
+        add_adapters(tmp_path / "out", {"a": adapter})
+    plain = LoraModule(ModuleKind.CONV, torch.randn(2, 4, 1, 1), torch.randn(5, 2, 1, 1), alpha=2)
+    add_adapters(tmp_path / "out", {"last": Adapter({"last": plain})})
 
 
 class Shared(torch.nn.Module):

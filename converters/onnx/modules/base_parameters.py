@@ -71,6 +71,21 @@ class BaseParameters:
             return weight.T if turned else weight
         return weight
 
+    def require_own(self, path: str) -> None:
+        """Refuse a module whose weight in the graph is not the checkpoint's.
+
+        Raises:
+            LoraportError: If it is another, or no checkpoint is known.
+        """
+        source = self._base or base_source(self._bundle)
+        if source is None:
+            raise LoraportError(
+                f"{path}: expected the module's own weight in the graph, got one that the exporter "
+                f"computed, maybe with a normalization folded in; {_REMEDY}, which tells, or "
+                "--ignore-fingerprint if the adapter belongs to this weight"
+            )
+        self._checked(path, self._checkpoint(path)(path), source)
+
     def rounded(self, path: str) -> torch.Tensor | None:
         """Return a module's weight as the graph computes with it, if that is a rounding.
 

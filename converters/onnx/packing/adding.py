@@ -72,6 +72,11 @@ def add_adapters(
             adapter.base_fingerprint.require_same_base(
                 manifest.fingerprint, f"adapter {name!r}", f"bundle {bundle}"
             )
+        elif not ignore_fingerprint:
+            changed = {*adapter.modules, *(p.rpartition(".")[0] for p in adapter.replacements)}
+            for path in manifest.computed:
+                if path in changed:
+                    parameters.require_own(path)
         try:
             packed[name] = pack(adapter, manifest.slots, manifest.unslotted, parameters)
         except LoraportError as error:
