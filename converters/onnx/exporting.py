@@ -123,6 +123,8 @@ def export_base(
         else:
             progress("exporting the graph with torch.onnx.export")
             model = load_model(str(directory))
+            if getattr(model.config, "use_cache", False):
+                model.config.use_cache = False  # the graph has one step; a cache is no tensor
             inputs = encoder_inputs(base, model)
             dynamic = {name: {0: "batch", 1: "sequence"} for name in inputs}
             _export_encoder(model, inputs, bundle, dynamic, options.precision, progress)
@@ -189,11 +191,31 @@ def _export_encoder(
     progress: Progress,
 ) -> None:
     if precision == _AS_IT_IS:
-        export_module(model, inputs, out, dynamic=dynamic)
+        _export_attention(model, inputs, out, dynamic)
         return
     with tempfile.TemporaryDirectory(dir=out) as exact:
-        export_module(model, inputs, Path(exact), dynamic=dynamic)
+        _export_attention(model, inputs, Path(exact), dynamic)
         store_as(Path(exact) / MODEL_FILE, out, precision, progress)
+
+
+def _export_attention(
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    out: Path,
+    dynamic: Mapping[str, Mapping[int, str]],
+) -> None:
+    """Export with torch's own attention; with transformers' plain one where that cannot be."""
+    try:
+        export_module(model, inputs, out, dynamic=dynamic)
+    except LoraportError as refused:
+        choose = getattr(model, "set_attn_implementation", None)
+        if choose is None:
+            raise
+        try:
+            choose("eager")
+            export_module(model, inputs, out, dynamic=dynamic)
+        except (LoraportError, ValueError):
+            raise refused from None
 
 
 def _forward_arguments(model: nn.Module) -> Iterable[str]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft_cases import Case, bert, load_with_peft, make_case
-from tiny_llm import tokenizer
+from tiny_llm import save_base, tokenizer
 from torch import nn
 
 from converters.formats.registry import read_adapter
@@ -67,3 +67,42 @@ def test_the_protocol_holds(encoder, made):
     report = verify_bundle(encoder, made.fresh_base(), {"a": read_adapter(made.path)})
     assert report.passed, [check for check in report.checks if not check.passed]
     assert report.samples >= 20
+
+
+def gpt2_with_head():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 320, "n_embd": 32, "n_layer": 1, "n_head": 4}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1))
+
+
+def t5_encoder():
+    from transformers import T5Config, T5EncoderModel
+
+    sizes = {"vocab_size": 320, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1}
+    return T5EncoderModel(T5Config(**sizes, num_heads=4))
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"), [(gpt2_with_head, ["c_attn", "c_fc"]), (t5_encoder, ["q", "v", "wo"])]
+)
+def test_what_torch_does_not_export_as_it_is(make, targets, tmp_path):
+    """GPT-2 returns its cache, and T5's attention in one operator cannot be taken apart."""
+    torch.manual_seed(0)
+    model = make().eval()
+    save_base(tmp_path / "base", model)
+    made = make_case(Case(make, {"target_modules": targets, "r": 4}), tmp_path / "a", base=model)
+    out = tmp_path / "bundle"
+    export_base(str(tmp_path / "base"), out)
+    add_adapters(out, {"a": read_adapter(made.path)})
+    encoded = tokenizer()(["One longer text, 東京.", "Two"], padding=True, return_tensors="np")
+    runtime = Runtime(out)
+    accepted = [entry.name for entry in runtime.session.get_inputs()]
+    arrays = {name: np.asarray(encoded[name], np.int64) for name in accepted if name in encoded}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    with torch.no_grad():
+        base, adapted = (m(**tensors)[0].numpy() for m in (made.base, made.peft_model))
+    np.testing.assert_allclose(next(iter(runtime.run(arrays).values())), base, atol=1e-4)
+    got = next(iter(runtime.run(arrays, "a").values()))
+    np.testing.assert_allclose(got, adapted, atol=1e-4)
+    assert np.abs(adapted - base).max() > 0.05

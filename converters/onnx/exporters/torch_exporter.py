@@ -80,7 +80,10 @@ def _exported(
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # what is around it says in which step that was
+            cause = cause.__cause__
+        first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise LoraportError(
             f"torch.onnx.export of {type(module).__name__} failed: {first}"
         ) from error
