@@ -84,13 +84,12 @@ def compose(
 def _check(weighted: Sequence[tuple[str, Adapter, float]], problems: Problems) -> None:
     remedy = "merge the adapters into the base instead: that is exact for every variant"
     for name, adapter, _ in weighted:
-        for parameter in adapter.replacements:
-            problems.add(
-                f"{name}: {parameter}",
-                "low-rank updates",
-                "a replaced parameter",
-                f"{remedy}; or give --base if it is only a copy of the base's",
-            )
+        for parameter, replacement in adapter.replacements.items():
+            if replacement.rows is not None:
+                got, more = "trained token rows", ""
+            else:
+                got, more = "a replaced parameter", " (--base leaves out copies of the base's own)"
+            problems.add(f"{name}: {parameter}", "low-rank updates", got, f"{remedy}{more}")
         for path, module in adapter.modules.items():
             if module.magnitude is not None:
                 problems.add(f"{name}: {path}", "a plain update", "DoRA, which has a gain", remedy)

@@ -16,7 +16,8 @@ from loraport.cli.options import log, named_paths, progress
 @click.option("--ignore-fingerprint", is_flag=True, help="Accept adapters made for another base.")
 @click.option(
     "--base",
-    help="The model the bundle was exported from, if DoRA or trained tokens need it and it moved.",
+    help="The model the bundle was exported from, for what depends on it (DoRA, trained tokens and "
+    "biases), if it moved.",
 )
 def add(
     bundle: Path,

@@ -101,7 +101,7 @@ def test_convolutions_are_laid_side_by_side(tmp_path):
         ("dora", "DoRA, which has a gain"),
         ("modules_to_save", "a replaced parameter"),
         ("experts", "fused experts"),
-        ("tokens", "a replaced parameter"),
+        ("tokens", "trained token rows"),
     ],
 )
 def test_what_does_not_add_up_is_refused_by_name(name, message, tmp_path):

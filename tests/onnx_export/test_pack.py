@@ -130,6 +130,24 @@ def test_everything_that_does_not_fit_is_named_at_once():
     assert str(refused.value).count("\n  - ") == 9
 
 
+@pytest.mark.parametrize("path", [f"wrapped.{Q}", Q.partition(".")[2]])
+def test_a_name_that_a_wrapper_changed_is_recognized(path):
+    with pytest.raises(LoraportError) as refused:
+        pack(Adapter({path: module(2, IN, 8)}), table(), {})
+    expected = f"{path}: expected a slot for this module, got none; the exported model calls it {Q}"
+    assert f"{expected}; export again with --base" in str(refused.value)
+
+
+def test_an_embedding_whose_operator_has_no_slot_is_not_to_be_asked_for_again():
+    adapter = Adapter({"embed": module(2, 30, IN, kind=ModuleKind.EMBEDDING)})
+    reason = "Gather: its rows of integers are not only dequantized, all by one scale"
+    with pytest.raises(LoraportError) as refused:
+        pack(adapter, table(), {"/embed/Gather": reason})
+    expected = f"has none by this name, and no slot beside /embed/Gather ({reason})"
+    assert expected in str(refused.value)
+    assert "--slots" not in str(refused.value)
+
+
 def test_why_a_slot_has_no_gain_is_said():
     adapter = Adapter({Q: module(2, IN, 8, magnitude=torch.ones(8))})
     with pytest.raises(LoraportError) as refused:

@@ -107,9 +107,8 @@ def test_a_module_torch_cannot_export_is_refused(tmp_path):
         def forward(self, x):
             return x + 1 if x.sum() > 0 else x
 
-    with pytest.raises(
-        LoraportError, match=r"torch\.onnx\.export of Branching failed: Could not guard"
-    ):
+    expected = r"torch\.onnx\.export of Branching failed: Could not guard"
+    with pytest.raises(LoraportError, match=expected):
         export_torch_module(Branching(), {"x": torch.ones(2, 3)}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

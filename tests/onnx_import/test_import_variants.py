@@ -27,6 +27,7 @@ ADAPTERS = {
     "conv_grouped": (ConvNet, {"target_modules": ["grouped"], "r": 4}),
     "bert_dora": (bert, {"target_modules": ["query", "dense", "classifier"], "use_dora": True}),
     "bert_bias": (bert, {"target_modules": ["value", "dense"], "lora_bias": True}),
+    "bert_biases": (bert, {"target_modules": ["value", "dense"], "bias": "lora_only"}),
     "bert_saved": (bert, {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
 }
 

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from converters.onnx.graph.constants import constant
 from converters.onnx.graph.provenance import recorded_slot
 from converters.onnx.graph.site import Site
 from converters.onnx.graph.source_graph import read_graph
@@ -101,15 +102,31 @@ class BaseParameters:
         """Return a module's bias.
 
         Raises:
-            LoraportError: If no checkpoint is known, or it has no such bias.
+            LoraportError: If neither the graph nor a known checkpoint has it.
         """
-        return self._checkpoint(path).parameter(bias_name(path))
+        if self._base is None and (found := self._bias_in_graph(path)) is not None:
+            return found
+        return self._checkpoint(path, "bias").parameter(bias_name(path))
 
-    def _checkpoint(self, path: str) -> StoredWeights:
+    def _bias_in_graph(self, path: str) -> torch.Tensor | None:
+        """Return the bias that the graph stores by its name, or that the operator adds."""
+        value = self._graph.initializers.get(bias_name(path))
+        if value is not None and (found := constant(value)) is not None:
+            return torch_of(np.array(found.array()))
+        if path not in self._sites:
+            return None
+        site, member = self._sites[path]
+        if site.bias_input is None:
+            return None
+        found = constant(site.node.inputs[site.bias_input])
+        assert found is not None
+        return torch_of(np.array(found.array()[member.start : member.stop]))
+
+    def _checkpoint(self, path: str, what: str = "weight") -> StoredWeights:
         source = self._base or base_source(self._bundle)
         if source is None:
             raise LoraportError(
-                f"{path}: expected the base's weight, which this adapter depends on, got none: "
+                f"{path}: expected the base's {what}, which this adapter depends on, got none: "
                 f"the graph holds no exact one; {_REMEDY}"
             )
         if self._stored is None:

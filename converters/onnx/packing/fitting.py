@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -144,8 +144,11 @@ class _Fitter:
             return
         if slot is None:
             name = parameter.rpartition(".")[0] or parameter
-            remedy = self._unslotted.get(parameter) or (
-                f"export again with --replace {name}, or {MERGE}"
+            known = [each.parameter for each in self._table.replacements]
+            remedy = (
+                self._unslotted.get(parameter)
+                or _named_otherwise(parameter, known)
+                or f"export again with --replace {name}, or {MERGE}"
             )
             got = "none, and the adapter stores it as a whole (modules_to_save or a trained bias)"
             self._problems.add(parameter, "a slot for this parameter", got, remedy)
@@ -231,13 +234,23 @@ class _Fitter:
     def _place(self, path: str, kind: ModuleKind) -> tuple[Slot, SlotMember] | None:
         if path in self._places:
             return self._places[path]
-        reason = self._unslotted.get(path, "the exported model has no such module")
-        if kind is ModuleKind.EXPERTS:
-            reason = f"the experts of a mixture have no slots; {MERGE}"
-        elif path not in self._unslotted and kind is not ModuleKind.LINEAR:
-            reason = export_with(kind.value)
+        reason = self._unslotted.get(path) or self._why_unknown(path, kind)
         self._problems.add(path, "a slot for this module", "none", reason)
         return None
+
+    def _why_unknown(self, path: str, kind: ModuleKind) -> str:
+        """Return why a module that the export says nothing of has no slot."""
+        if kind is ModuleKind.EXPERTS:
+            return f"the experts of a mixture have no slots; {MERGE}"
+        if (otherwise := _named_otherwise(path, self._places)) is not None:
+            return otherwise
+        operator = _OPERATORS.get(kind)
+        if operator is None or any(slot.kind is kind for slot in self._table.slots):
+            return "the exported model has no such module"
+        left = [f"{k} ({v})" for k, v in self._unslotted.items() if v.startswith(operator)]
+        if left:
+            return f"the exported model has none by this name, and no slot beside {', '.join(left)}"
+        return export_with(kind.value)
 
     def _base_weight(
         self, path: str, module: LoraModule, own: Replacement | None
@@ -252,6 +265,18 @@ class _Fitter:
         except LoraportError as error:
             self._problems.add(path, "the base's weight, which DoRA's gain depends on", str(error))
             return None
+
+
+# What computes the kinds that have slots only where they are asked for.
+_OPERATORS = {ModuleKind.EMBEDDING: "Gather", ModuleKind.CONV: "Conv"}
+
+
+def _named_otherwise(path: str, known: Iterable[str]) -> str | None:
+    """Return what is to be done where a slot has the name that a wrapper around the base gave."""
+    alike = [k for k in known if k.endswith(f".{path}") or path.endswith(f".{k}")]
+    if len(alike) != 1:
+        return None
+    return f"the exported model calls it {alike[0]}; export again with --base, whose names count"
 
 
 def export_with(variant: str) -> str:
