@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import time
@@ -14,6 +15,7 @@ from typing import Any
 from loraport.adapter import Adapter
 from loraport.base_model import fingerprint_model, load_tokenizer, read_model_config, resolve_base
 from loraport.errors import LoraportError
+from loraport.fingerprint import BaseFingerprint
 from loraport.output import new_directory, refuse_existing
 from loraport.peft_layout.write import peft_contents, save_contents
 from loraport.training.base.frozen_base import QUANTIZED, checkpoint_activations, load_base, narrow
@@ -37,10 +39,11 @@ from loraport.training.lora.targets import select_targets
 from loraport.training.losses.language_model import language_model_loss
 from loraport.training.losses.loss import LossFunction
 from loraport.training.options import TrainOptions
+from loraport.training.run.checkpoints import require_same_run
 from loraport.training.run.curve import draw_losses
 from loraport.training.run.faults import MemoryRanOutError, faults_explained, kept
 from loraport.training.run.lock import only_process
-from loraport.training.run.loop import TrainingResult, train
+from loraport.training.run.loop import TrainingResult, loop_identity, train
 from loraport.training.run.metrics import METRICS_FILE
 from loraport.training.run.observer import Observer, Silent
 
@@ -170,9 +173,16 @@ def _train(
     tokenizer = load_tokenizer(base)
     rows = read_data(base, data, validation, tokenizer, options, observer)
     identity = _identity(rows, options)
-    if resume and not force and processes.from_first(out.exists):
-        return processes.from_first(lambda: _finished_before(out, work, identity))
     placement = choose_placement(options.loop.device, options.loop.dtype)
+    whole_identity = {**identity, **loop_identity(options.loop, placement)}
+    if resume and not force and processes.from_first(out.exists):
+
+        def finished() -> TrainingSummary:
+            model = load_base(base, placement, "cpu", options.base_dtype)
+            here = fingerprint_model(model, list(select_targets(model, options.lora)))
+            return _finished_before(out, work, whole_identity | _base_identity(here))
+
+        return processes.from_first(finished)
     if options.liger_kernel:
         kind = read_model_config(resolve_base(base)).get("model_type")
         liger_function(str(kind), placement.device)  # or a refusal, before anything is discarded
@@ -272,7 +282,9 @@ def _train(
     )
     with faults_explained(lambda: f"writing {out}", lambda: kept(work)):
         if processes.first:
-            _write(out, work, adapter, result, summary, identity, force=force)
+            assert result.base_fingerprint is not None
+            whole_identity |= _base_identity(result.base_fingerprint)
+            _write(out, work, adapter, result, summary, whole_identity, force=force)
     return summary
 
 
@@ -340,19 +352,21 @@ def _identity(rows: TextData, options: TrainOptions) -> dict[str, Any]:
     return identity
 
 
+def _base_identity(fingerprint: BaseFingerprint) -> dict[str, str]:
+    return {"base weights": hashlib.sha256(fingerprint.to_json().encode()).hexdigest()}
+
+
 def _finished_before(out: Path, work: Path, identity: dict[str, Any]) -> TrainingSummary:
     """Return what a finished run wrote; only the removal of its checkpoints may be missing."""
     try:
         document = json.loads((out / SUMMARY_FILE).read_bytes())
-        same = document["identity"] == identity
-        summary = TrainingSummary(**document["summary"]) if same else None
+        stored, summary = dict(document["identity"]), TrainingSummary(**document["summary"])
     except (OSError, ValueError, KeyError, TypeError):
-        summary = None
-    if summary is None:
         raise LoraportError(
-            f"{out} already exists and is not this run's result; choose another output or pass "
+            f"{out} already exists and is not a training's result; choose another output or pass "
             "--force"
-        )
+        ) from None
+    require_same_run(out, stored, identity)
     shutil.rmtree(work, ignore_errors=True)
     return summary
 

@@ -200,17 +200,23 @@ def test_resume_with_other_options_or_data_is_refused(
     assert work_directory(out).exists()
 
 
-def test_resume_with_another_base_is_refused(base_directory, chat_data, tmp_path, llama):
-    out = tmp_path / "out"
-    stopped_run(base_directory, chat_data, out)
+@pytest.fixture
+def other_base(base_directory, tmp_path, llama):
+    """The base but for one number."""
     with torch.no_grad():
         llama.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     other = tmp_path / "other"
     llama.save_pretrained(other)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (other / name).write_bytes((base_directory / name).read_bytes())
+    return other
+
+
+def test_resume_with_another_base_is_refused(base_directory, other_base, chat_data, tmp_path):
+    out = tmp_path / "out"
+    stopped_run(base_directory, chat_data, out)
     with pytest.raises(LoraportError, match="1 of 14 base weights differ"):
-        train_language_model(str(other), chat_data, out, OPTIONS, resume=True)
+        train_language_model(str(other_base), chat_data, out, OPTIONS, resume=True)
 
 
 def test_an_unfinished_run_is_not_discarded_unasked(base_directory, chat_data, tmp_path):
@@ -238,9 +244,28 @@ def test_resuming_what_is_finished_only_tidies_up(base_directory, chat_data, tmp
     assert again == summary
     assert not work_directory(out).exists()
     assert (out / "adapter_model.safetensors").stat().st_mtime_ns == written
-    other = replace(OPTIONS, batch_size=3)
-    with pytest.raises(LoraportError, match="not this run's result"):
+    free = replace(OPTIONS, loop=replace(LOOP, save_every=7, keep=5))  # changes no result
+    assert summary == train_language_model(str(base_directory), chat_data, out, free, resume=True)
+
+
+def test_resuming_what_is_finished_with_other_options_or_another_base_is_refused(
+    base_directory, other_base, chat_data, tmp_path
+):
+    out = tmp_path / "out"
+    train_language_model(str(base_directory), chat_data, out, OPTIONS)
+    other = replace(OPTIONS, batch_size=3, loop=replace(LOOP, learning_rate=0.03, steps=15))
+    with pytest.raises(LoraportError) as raised:
         train_language_model(str(base_directory), chat_data, out, other, resume=True)
+    for difference in ("batch_size: expected 4, got 3", "learning_rate: expected 0.02, got 0.03"):
+        assert difference in str(raised.value)
+    assert "steps: expected 14, got 15" in str(raised.value)
+    assert "base weights" not in str(raised.value)
+    with pytest.raises(LoraportError, match="base weights: expected") as raised:
+        train_language_model(str(other_base), chat_data, out, OPTIONS, resume=True)
+    assert str(raised.value).count("expected") == 1
+    (out / SUMMARY_FILE).unlink()
+    with pytest.raises(LoraportError, match="is not a training's result"):
+        train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
 
 
 def test_a_damaged_checkpoint_is_named(base_directory, chat_data, tmp_path):

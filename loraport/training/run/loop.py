@@ -143,12 +143,7 @@ def train(
         optimizer=make_optimizer(parameters, options, placement.device),
         steps=total_steps(batches, options),
         work=work if processes.first else None,
-        identity={
-            **dict(identity or {}),
-            **{key: v for key, v in asdict(options).items() if key not in _FREE_OPTIONS},
-            "device": placement.device.type,
-            "dtype": str(placement.dtype),
-        },
+        identity={**dict(identity or {}), **loop_identity(options, placement)},
         observer=observer,
         processes=processes,
         fingerprint=fingerprint,
@@ -171,6 +166,15 @@ def train(
             return run.go(stream, validation, resume=resume)
         finally:
             observer.finished()
+
+
+def loop_identity(options: LoopOptions, placement: Placement) -> dict[str, Any]:
+    """Return what a resumed run must share of the loop's options, and of where it computes."""
+    return {
+        **{key: value for key, value in asdict(options).items() if key not in _FREE_OPTIONS},
+        "device": placement.device.type,
+        "dtype": str(placement.dtype),
+    }
 
 
 @dataclass(eq=False)
