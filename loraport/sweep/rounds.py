@@ -48,7 +48,9 @@ class ThisProcess:
     def passes(self, groups: Sequence[Group], until: float, store: Store) -> Passes:
         """As `Trainers` says; what is under way is kept in the store now and then."""
         for group in groups:
-            self._worker = self._worker or Worker(*self._all)
+            if self._worker is None:
+                self._worker = Worker(*self._all)
+                store.require_base(self._all[1], self._worker.adapted)
             yield group, self._worker.train(group, until, store.starts(group), store.add)
 
 

@@ -74,7 +74,7 @@ class Cluster:
             scheduling_strategy="SPREAD",
         )(RemoteWorker)
         shared = ray.put((there, tuple(trials)))
-        hired = Hired(partial(_Hand, make, shared), self.workers, observer, setting.base)
+        hired = Hired(partial(_Hand, make, shared), self.workers, trials, observer, setting.base)
         try:
             yield hired
         finally:
@@ -140,15 +140,22 @@ class Hired:
     Args:
         start: Starts one.
         workers: How many at most.
+        trials: All candidates.
         observer: Told what happens on all of them.
         base: The base as it was named.
     """
 
     def __init__(
-        self, start: Callable[[], _Hand], workers: int, observer: SweepObserver, base: str
+        self,
+        start: Callable[[], _Hand],
+        workers: int,
+        trials: Sequence[Trial],
+        observer: SweepObserver,
+        base: str,
     ) -> None:
         self._start = start
         self._workers = workers
+        self._trials = trials
         self._hands: list[_Hand] = []
         self._waiting: deque[Group] = deque()
         self._observer = observer
@@ -168,8 +175,8 @@ class Hired:
             store: Where candidates that paused are.
 
         Raises:
-            LoraportError: If a worker cannot load the base or has other weights than the first,
-                or if two die of one group.
+            LoraportError: If a worker cannot load the base or has other weights than the first
+                or than what is in the store was trained on, or if two die of one group.
             Stopped: After SIGINT or SIGTERM.
         """
         self._waiting.extend(groups)
@@ -204,12 +211,12 @@ class Hired:
                     self._tell(hand.told())
             for hand in self._hands:
                 if hand.call is not None and hand.call in ready:
-                    group, found = self._answered(hand)
+                    group, found = self._answered(hand, store)
                     if found is not None:
                         yield group, found
             yield (), None
 
-    def _answered(self, hand: _Hand) -> tuple[Group, list[Trained] | None]:
+    def _answered(self, hand: _Hand, store: Store) -> tuple[Group, list[Trained] | None]:
         import ray
 
         group = hand.group
@@ -227,7 +234,9 @@ class Hired:
         hand.call, hand.group = None, ()
         if isinstance(answer, Loaded):
             hand.deaths = 0
-            self._first = self._first or answer
+            if self._first is None:
+                self._first = answer
+                store.require_base(self._trials, answer.weights)
             require_same(answer, self._first, self._base)
             return group, None
         found, told = answer

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraport.errors import LoraportError
+from loraport.fingerprint import BaseFingerprint
 from loraport.output import new_directory, new_file
 from loraport.peft_layout.read import WEIGHTS_FILE, read_peft
 from loraport.peft_layout.write import peft_contents, save_contents
@@ -103,6 +104,25 @@ class Store:
         there = self.outcomes(trials)
         paused = [trial for trial in trials if trial.name in there and there[trial.name].paused]
         return {trial.name: self.read(trial) for trial in paused}
+
+    def require_base(self, trials: Sequence[Trial], here: BaseFingerprint) -> None:
+        """Refuse to go on where a candidate that is there was trained on another base.
+
+        Its loss would be compared with those of candidates on this one.
+
+        Args:
+            trials: The candidates.
+            here: Fingerprint of the base at hand.
+
+        Raises:
+            LoraportError: Naming the modules that differ, or if something is damaged.
+        """
+        there = self.outcomes(trials)
+        for trial in trials:
+            adapter = self.read(trial).adapter if trial.name in there else None
+            if adapter is not None and adapter.base_fingerprint is not None:
+                what = f"candidate {trial.name}"
+                adapter.base_fingerprint.require_same_base(here, what, "the base at hand")
 
     def give_up(self, trial: Trial, reason: str) -> None:
         """End a candidate that paused."""

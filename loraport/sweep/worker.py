@@ -117,6 +117,9 @@ class Worker:
         trials: All candidates of the sweep, so that a bad one is known before any is trained.
         observer: Told what happens.
 
+    Attributes:
+        adapted: Fingerprint of the modules that any candidate adapts.
+
     Raises:
         LoraportError: If the base cannot be loaded or a candidate's modules cannot be selected.
     """
@@ -144,13 +147,13 @@ class Worker:
         self._recorder = on_gpu(self._model) if recorded else None
         if recorded:
             use_row_attention(self._model, self._placement, longest)
-        self._adapted = fingerprint_model(self._model, selected)
+        self.adapted = fingerprint_model(self._model, selected)
         self._rows_mix = False
 
     def base_fingerprint(self) -> BaseFingerprint:
-        """Return a hash of every parameter of the base, adapted or not."""
-        names = [name for name, _ in self._model.named_parameters()]
-        return fingerprint(names, self._model.get_parameter)
+        """Return a hash of every parameter of the base, adapted or not, by module."""
+        names = {name.removesuffix(".weight"): name for name, _ in self._model.named_parameters()}
+        return fingerprint(names, lambda path: self._model.get_parameter(names[path]))
 
     def train(
         self,
@@ -168,8 +171,7 @@ class Worker:
             keep: Given the candidates as they stand, every ``save_every`` steps.
 
         Raises:
-            LoraportError: If memory runs out for a single candidate, or one that paused began on
-                another base.
+            LoraportError: If memory runs out for a single candidate.
             Stopped: After SIGINT or SIGTERM, where candidates are kept.
         """
         if self._rows_mix and len(trials) > 1:
@@ -212,20 +214,12 @@ class Worker:
                 self._setting.options.loop,
                 validation=validation,
                 until=until,
-                starts={t.name: self._start(starts[t.name]) for t in trials if t.name in starts},
+                starts={t.name: _start(starts[t.name]) for t in trials if t.name in starts},
                 keep=None if keep is None else lambda outcomes: keep(trained(outcomes)),
                 observer=self._observer,
                 recorder=self._recorder,
             )
         return trained(found)
-
-    def _start(self, paused: Trained) -> Outcome:
-        """Return what a candidate goes on from, if that is on this base."""
-        if paused.adapter is not None and paused.adapter.base_fingerprint is not None:
-            here = self._adapted.restricted_to(paused.adapter.modules)
-            name = f"candidate {paused.trial.name}"
-            paused.adapter.base_fingerprint.require_same_base(here, name, "the base at hand")
-        return replace(paused.outcome, state=paused.state)
 
     def _trained(self, trial: Trial, outcome: Outcome) -> Trained:
         plain = replace(outcome, modules=None, state=None)
@@ -234,10 +228,15 @@ class Worker:
         adapter = Adapter(
             modules=dict(outcome.modules),
             base_model=self._setting.base,
-            base_fingerprint=self._adapted.restricted_to(outcome.modules),
+            base_fingerprint=self.adapted.restricted_to(outcome.modules),
             training={"task_type": "CAUSAL_LM", "lora_dropout": trial.lora.dropout},
         )
         return Trained(trial, plain, adapter, outcome.state)
+
+
+def _start(paused: Trained) -> Outcome:
+    """Return what a candidate goes on from."""
+    return replace(paused.outcome, state=paused.state)
 
 
 def _select_targets(model: PreTrainedModel, trials: Sequence[Trial]) -> list[str]:

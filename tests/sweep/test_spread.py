@@ -220,7 +220,7 @@ def run_here(*arguments):
 
     from loraport.cli.sweep import sweep
 
-    result = CliRunner().invoke(sweep, [str(each) for each in arguments])
+    result = CliRunner().invoke(sweep, [str(each) for each in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result
 
@@ -255,6 +255,39 @@ def test_machines_with_other_bases_are_refused(sweep, machines, data, tmp_path):
     assert "give all machines the same files" in run.said()
     assert "Traceback" not in run.said()
     assert not (tmp_path / "out").exists()
+
+
+def test_workers_do_not_add_to_candidates_of_another_base(sweep, tiny_base, data, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from loraport.sweep.store import Store
+
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    few = (base, data, "-o", tmp_path / "out", "--rank", "2,4", "--lr", "1e-2", "--steps", "2")
+    few = (*few, "--device", "cpu", "--apart")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "add", added_once(Store.add))
+        with pytest.raises(LoraportError, match="one is kept"):
+            run_here(*few)
+    weights = base / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name] + 1}, weights, {"format": "pt"})
+    run = sweep(*few, "--resume", "--ray", "local", "--workers", 1, home=tmp_path / "home")
+    assert run.wait() == 2, run.said()
+    assert "candidate r2-" in run.said()
+    assert "1 of 14 base weights differ" in run.said()
+    assert not (tmp_path / "out").exists()
+
+
+def added_once(add):
+    """Return what keeps candidates as ``add`` does, then ends the sweep."""
+
+    def once(store, trained):
+        add(store, trained)
+        raise LoraportError("one is kept")
+
+    return once
 
 
 def test_what_is_the_same():

@@ -189,6 +189,37 @@ def test_a_full_disk_loses_nothing_that_was_kept(tiny_base, data, tmp_path, monk
     assert json.loads(resumed.stdout)["candidates"] == whole["candidates"]
 
 
+def test_candidates_of_two_bases_are_not_compared(tiny_base, data, tmp_path, monkeypatch):
+    """The one that ended adapts other modules than the one that is left."""
+    from safetensors.torch import load_file, save_file
+
+    from loraport.sweep import worker
+
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    few = (base, data, "-o", tmp_path / "out", "--rank", "2", "--lr", "1e-2", "--steps", 2)
+    few = (*few, "--targets", "q_proj", "--targets", "v_proj", "--apart", "--device", "cpu")
+    real, trained = worker.Worker.train, []
+
+    def train(self, trials, *more):
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(trials)
+        return real(self, trials, *more)
+
+    monkeypatch.setattr(worker.Worker, "train", train)
+    assert CliRunner().invoke(sweep, [str(each) for each in few]).exit_code
+    monkeypatch.undo()
+    weights = base / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: tensors[name] + 1}, weights, {"format": "pt"})
+    with pytest.raises(LoraportError, match=r"candidate r2-.*1 of 2 base weights differ"):
+        run(*few, "--resume")
+    assert not (tmp_path / "out").exists()
+    save_file(tensors, weights, {"format": "pt"})
+    assert "2 candidates, 1 finished before" in run(*few, "--resume").stderr
+
+
 def test_on_another_base_it_does_not_go_on(tiny_base, data, tmp_path, monkeypatch):
     from safetensors.torch import load_file, save_file
 
