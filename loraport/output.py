@@ -12,7 +12,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from loraport.errors import LoraportError
@@ -23,14 +23,28 @@ os.umask(_UMASK)
 _PARTIAL = re.compile(r"^\.(?P<name>.+)\.partial-(?P<pid>\d+)$")
 
 
-def refuse_existing(path: Path, *, force: bool) -> None:
-    """Refuse to overwrite ``path`` unless ``force``.
+def refuse_existing(path: Path, *, force: bool, inputs: Iterable[Path | str | None] = ()) -> None:
+    """Refuse to overwrite ``path`` unless ``force``, and to overwrite what is read in any case.
+
+    Args:
+        path: The output.
+        force: Whether it may be replaced, as a whole.
+        inputs: What is read for it; only those that are files or directories here matter.
 
     Raises:
-        LoraportError: If ``path`` exists and ``force`` is false.
+        LoraportError: If ``path`` exists and ``force`` is false, or it is or holds an input.
     """
     if os.path.lexists(path) and not force:
         raise LoraportError(f"{path} already exists; choose another output or pass --force")
+    for given in inputs:
+        found = None if given is None else Path(given).expanduser()
+        if found is None or not found.exists():
+            continue
+        if path.resolve() in (found.resolve(), *found.resolve().parents):
+            raise LoraportError(
+                f"{path}: expected an output that is no input and holds none, for it is replaced "
+                f"as a whole, got one with {given}; choose another output"
+            )
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 from loraport.errors import LoraportError
-from loraport.output import cached_directory, new_directory, new_file
+from loraport.output import cached_directory, new_directory, new_file, refuse_existing
 
 
 def run_and_kill(program, tmp_path):
@@ -131,6 +131,22 @@ def test_nothing_is_overwritten_without_force(writer, tmp_path):
     target.mkdir() if writer is new_directory else target.write_text("old")
     with pytest.raises(LoraportError, match=r"out already exists; .*--force"), writer(target):
         pytest.fail("the block must not run")
+
+
+def test_what_is_read_is_not_replaced_even_with_force(tmp_path):
+    read = tmp_path / "home" / "rows.jsonl"
+    read.parent.mkdir()
+    read.write_text("{}")
+    link = tmp_path / "link"
+    link.symlink_to(read)
+    for given in (read, link):
+        for output in (given, read.parent, tmp_path, tmp_path / "home" / ".." / "home"):
+            with pytest.raises(LoraportError, match=r"no input and holds none.*choose another"):
+                refuse_existing(output, force=True, inputs=(None, "no/such", given))
+        for output in (read.parent / "new", tmp_path / "rows.jsonl", tmp_path / "home2"):
+            refuse_existing(output, force=True, inputs=(None, "no/such", given))
+    with pytest.raises(LoraportError, match="already exists"):
+        refuse_existing(read, force=False, inputs=(read,))
 
 
 def test_kinds_are_not_mixed_up_even_with_force(tmp_path):

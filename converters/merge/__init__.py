@@ -60,8 +60,9 @@ def merge(options: MergeOptions, plan: MergePlan, progress: Callable[[int], None
     """
     assert options.output is not None
     output = options.output.absolute()
-    refuse_existing(output, force=options.force)
-    _refuse_base_itself(output, plan.base)
+    adapters = (path for path, _ in options.adapters)
+    inputs = (options.base, plan.base.directory, *adapters, options.initial_adapter)
+    refuse_existing(output, force=options.force, inputs=inputs)
     _require_room(output, plan.nbytes)
     with new_directory(output, force=options.force) as partial:
         write_shards(plan, partial, progress, options.threads)
@@ -89,12 +90,6 @@ def _names_all(layout: BaseLayout, adapters: list[NamedAdapter]) -> bool:
         for each in adapters
         for asked in touched_parameters(each.adapter.modules, each.adapter.replacements)
     )
-
-
-def _refuse_base_itself(output: Path, base: BaseCheckpoint) -> None:
-    directory = base.directory.resolve()
-    if output.resolve() == directory or output.resolve() in directory.parents:
-        raise LoraportError(f"{output}: expected another directory than the base's own")
 
 
 def _require_room(output: Path, nbytes: int) -> None:

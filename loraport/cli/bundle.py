@@ -49,7 +49,9 @@ def pack(directory: Path, output: Path, force: bool) -> None:
 def unpack(archive: Path, output: Path, onto: Path | None, force: bool) -> None:
     """Turn ARCHIVE, whole or a delta, into a bundle; everything is checked."""
     from loraport.bundle.archive import unpack_bundle
+    from loraport.output import refuse_existing
 
+    refuse_existing(output, force=force, inputs=(archive,))
     manifest = unpack_bundle(archive, output, onto=onto, force=force, progress=progress)
     log.print(f"{output}: {len(manifest.files)} files, adapters: {', '.join(manifest.adapters)}")
 

@@ -44,8 +44,8 @@ def compose(
 
     if rank is not None and energy is not None:
         raise click.UsageError("expected --rank or --energy, not both")
-    refuse_existing(output, force=force)
     pairs = [parse_strength(text) for text in adapters]
+    refuse_existing(output, force=force, inputs=(base, *(path for path, _ in pairs)))
     weighted = [(str(path), read_adapter(path, base=base), weight) for path, weight in pairs]
     if base is not None:
         directory = resolve_base(base)

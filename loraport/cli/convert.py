@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from converters.formats.registry import adapter_formats, read_adapter, write_adapter
+from loraport.output import refuse_existing
 
 
 @click.command()
@@ -44,6 +45,7 @@ def convert(
     rounded once where the format has no other place for the scale. What the format cannot hold
     is refused, never dropped.
     """
+    refuse_existing(output, force=force, inputs=(adapter, base, initial_adapter))
     read = read_adapter(adapter, base=base, initial_adapter=initial_adapter)
     copies = write_adapter(read, output, format_name, base=base, force=force)
     for name in copies:

@@ -63,9 +63,10 @@ def eval(  # the command's name
     from loraport.training.data.tokens import read_rows
     from loraport.training.devices import choose_placement
 
-    if per_example is not None:
-        refuse_existing(per_example, force=force)
     paths = _named(adapters)
+    if per_example is not None:
+        inputs = (base, data, held_out, *paths.values())
+        refuse_existing(per_example, force=force, inputs=inputs)
     loaded = {name: read_adapter(path, base=base) for name, path in paths.items()}
     tokenizer = load_tokenizer(base)
     rows = read_rows(data, tokenizer, max_length).rows

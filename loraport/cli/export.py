@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,8 +88,12 @@ def export(
     from converters.onnx.slots.inserting import SlotOptions
     from loraport.bundle.manifest import read_manifest
     from loraport.bundle.sources import record_adapter
+    from loraport.output import refuse_existing
 
     paths = named_paths(adapters, "--adapter")
+    golden = named_paths(inputs, "--input")
+    read_paths = (base, checkpoint, *paths.values(), *golden.values())
+    refuse_existing(output, force=force, inputs=read_paths)
     read = {name: read_adapter(path) for name, path in paths.items()}
 
     def finish(bundle: Path) -> None:
@@ -108,7 +113,7 @@ def export(
         from converters.onnx.importing import ImportOptions, import_model
 
         chosen = None if precision == "fp32" else precision
-        arrays = _arrays(inputs)
+        arrays = _arrays(golden)
         own = ImportOptions(checkpoint, options.slots, lm_head, arrays, chosen, copy_data)
         import_model(Path(base), output, own, force=force, progress=progress, finish=finish)
     elif checkpoint is not None or inputs or copy_data:
@@ -127,14 +132,14 @@ def export(
     )
 
 
-def _arrays(values: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _arrays(paths: Mapping[str, Path]) -> dict[str, np.ndarray]:
     """Read ``NAME=FILE.npy`` options."""
     import numpy
 
     from loraport.errors import LoraportError
 
     found = {}
-    for name, path in named_paths(values, "--input").items():
+    for name, path in paths.items():
         try:
             found[name] = numpy.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:

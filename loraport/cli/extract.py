@@ -39,7 +39,7 @@ def extract(
 
     if (rank is None) == (energy is None):
         raise click.UsageError("expected either --rank or --energy")
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, inputs=(base, tuned))
     with ByteProgress("comparing") as progress:
         extracted = run(ExtractOptions(base, tuned, rank, energy), progress)
     for note in extracted.notes:

@@ -68,7 +68,7 @@ class Story:
         self._force = force
         self._bundle = output / "bundle"
         for name in (*TASKS, "bundle"):
-            refuse_existing(output / name, force=force)
+            refuse_existing(output / name, force=force, inputs=(base,))
 
     def train(self) -> None:
         """Train one adapter per task and show what it gained on held-out rows."""

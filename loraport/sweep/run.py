@@ -85,7 +85,8 @@ def _run(
 ) -> SweepResult:
     trials = options.grid.trials(options.train.lora)
     work = _work(out)
-    refuse_existing(out, force=force)
+    for directory, replaced in ((out, force), (work, True)):
+        refuse_existing(directory, force=replaced, inputs=(base, data, validation))
     if work.exists() and not (resume or force):
         raise LoraportError(
             f"{work} holds a sweep that was not finished; continue it with --resume, or discard "

@@ -165,8 +165,11 @@ def _train(
 ) -> TrainingSummary:
     work = work_directory(out)
     if processes.first:
-        if not resume:
-            _refuse_outputs(out, work, force=force)
+        inputs = (base, data, validation)
+        refuse_existing(out, force=force or resume, inputs=inputs)
+        refuse_existing(work, force=True, inputs=inputs)
+        if not (resume or force):
+            _refuse_unfinished(work)
         resolve_base(base)  # a download or conversion that the others then find
     processes.wait()
     _refuse_for_processes(options, processes)
@@ -331,9 +334,8 @@ def _refuse_for_processes(options: TrainOptions, processes: Processes) -> None:
         )
 
 
-def _refuse_outputs(out: Path, work: Path, *, force: bool) -> None:
-    refuse_existing(out, force=force)
-    if work.exists() and not force:
+def _refuse_unfinished(work: Path) -> None:
+    if work.exists():
         raise LoraportError(
             f"{work} holds a run that was not finished; continue it with --resume, or discard "
             "it with --force"

@@ -151,6 +151,47 @@ def test_each_mistake(places, capsys):
     assert not list(places["HERE"].glob(".*partial*"))
 
 
+def test_force_replaces_nothing_that_is_read(bundle, tiny_base, adapter_a, tmp_path, capsys):
+    home = tmp_path / "home"
+    shutil.copytree(tiny_base, home / "base")
+    shutil.copytree(tiny_base, home / "tuned")
+    shutil.copytree(adapter_a, home / "a")
+    (home / "rows").write_text('{"text": "red green"}\n' * 9)
+    assert call(capsys, "bundle", "pack", bundle, "-o", home / "zip")[0] == 0
+    before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    few = "--steps 1 --batch-size 1 --device cpu --max-length 8 --rank 2"
+    wrong = []
+    for line, inputs in (
+        (f"train base rows {few} --validation a/README.md", "base rows a"),
+        (f"train base rows {few} --resume", "base rows"),
+        (f"sweep base rows {few} --lr 1e-3", "base rows"),
+        ("extract base tuned --rank 1", "base tuned"),
+        ("compose a=1 --base base", "a base"),
+        ("convert a --to mlx --base base", "a base"),
+        ("convert a --to kohya", "a"),
+        ("merge base a", "base a"),
+        ("export base --adapter a=a", "base a"),
+        ("bundle unpack zip", "zip"),
+    ):
+        words = [
+            str(home / word) if (home / word).exists() else word.replace("=a", f"={home / 'a'}")
+            for word in line.replace("a=1", str(home / "a")).split()
+        ]
+        for output in (home, *(home / name for name in inputs.split())):
+            code, out, err = call(capsys, *words, "-o", output, "--force")
+            shown = " ".join(err.split())
+            there = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+            said = f"error: {output}: expected an output that is no input" in shown
+            if code != 2 or not said or out or there != before:
+                wrong.append(f"{line!r} -o {output}: {code}, {err[-300:]!r}")
+    assert not wrong, "\n".join(wrong)
+    rows = home / "rows"
+    code, _, err = call(capsys, "eval", home / "base", rows, "--per-example", rows, "--force")
+    assert code == 2
+    assert "expected an output that is no input" in " ".join(err.split())
+    assert rows.read_bytes() == before[rows]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 @pytest.mark.parametrize("command", ["run {} --prompt hi", "verify {}"])
 def test_cuda_where_there_is_none(bundle, capsys, command):
