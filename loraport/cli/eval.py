@@ -14,6 +14,7 @@ from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
     from loraport.evaluation import Evaluation
+    from loraport.training.data.tokens import Rows
 
 
 @click.command("eval")
@@ -69,14 +70,16 @@ def eval(  # the command's name
         refuse_existing(per_example, force=force, inputs=inputs)
     loaded = {name: read_adapter(path, base=base) for name, path in paths.items()}
     tokenizer = load_tokenizer(base)
-    rows = read_rows(data, tokenizer, max_length).rows
+    rows = read_rows(data, tokenizer, max_length)
+    for note in rows.notes(data, max_length):
+        log.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     text = None if held_out is None else _paragraphs(held_out)
     model = load_causal_lm(base, device=str(choose_placement(device, "float32").device))
     report = evaluate(
         model,
         tokenizer,
         loaded,
-        rows,
+        rows.rows,
         held_out=None if text is None else text_rows(text, tokenizer, max_length),
         generations=generations,
         batch_size=batch_size,
@@ -86,9 +89,9 @@ def eval(  # the command's name
     for warning in report.warnings:
         log.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     if as_json:
-        click.echo(json.dumps(_document(report), indent=2))
+        click.echo(json.dumps(_document(report, rows), indent=2))
     else:
-        _show(report, len(rows), examples)
+        _show(report, len(rows.rows), examples)
 
 
 def _named(values: tuple[str, ...]) -> dict[str, Path]:
@@ -115,13 +118,19 @@ def _paragraphs(path: Path) -> list[str]:
     return paragraphs
 
 
-def _document(report: Evaluation) -> dict[str, object]:
+def _document(report: Evaluation, rows: Rows) -> dict[str, object]:
     scores = [
         {key: value for key, value in asdict(s).items() if key not in ("rows", "answers")}
         | {"generations": len(s.answers)}
         for s in report.scores
     ]
-    return {"scores": scores, "warnings": list(report.warnings)}
+    return {
+        "rows": len(rows.rows),
+        "truncated_rows": rows.truncated,
+        "dropped_rows": len(rows.dropped),
+        "scores": scores,
+        "warnings": list(report.warnings),
+    }
 
 
 def _write_rows(path: Path, report: Evaluation, *, force: bool) -> None:

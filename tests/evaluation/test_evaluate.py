@@ -178,3 +178,25 @@ def test_the_command(tiny_base, adapter_a, data, tmp_path):
     assert "line 1, expected: To the harbour." in done.stdout
     again = CliRunner().invoke(eval_command, [*arguments, "--per-example", str(per_example)])
     assert isinstance(again.exception, LoraportError)
+
+
+def test_rows_cut_and_left_out_are_told(tiny_base, tmp_path, tokenizer):
+    """Four of five are cut; of two of them nothing to score is left."""
+    data = tmp_path / "cut.jsonl"
+    rows = [{"text": "a"}, {"text": "a ship and a light " * 9}, {"text": "a ship at night " * 9}]
+    rows += [{"prompt": "a ship and a light " * 9, "completion": "b"}] * 2
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = read_rows(data, tokenizer, 16)
+    assert (len(kept.rows), kept.truncated, kept.dropped) == (3, 4, (4, 5))
+    few = [str(tiny_base), str(data), "--generations", "0", "--device", "cpu", "--json"]
+    done = CliRunner().invoke(eval_command, [*few, "--max-length", "16"])
+    document = json.loads(done.stdout)
+    assert [document[f"{kind}rows"] for kind in ("", "truncated_", "dropped_")] == [3, 4, 2]
+    said = " ".join(done.stderr.split())
+    assert f"note: {data}: 4 rows were cut to 16 tokens" in said
+    assert "2 rows were left out, since nothing of their answer is within 16 tokens" in said
+    assert "(lines 4, 5)" in said
+    whole = CliRunner().invoke(eval_command, [*few, "--max-length", "256"])
+    document = json.loads(whole.stdout)
+    assert [document[f"{kind}rows"] for kind in ("", "truncated_", "dropped_")] == [5, 0, 0]
+    assert "note:" not in whole.stderr

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from loraport.base_model import read_model_config, resolve_base
 from loraport.errors import LoraportError
 from loraport.training.data.batches import Row
-from loraport.training.data.tokens import Rows, read_rows
+from loraport.training.data.tokens import read_rows
 from loraport.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def read_data(
     elif options.validation_share > 0:
         train_rows, held_out = split_rows(train_rows, options.validation_share, options.loop.seed)
     for path, rows in files.items():
-        _note_cuts(path, rows, length, observer)
+        for text in rows.notes(path, length):
+            observer.note(text)
     shared = len(set(train_rows) & set(held_out))
     if shared:
         observer.note(f"{shared} validation rows also occur in the training rows")
@@ -107,17 +108,6 @@ def split_rows(
     held_out = set(random.Random(f"split {seed}").sample(range(len(rows)), count))
     train_rows = tuple(row for index, row in enumerate(rows) if index not in held_out)
     return train_rows, tuple(rows[index] for index in sorted(held_out))
-
-
-def _note_cuts(path: Path, rows: Rows, length: int, observer: Notes) -> None:
-    if rows.truncated:
-        observer.note(f"{path}: {rows.truncated} rows were cut to {length} tokens")
-    if rows.dropped:
-        shown = ", ".join(map(str, rows.dropped[:10])) + (" ..." if len(rows.dropped) > 10 else "")
-        observer.note(
-            f"{path}: {len(rows.dropped)} rows were left out, since nothing of their answer is "
-            f"within {length} tokens (lines {shown})"
-        )
 
 
 def digest(rows: Sequence[Row]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,22 @@ class Rows:
     rows: tuple[Row, ...]
     truncated: int
     dropped: tuple[int, ...]
+
+    def notes(self, path: Path, length: int) -> Iterator[str]:
+        """Say what was cut and left out, if anything.
+
+        Args:
+            path: The file.
+            length: The largest length.
+        """
+        if self.truncated:
+            yield f"{path}: {self.truncated} rows were cut to {length} tokens"
+        if self.dropped:
+            lines = ", ".join(map(str, self.dropped[:10])) + (" ..." if self.dropped[10:] else "")
+            yield (
+                f"{path}: {len(self.dropped)} rows were left out, since nothing of their answer is "
+                f"within {length} tokens (lines {lines})"
+            )
 
 
 def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Rows:
