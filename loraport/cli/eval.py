@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,7 +121,7 @@ def _paragraphs(path: Path) -> list[str]:
 
 def _document(report: Evaluation, rows: Rows) -> dict[str, object]:
     scores = [
-        {key: value for key, value in asdict(s).items() if key not in ("rows", "answers")}
+        {key: _plain(value) for key, value in asdict(s).items() if key not in ("rows", "answers")}
         | {"generations": len(s.answers)}
         for s in report.scores
     ]
@@ -133,6 +134,11 @@ def _document(report: Evaluation, rows: Rows) -> dict[str, object]:
     }
 
 
+def _plain(value: object) -> object:
+    """Return a value as JSON has it, which knows no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _write_rows(path: Path, report: Evaluation, *, force: bool) -> None:
     from loraport.output import new_file
 
@@ -140,7 +146,8 @@ def _write_rows(path: Path, report: Evaluation, *, force: bool) -> None:
         for scores in report.scores:
             answers = {answer.line: answer for answer in scores.answers}
             for row in scores.rows:
-                line = {"model": scores.name, **asdict(row)}
+                facts = {key: _plain(value) for key, value in asdict(row).items()}
+                line = {"model": scores.name, **facts}
                 answer = answers.get(row.line)
                 if answer is not None:
                     line |= {"expected": answer.expected, "answer": answer.got}

@@ -181,6 +181,15 @@ def _mean_loss(scores: Sequence[RowScore]) -> float:
 def _warnings(found: Sequence[Scores]) -> list[str]:
     base, *others = found
     warnings = []
+    for scores in found:
+        remedy = (
+            "train it at a lower learning rate" if scores is not base else "look at its weights"
+        )
+        for what, loss in (("", scores.loss), (" on held-out text", scores.held_out_loss)):
+            if not math.isfinite(loss):
+                warnings.append(
+                    f"{scores.name}: expected a finite loss{what}, got {loss}; {remedy}"
+                )
     for scores in others:
         pairs = zip(base.rows, scores.rows, strict=True)
         if all(abs(b.loss - s.loss) <= NOISE * (1 + b.loss) for b, s in pairs):
@@ -189,7 +198,7 @@ def _warnings(found: Sequence[Scores]) -> list[str]:
                 "trained, and for this base?"
             )
         change = scores.held_out_loss / base.held_out_loss - 1
-        if not change <= FORGETTING:
+        if math.isfinite(change) and change > FORGETTING:
             warnings.append(
                 f"{scores.name} forgets: the loss on held-out text goes from "
                 f"{base.held_out_loss:.3f} to {scores.held_out_loss:.3f} ({change:+.1%}); train "

@@ -13,7 +13,7 @@ from loraport.errors import LoraportError
 from loraport.evaluation import evaluate
 from loraport.evaluation.evaluate import neutral_rows
 from loraport.evaluation.scores import greedy_answer
-from loraport.peft_layout import read_peft
+from loraport.peft_layout import read_peft, write_peft
 from loraport.training.data.batches import IGNORED, Row
 from loraport.training.data.tokens import read_rows
 
@@ -200,3 +200,33 @@ def test_rows_cut_and_left_out_are_told(tiny_base, tmp_path, tokenizer):
     document = json.loads(whole.stdout)
     assert [document[f"{kind}rows"] for kind in ("", "truncated_", "dropped_")] == [5, 0, 0]
     assert "note:" not in whole.stderr
+
+
+def test_a_loss_that_is_not_finite_is_said_and_null_in_json(tiny_base, adapter_a, data, tmp_path):
+    from dataclasses import replace
+
+    adapter = read_peft(adapter_a)
+    modules = {k: replace(m, lora_B=m.lora_B * 1e36) for k, m in adapter.modules.items()}
+    write_peft(replace(adapter, modules=modules), tmp_path / "burst")
+    per_example = tmp_path / "rows_out.jsonl"
+    arguments = [str(tiny_base), str(data), "--adapter", str(tmp_path / "burst"), "--json"]
+    arguments += ["--per-example", str(per_example), "--generations", "0", "--device", "cpu"]
+    done = CliRunner().invoke(eval_command, arguments)
+    assert done.exit_code == 0, done.output
+
+    def refuse(constant):
+        raise AssertionError(f"no JSON: {constant}")
+
+    document = json.loads(done.stdout, parse_constant=refuse)
+    base, burst = document["scores"]
+    for key in ("loss", "perplexity", "held_out_loss"):
+        assert burst[key] is None
+        assert base[key] > 0
+    lines = per_example.read_text().splitlines()
+    losses = [json.loads(line, parse_constant=refuse)["loss"] for line in lines]
+    assert [loss is None for loss in losses] == [False] * 4 + [True] * 4
+    remedy = "train it at a lower learning rate"
+    assert document["warnings"] == [
+        f"burst: expected a finite loss, got nan; {remedy}",
+        f"burst: expected a finite loss on held-out text, got nan; {remedy}",
+    ]

@@ -170,6 +170,35 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, valu
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize(("at", "kept"), [(0, "no checkpoint yet"), (5, "checkpoint-00000004")])
+def test_a_validation_loss_that_is_not_finite_leaves_no_result(tmp_path, at, kept):
+    """The last step's training loss is taken before it changes anything."""
+
+    def burst(model, batch):
+        value = classify(model, batch)
+        return value if torch.is_grad_enabled() or validated.pop(0) != at else value * math.nan
+
+    validated = [0, 5]
+    options = LoopOptions(steps=5, save_every=2)
+    batches, held_out = [images()] * 5, [images()]
+    with pytest.raises(LoraportError, match=f"step {at}: expected a finite validation loss") as e:
+        train(conv_net(), batches, burst, options, validation=held_out, work=tmp_path)
+    assert kept in str(e.value)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_early_stopping_outlives_a_validation_loss_that_is_not_finite():
+    losses = iter([9.0, 5.0, math.nan, math.inf])
+
+    def loss(model, batch):
+        value = classify(model, batch)
+        return value if torch.is_grad_enabled() else value * 0 + next(losses)
+
+    options = LoopOptions(steps=9, validate_every=1, early_stopping=2)
+    result = train(conv_net(), [images()], loss, options, validation=[images()])
+    assert (result.steps, result.kept) == (3, (1, 5.0))
+
+
 @pytest.mark.parametrize(
     ("loss", "reason"),
     [

@@ -102,6 +102,25 @@ def require_finite(
     )
 
 
+def require_finite_validation(value: float, step: int, work: Path | None) -> None:
+    """Refuse to go on, or to end, with a validation loss that is NaN or infinite.
+
+    Args:
+        value: The loss.
+        step: The step after which it was taken.
+        work: Directory of the run's checkpoints.
+
+    Raises:
+        NotFiniteError: If it is not finite.
+    """
+    if math.isfinite(value):
+        return
+    remedy = "lower the learning rate" if step else "look at the base, of which alone it is"
+    raise NotFiniteError(
+        f"step {step}: expected a finite validation loss, got {value}; {remedy}; {kept(work)}"
+    )
+
+
 def data_lines(group: Sequence[Any]) -> str:
     """Name the lines of the data file that a step's batches are of, as far as they are known."""
     lines = sorted(line for batch in group for line in getattr(batch, "lines", ()))

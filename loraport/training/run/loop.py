@@ -37,7 +37,12 @@ from loraport.training.run.checkpoints import (
     save_checkpoint,
 )
 from loraport.training.run.early_stopping import EarlyStopping
-from loraport.training.run.faults import faults_explained, kept, require_finite
+from loraport.training.run.faults import (
+    faults_explained,
+    kept,
+    require_finite,
+    require_finite_validation,
+)
 from loraport.training.run.interruption import Stopped, StopRequest, stop_requests
 from loraport.training.run.metrics import MetricsLog
 from loraport.training.run.observer import Observer, Silent
@@ -319,6 +324,8 @@ class _Run:
         if validation is None:
             return
         value = mean_loss(self.model, validation, self.loss, self.placement)
+        if self.early is None or self.early.best_step is None:  # else the best is kept
+            require_finite_validation(value, self.step, self.work)
         log.add(step=self.step, validation_loss=value)
         self.observer.validated(step=self.step, loss=value)
         if self.early is not None:
