@@ -38,6 +38,28 @@ def test_every_assistant_turn_is_learned_and_nothing_else(write_jsonl, tokenizer
     assert learned(rows[0], tokenizer) == "bcd<|end|>fg<|end|>"
 
 
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ '<|start|>system: help<|end|>' }}{% endif %}"
+    "{% for m in messages %}{{ '<|start|>' + m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant: ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [(), (DEFAULT_SYSTEM,)])
+@pytest.mark.parametrize("text", ["hi", "a help", "bc", "assistant: a"])
+def test_of_a_chat_that_an_assistant_begins_its_text_alone_is_learned(
+    write_jsonl, make_tokenizer, template, text
+):
+    tokenizer = make_tokenizer(*template)
+    turns = [("assistant", text), ("user", "e"), ("assistant", "fg")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    rows = read_rows(write_jsonl([{"messages": messages}]), tokenizer, 199).rows
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert shown(rows[0], tokenizer) == rendered
+    assert ("system: help" in rendered) is bool(template)
+    assert learned(rows[0], tokenizer) == f"{text}<|end|>fg<|end|>"
+
+
 def test_a_boundary_that_melts_into_one_token_is_kept_apart(write_jsonl):
     """At inference the prompt is tokenized alone."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,8 +117,11 @@ def _chat_row(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeni
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start = _render(messages[:index], tokenizer, prompt=True)
         end = _render(messages[: index + 1], tokenizer)
+        if index:
+            start = _render(messages[:index], tokenizer, prompt=True)
+        else:
+            start = _opening(end, tokenizer)
         if not (whole.startswith(end) and end.startswith(start)):
             raise _UnusableError(
                 f"messages[{index}]: expected a chat template that only appends turns, got one "
@@ -140,6 +144,16 @@ def _chat_row(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeni
     return Row(tuple(tokens), tuple(labels))
 
 
+def _opening(first_turn: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what a template writes before the text of a turn that begins a chat.
+
+    Many templates refuse a chat of no turns, so it is what turns of other texts have, too.
+    """
+    others = [_render([{"role": "assistant", "content": text}], tokenizer) for text in "ab"]
+    together = zip(first_turn, *others, strict=False)
+    return "".join(letters[0] for letters in takewhile(lambda each: len(set(each)) == 1, together))
+
+
 def _render(
     messages: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
@@ -148,8 +162,6 @@ def _render(
 ) -> str:
     from jinja2 import TemplateError
 
-    if not messages:
-        return ""
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=prompt
