@@ -33,6 +33,15 @@ def test_what_does_not_fit_comes_with_what_would(base_directory, monkeypatch):
     assert tight.alternatives[names[-1]].kept.base < tight.prediction.kept.base
 
 
+def test_rows_are_no_longer_than_the_bases_context(base_directory, monkeypatch):
+    """Of 256 tokens, as `read_data` cuts them."""
+    monkeypatch.setattr("loraport.training.memory.dry_run.available_memory", lambda _: 0)
+    plain = TrainOptions(lora=LoraOptions(rank=4), loop=LoopOptions(device="cpu"), max_length=256)
+    context = dry_run(str(base_directory), plain)
+    assert dry_run(str(base_directory), replace(plain, max_length=10_000_000)) == context
+    assert dry_run(str(base_directory), replace(plain, max_length=255)) != context
+
+
 def test_recorded_passes_keep_as_much_as_a_step_takes_and_are_given_up_first(
     base_directory, monkeypatch
 ):

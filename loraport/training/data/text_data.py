@@ -66,8 +66,7 @@ def read_data(
     Raises:
         LoraportError: If a file cannot be read or nothing is left to train on.
     """
-    longest = read_model_config(resolve_base(base)).get("max_position_embeddings")
-    length = min(options.max_length, longest or options.max_length)
+    length = row_length(resolve_base(base), options.max_length)
     files = {data: read_rows(data, tokenizer, length)}
     train_rows = files[data].rows
     held_out: tuple[Row, ...] = ()
@@ -89,6 +88,17 @@ def read_data(
         sum(len(rows.dropped) for rows in files.values()),
         length,
     )
+
+
+def row_length(directory: Path, max_length: int) -> int:
+    """Return how many tokens a row has at most.
+
+    Args:
+        directory: The base, whose context limits it.
+        max_length: What is asked for.
+    """
+    context = read_model_config(directory).get("max_position_embeddings")
+    return min(max_length, context or max_length)
 
 
 def split_rows(

@@ -12,6 +12,7 @@ import torch
 
 from loraport.base_model import model_without_weights, read_model_config, resolve_base
 from loraport.errors import LoraportError
+from loraport.training.data.text_data import row_length
 from loraport.training.devices import Placement, choose_placement
 from loraport.training.losses.output_head import output_head
 from loraport.training.memory.memory_plan import KeptMemory, kept_memory
@@ -85,6 +86,7 @@ def dry_run(base: str, options: TrainOptions) -> DryRun:
             f"--dry-run: {base}: expected a language model that transformers makes from its "
             "configuration alone, got another; train a few steps instead (--steps 2)"
         )
+    options = replace(options, max_length=row_length(directory, options.max_length))
     placement = choose_placement(options.loop.device, options.loop.dtype)
     available = available_memory(placement.device)
     prediction = predict(model, directory, options, placement)
