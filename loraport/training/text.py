@@ -38,6 +38,7 @@ from loraport.training.lora.inject import adapter_of, attach
 from loraport.training.lora.targets import select_targets
 from loraport.training.losses.language_model import language_model_loss
 from loraport.training.losses.loss import LossFunction
+from loraport.training.memory.savers import memory_savers
 from loraport.training.options import TrainOptions
 from loraport.training.run.checkpoints import require_same_run
 from loraport.training.run.curve import draw_losses
@@ -147,7 +148,7 @@ def train_language_model(
                 during=during,
             )
         except MemoryRanOutError as error:
-            raise LoraportError(f"{error}; to need less, try {_memory_savers(options)}") from None
+            raise LoraportError(f"{error}; to need less, try {memory_savers(options)}") from None
 
 
 def _train(
@@ -294,25 +295,6 @@ def _train(
 def work_directory(out: Path) -> Path:
     """Return where an unfinished run for ``out`` keeps its checkpoints."""
     return out.with_name(f"{out.name}.training")
-
-
-def _memory_savers(options: TrainOptions) -> str:
-    """Return what would need less memory and is not in use yet, the gentlest first."""
-    size, length = options.batch_size, options.max_length
-    savers = []
-    if size > 1:
-        accumulate = options.loop.accumulate * -(-size // (size // 2))
-        savers.append(f"--batch-size {size // 2} --accumulate {accumulate} (the same step)")
-    if options.cuda_graphs:
-        savers.append("--no-cuda-graphs")
-    elif not options.gradient_checkpointing:
-        savers.append("--gradient-checkpointing")
-    if options.base_dtype not in QUANTIZED:
-        savers.append("--base-dtype nf4")
-    if length > 2:
-        savers.append(f"--max-length {max(2, length // 2)}")
-    savers.append(f"--rank {max(1, options.lora.rank // 2)}" if options.lora.rank > 1 else "")
-    return ", ".join([*filter(None, savers), "or a smaller base (--dry-run says what each takes)"])
 
 
 def _refuse_for_processes(options: TrainOptions, processes: Processes) -> None:

@@ -4,11 +4,13 @@ import io
 import json
 from dataclasses import replace
 
+import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
 from loraport.cli.train import train
 from loraport.training.memory.dry_run import dry_run
+from loraport.training.memory.savers import memory_savers
 from loraport.training.options import LoopOptions, LoraOptions, TrainOptions
 from loraport.training.report import memory_table
 
@@ -31,6 +33,66 @@ def test_what_does_not_fit_comes_with_what_would(base_directory, monkeypatch):
     assert names[1] == "--gradient-checkpointing --batch-size 1 --accumulate 8"
     assert tight.alternatives[names[1]].total < tight.prediction.total
     assert tight.alternatives[names[-1]].kept.base < tight.prediction.kept.base
+
+
+def test_only_what_takes_less_is_listed(base_directory, monkeypatch):
+    """With so few rows this base takes more in bfloat16; with shorter ones it takes less."""
+    monkeypatch.setattr("loraport.training.memory.dry_run.available_memory", lambda _: 0)
+    options = TrainOptions(lora=LoraOptions(rank=4), loop=LoopOptions(device="cpu"), batch_size=8)
+    found = dry_run(str(base_directory), options)
+    few = "--gradient-checkpointing --batch-size 1 --accumulate 8"
+    assert list(found.alternatives) == [
+        "--gradient-checkpointing",
+        few,
+        f"{few} --base-dtype nf4",
+    ]
+    totals = [made.total for made in found.alternatives.values()]
+    assert found.prediction.total > totals[0] > totals[1] > totals[2]
+    rounded = replace(
+        options,
+        gradient_checkpointing=True,
+        batch_size=1,
+        loop=replace(options.loop, accumulate=8),
+        base_dtype="bfloat16",
+    )
+    assert dry_run(str(base_directory), rounded).prediction.total > totals[1]
+    shorter = dry_run(str(base_directory), replace(options, max_length=64, base_dtype="float32"))
+    assert [f"{few} --base-dtype {dtype}" for dtype in ("bfloat16", "nf4")] == list(
+        shorter.alternatives
+    )[2:]
+
+
+def test_layers_that_keep_their_activations_can_be_given_up(base_directory, monkeypatch):
+    monkeypatch.setattr("loraport.training.memory.dry_run.available_memory", lambda _: 0)
+    every = TrainOptions(
+        lora=LoraOptions(rank=4), loop=LoopOptions(device="cpu"), gradient_checkpointing=True
+    )
+    found = dry_run(str(base_directory), replace(every, checkpointed_layers=1))
+    flags, made = next(iter(found.alternatives.items()))
+    assert flags == "without --checkpointed-layers"
+    assert made == dry_run(str(base_directory), every).prediction
+    assert made.total < found.prediction.total
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulate", "fewer", "more"),
+    [(2, 1, 1, 2), (5, 1, 1, 5), (6, 3, 3, 6), (8, 2, 4, 4), (9, 1, 3, 3), (25, 2, 5, 10)],
+)
+def test_what_is_offered_as_the_same_step_is_the_same(size, accumulate, fewer, more):
+    loop = LoopOptions(accumulate=accumulate)
+    offered = memory_savers(TrainOptions(batch_size=size, loop=loop))
+    assert offered.startswith(f"--batch-size {fewer} --accumulate {more} (the same step), ")
+    assert fewer * more == size * accumulate
+
+
+def test_what_is_not_in_use_yet_is_offered():
+    plain = TrainOptions(batch_size=1, base_dtype="nf4", max_length=2)
+    expected = "--rank 8, or a smaller base (--dry-run says what each takes)"
+    assert memory_savers(plain) == f"--gradient-checkpointing, {expected}"
+    plain = replace(plain, gradient_checkpointing=True)
+    assert memory_savers(plain) == expected
+    plain = replace(plain, checkpointed_layers=1)
+    assert memory_savers(plain) == f"without --checkpointed-layers, {expected}"
 
 
 def test_rows_are_no_longer_than_the_bases_context(base_directory, monkeypatch):

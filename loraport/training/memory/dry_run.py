@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -54,7 +54,7 @@ class DryRun:
         available: Bytes free there now.
         prediction: What the run would take.
         alternatives: Options to add or change → what the run would take then; only where it
-            does not fit.
+            does not fit, and each takes less than the one before.
     """
 
     base: str
@@ -90,10 +90,16 @@ def dry_run(base: str, options: TrainOptions) -> DryRun:
     placement = choose_placement(options.loop.device, options.loop.dtype)
     available = available_memory(placement.device)
     prediction = predict(model, directory, options, placement)
-    alternatives = {}
+    alternatives: dict[str, Prediction] = {}
     if prediction.total > available:
-        for flags, changed in _lighter(options, placement):
-            alternatives[flags] = predict(model, directory, changed, placement)
+        least, flags = prediction.total, dict[tuple[str, ...], str]()
+        for flag, changes in _savings(options, placement):
+            changed = replace(options, **changes)
+            made = predict(model, directory, changed, placement)
+            if made.total < least:
+                least, options = made.total, changed
+                flags[tuple(changes)] = flag  # of two dtypes of the base, the later
+                alternatives[" ".join(flags.values())] = made
     return DryRun(base, str(placement.device), available, prediction, alternatives)
 
 
@@ -144,31 +150,23 @@ def _base_dtype(directory: Path, storage: str, placement: Placement) -> torch.dt
     return torch.bfloat16 if narrow else torch.float32
 
 
-def _lighter(options: TrainOptions, placement: Placement) -> Iterator[tuple[str, TrainOptions]]:
-    """Yield what takes less memory, one change after the other, the gentlest first."""
-    flags: list[str] = []
+def _savings(options: TrainOptions, placement: Placement) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield flags that may save memory, each with the options it changes, the gentlest first."""
     if options.cuda_graphs:
-        options = replace(options, cuda_graphs=False)
-        flags.append("--no-cuda-graphs")
-        yield " ".join(flags), options
+        yield "--no-cuda-graphs", {"cuda_graphs": False}
     if not options.gradient_checkpointing:
-        options = replace(options, gradient_checkpointing=True)
-        flags.append("--gradient-checkpointing")
-        yield " ".join(flags), options
+        yield "--gradient-checkpointing", {"gradient_checkpointing": True}
+    elif options.checkpointed_layers is not None:
+        yield "without --checkpointed-layers", {"checkpointed_layers": None}
     if options.batch_size > 1:
         accumulate = options.loop.accumulate * options.batch_size
         loop = replace(options.loop, accumulate=accumulate)
-        options = replace(options, batch_size=1, loop=loop)
-        flags.append(f"--batch-size 1 --accumulate {accumulate}")
-        yield " ".join(flags), options
-    narrower: tuple[Literal["bfloat16", "nf4"], ...] = ("bfloat16", "nf4")
+        flags = f"--batch-size 1 --accumulate {accumulate}"
+        yield flags, {"batch_size": 1, "loop": loop}
     if options.base_dtype in ("auto", "float32") and placement.dtype is torch.float32:
-        yield " ".join([*flags, "--base-dtype bfloat16"]), replace(options, base_dtype=narrower[0])
+        yield "--base-dtype bfloat16", {"base_dtype": "bfloat16"}
     if options.base_dtype != "nf4":
-        options = replace(options, base_dtype=narrower[1])
-        flags.append("--base-dtype nf4")
-        yield " ".join(flags), options
+        yield "--base-dtype nf4", {"base_dtype": "nf4"}
     if options.max_length > 256:
         shorter = options.max_length // 2
-        flags.append(f"--max-length {shorter}")
-        yield " ".join(flags), replace(options, max_length=shorter)
+        yield f"--max-length {shorter}", {"max_length": shorter}
