@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from loraport.cli.train import train
+from loraport.errors import LoraportError
 from loraport.training.memory.dry_run import dry_run
 from loraport.training.memory.savers import memory_savers
 from loraport.training.options import LoopOptions, LoraOptions, TrainOptions
@@ -95,6 +96,25 @@ def test_what_is_not_in_use_yet_is_offered():
     assert memory_savers(plain) == f"without --checkpointed-layers, {expected}"
 
 
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--cuda-graphs", "--cuda-graphs: expected a CUDA GPU, got cpu"),
+        ("--liger-kernel", "--liger-kernel: expected a CUDA GPU, got cpu"),
+        ("--optimizer paged-adamw-8bit", "--optimizer paged-adamw-8bit: expected a CUDA GPU"),
+        ("--no-cuda-graphs --optimizer adamw-8bit", None),
+    ],
+)
+def test_what_training_refuses_on_a_cpu_is_refused(base_directory, chat_data, flags, reason):
+    arguments = [str(base_directory), str(chat_data), "--dry-run", "--device", "cpu"]
+    found = CliRunner().invoke(train, [*arguments, *flags.split()])
+    if reason is None:
+        assert found.exit_code == 0, found.output
+        return
+    assert isinstance(found.exception, LoraportError)
+    assert reason in str(found.exception)
+
+
 def test_rows_are_no_longer_than_the_bases_context(base_directory, monkeypatch):
     """Of 256 tokens, as `read_data` cuts them."""
     monkeypatch.setattr("loraport.training.memory.dry_run.available_memory", lambda _: 0)
@@ -109,6 +129,8 @@ def test_recorded_passes_keep_as_much_as_a_step_takes_and_are_given_up_first(
 ):
     plain = TrainOptions(lora=LoraOptions(rank=4), loop=LoopOptions(device="cpu"))
     whole = dry_run(str(base_directory), plain).prediction
+    # As on a GPU: this machine may have none.
+    monkeypatch.setattr("loraport.training.memory.dry_run.asked_to_record", lambda *_: True)
     found = dry_run(str(base_directory), replace(plain, cuda_graphs=True)).prediction
     assert found.total == whole.total + whole.step.peak
     monkeypatch.setattr("loraport.training.memory.dry_run.available_memory", lambda _: whole.total)

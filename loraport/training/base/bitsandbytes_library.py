@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraport.errors import LoraportError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def import_bitsandbytes(wanted_by: str) -> Any:
@@ -27,3 +30,16 @@ def import_bitsandbytes(wanted_by: str) -> Any:
             "pip install 'loraport[quantized-training]'"
         ) from error
     return bitsandbytes
+
+
+def require_pageable(optimizer: str, device: torch.device) -> None:
+    """Refuse a paged optimizer where there is no GPU.
+
+    Raises:
+        LoraportError: If there is none.
+    """
+    if optimizer == "paged-adamw-8bit" and device.type != "cuda":
+        raise LoraportError(
+            f"--optimizer {optimizer}: expected a CUDA GPU, whose memory is paged to the host's, "
+            f"got {device}; use adamw-8bit"
+        )

@@ -12,8 +12,11 @@ import torch
 
 from loraport.base_model import model_without_weights, read_model_config, resolve_base
 from loraport.errors import LoraportError
+from loraport.training.base.bitsandbytes_library import require_pageable
 from loraport.training.data.text_data import row_length
 from loraport.training.devices import Placement, choose_placement
+from loraport.training.kernels.cuda_graphs import asked_to_record
+from loraport.training.kernels.liger_kernels import liger_function
 from loraport.training.losses.output_head import output_head
 from loraport.training.memory.memory_plan import KeptMemory, kept_memory
 from loraport.training.memory.step_memory import StepMemory, step_memory
@@ -77,7 +80,8 @@ def dry_run(base: str, options: TrainOptions) -> DryRun:
         options: How to train.
 
     Raises:
-        LoraportError: If the base's shapes cannot be told from its configuration.
+        LoraportError: If the base's shapes cannot be told from its configuration, or training
+            would refuse an option on the device.
     """
     directory = resolve_base(base)
     model = model_without_weights(directory)
@@ -88,6 +92,10 @@ def dry_run(base: str, options: TrainOptions) -> DryRun:
         )
     options = replace(options, max_length=row_length(directory, options.max_length))
     placement = choose_placement(options.loop.device, options.loop.dtype)
+    asked_to_record(placement.device, options)
+    if options.liger_kernel:
+        liger_function(str(model.config.model_type), placement.device)
+    require_pageable(options.loop.optimizer, placement.device)
     available = available_memory(placement.device)
     prediction = predict(model, directory, options, placement)
     alternatives: dict[str, Prediction] = {}

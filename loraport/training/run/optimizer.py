@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraport.errors import LoraportError
-from loraport.training.base.bitsandbytes_library import import_bitsandbytes
+from loraport.training.base.bitsandbytes_library import import_bitsandbytes, require_pageable
 from loraport.training.options import LoopOptions
 
 _FACTOR = "learning_rate_factor"
@@ -125,13 +124,8 @@ def _in_8_bits(
     Moments of parameters with fewer than 4096 numbers stay in float32.
     """
     library = import_bitsandbytes(f"--optimizer {name}")
-    paged = name == "paged-adamw-8bit"
-    if paged and device.type != "cuda":
-        raise LoraportError(
-            f"--optimizer {name}: expected a CUDA GPU, whose memory is paged to the host's, got "
-            f"{device}; use adamw-8bit"
-        )
+    require_pageable(name, device)
     made: type[torch.optim.Optimizer] = (
-        library.optim.PagedAdamW8bit if paged else library.optim.AdamW8bit
+        library.optim.PagedAdamW8bit if name == "paged-adamw-8bit" else library.optim.AdamW8bit
     )
     return made(groups, **rates)
