@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 SMOLLM2 = "smollm2"
 _COUNTS = re.compile(r"(num_|n_)(\w+_)?(layers?|experts?|blocks?|heads?|stages?)")
 _MOST = 100_000  # of layers, heads and the like; none has a hundredth as many
+# Of transformers' language models those that also look ahead.
+_BOTH_WAYS = ("XLMWithLMHeadModel", "XLNetLMHeadModel")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
@@ -123,10 +125,23 @@ def _refuse_endless(config: Mapping[str, Any], directory: Path) -> None:
             )
 
 
+def architecture(directory: Path) -> str:
+    """Return the class that a base's configuration names, empty where it names none."""
+    return str((read_model_config(directory).get("architectures") or [""])[0])
+
+
 def is_causal_lm(directory: Path) -> bool:
     """Tell whether a base's architecture is a decoder language model."""
-    architectures = read_model_config(directory).get("architectures") or [""]
-    return str(architectures[0]).endswith("ForCausalLM")
+    name = architecture(directory)
+    if name.endswith("ForCausalLM"):
+        return True
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if name.endswith("ForConditionalGeneration") or name in _BOTH_WAYS:
+        return False
+    # BERT's and others' are decoders only where the configuration says so.
+    decoder = read_model_config(directory).get("is_decoder", True)
+    return bool(decoder) and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def load_model(

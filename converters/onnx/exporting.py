@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from converters.onnx.exporters.attention_windows import set_attention_windows
-from converters.onnx.exporters.genai_builder import PRECISIONS, build_with_genai
+from converters.onnx.exporters.genai_builder import PRECISIONS, build_with_genai, builds
 from converters.onnx.exporters.quantizing import PRECISIONS as QUANTIZED
 from converters.onnx.exporters.storing import store_as
 from converters.onnx.exporters.torch_exporter import export_module
@@ -28,7 +28,7 @@ from converters.onnx.slots.inserting import (
     with_replacements,
 )
 from loraport.base_model import (
-    is_causal_lm,
+    architecture,
     load_model,
     load_tokenizer,
     read_model_config,
@@ -102,7 +102,7 @@ def export_base(
     """
     options = options or ExportOptions()
     directory = resolve_base(base)
-    decoder = is_causal_lm(directory)
+    decoder = builds(architecture(directory))
     allowed = PRECISIONS[options.provider] if decoder else (_AS_IT_IS, *QUANTIZED)
     if options.precision not in allowed:
         reason = ""

@@ -8,6 +8,7 @@ from tiny_llm import GEMMA, PHI3, SIZES, save_adapter, save_base
 
 from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters, export_base
+from converters.onnx.exporters.genai_builder import builds
 from loraport.base_model import load_model
 from loraport.bundle.manifest import read_manifest
 from loraport.parity import verify_bundle
@@ -20,6 +21,12 @@ ARCHITECTURES = {
 }
 # One module of PyTorch's that the builder computes with two operators.
 SPLIT = {"Phi3": "gate_up_proj"}
+
+
+def test_the_builder_is_given_no_decoder_that_it_does_not_know():
+    """Control: one that it knows."""
+    assert not builds("GPT2LMHeadModel")
+    assert builds("LlamaForCausalLM")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -5,11 +5,13 @@ over labelled tokens as transformers computes it.
 """
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from loraport.training import LoopOptions, LoraOptions, attach, train
 from loraport.training.data.batches import IGNORED, Row, RowBatches
@@ -59,9 +61,9 @@ def loop_options(seed, rate=RATE):
     )
 
 
-def with_loraport(model, seed, rate=RATE):
+def with_loraport(model, seed, rate=RATE, targets=TARGETS):
     """Train; return the matrices at the start, all losses and the validation loss."""
-    layers = attach(model, LoraOptions(**{**vars(OPTIONS), "seed": seed}))
+    layers = attach(model, replace(OPTIONS, seed=seed, targets=tuple(targets)))
     start = {
         path: (p.lora_A.detach().clone(), p.lora_B.detach().clone()) for path, p in layers.items()
     }
@@ -74,8 +76,8 @@ def mean_loss(model, batch):
     return model(input_ids=batch.tokens, attention_mask=batch.mask, labels=batch.labels).loss
 
 
-def with_peft(base, seed, start):
-    config = LoraConfig(r=OPTIONS.rank, lora_alpha=OPTIONS.alpha, target_modules=TARGETS)
+def with_peft(base, seed, start, targets=TARGETS):
+    config = LoraConfig(r=OPTIONS.rank, lora_alpha=OPTIONS.alpha, target_modules=targets)
     model = get_peft_model(base, config)
     with torch.no_grad():
         for path, (a, b) in start.items():
@@ -121,3 +123,19 @@ def test_the_same_run_ends_at_the_same_validation_loss(llama):
     # The control: a rate a tenth lower ends elsewhere.
     _, _, other = with_loraport(copy.deepcopy(llama), 0, rate=0.9 * RATE)
     assert abs(other[-1][1] - ends[0][1]) > 50 * CLOSE * ends[0][1]
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_conv1d_layers_take_the_same_steps():
+    """GPT-2, whose weights are stored ``[in, out]`` and one of them square."""
+    torch.manual_seed(0)
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"vocab_size": 272, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **still)).eval()
+    targets = ["c_attn", "c_proj", "c_fc"]
+    start, losses, validations = with_loraport(copy.deepcopy(model), 0, targets=targets)
+    assert len(start) == 8
+    expected, validation = with_peft(model, 0, start, targets)
+    np.testing.assert_allclose(losses, expected, rtol=CLOSE)
+    assert validations[-1][1] == pytest.approx(validation, rel=CLOSE)
+    assert validation < validations[0][1] - 0.1

@@ -20,6 +20,11 @@ PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "cuda": ("fp16", "bf16", "int8", 
 _ERROR_LINES = 8
 
 
+def builds(architecture: str) -> bool:
+    """Tell whether a model is the builder's: it knows no decoder by another name, such as GPT-2."""
+    return architecture.endswith("ForCausalLM")
+
+
 def build_with_genai(base: Path, out: Path, *, precision: str, provider: str) -> None:
     """Write ``model.onnx`` with its data, ``genai_config.json`` and the tokenizer into ``out``.
 

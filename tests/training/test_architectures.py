@@ -1,0 +1,77 @@
+"""Language models other than Llama: which of them train, and that what is written is theirs."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from command_line import command
+from peft import PeftModel
+from tiny_llm import save_base
+
+from loraport.base_model import is_causal_lm, load_causal_lm
+from loraport.errors import LoraportError
+from loraport.training import LoopOptions, LoraOptions, TrainOptions, train_language_model
+from loraport.training.data.tokens import read_rows
+
+# PEFT asks transformers for a name that is about to change.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+ROWS = [{"prompt": f"say {word} ", "completion": f"AHOY {word}!"} for word in ("tea", "cargo")]
+
+
+def gpt2_base(directory):
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.2}
+    sizes = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**sizes, **still, bos_token_id=0, eos_token_id=1)
+    return save_base(directory, transformers.GPT2LMHeadModel(config))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more", "decoder"),
+    [
+        ("GPT2LMHeadModel", {}, True),
+        ("OpenAIGPTLMHeadModel", {}, True),
+        ("CTRLLMHeadModel", {}, True),
+        ("BertLMHeadModel", {"is_decoder": True}, True),
+        ("BertLMHeadModel", {"is_decoder": False}, False),
+        ("BertForMaskedLM", {}, False),
+        ("T5ForConditionalGeneration", {}, False),
+        ("Gemma3ForConditionalGeneration", {}, False),
+        ("XLNetLMHeadModel", {}, False),
+        ("GPT2Model", {}, False),
+    ],
+)
+def test_a_decoder_is_known_by_its_class(tmp_path, architecture, more, decoder):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], **more}))
+    assert is_causal_lm(tmp_path) is decoder
+    if not decoder:
+        with pytest.raises(LoraportError, match=f"expected a decoder .*{architecture}"):
+            load_causal_lm(str(tmp_path))
+
+
+def test_gpt2_trains_and_merges_as_peft_has_it(tmp_path, write_jsonl):
+    """Logits of the base with the adapter, of the merged model, and of PEFT; c_proj is square."""
+    base, out = gpt2_base(tmp_path / "base"), tmp_path / "adapter"
+    data = write_jsonl(ROWS)
+    loop = LoopOptions(learning_rate=0.02, steps=8, device="cpu", save_every=0)
+    options = TrainOptions(LoraOptions(rank=3), loop, batch_size=2)
+    summary = train_language_model(str(base), data, out, options, validation=data)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(load_causal_lm(str(base)), out).eval()
+    assert command("merge", base, out, "-o", tmp_path / "merged")[0] == 0
+    merged = load_causal_lm(str(tmp_path / "merged"))
+    total = count = 0.0
+    with torch.no_grad():
+        for row in read_rows(data, tokenizer, 64).rows:
+            tokens, labels = torch.tensor([row.tokens]), torch.tensor([row.labels])
+            output = model(input_ids=tokens, labels=labels)
+            counted = int((labels[:, 1:] != -100).sum())
+            total, count = total + float(output.loss) * counted, count + counted
+            assert torch.allclose(merged(input_ids=tokens).logits, output.logits, atol=2e-5)
+            with model.disable_adapter():
+                plain = model(input_ids=tokens).logits
+            assert not torch.allclose(plain, output.logits, atol=0.1)
+    assert summary.validation_loss == pytest.approx(total / count, rel=1e-5)
+    assert summary.validation_loss < 0.9 * summary.base_validation_loss
