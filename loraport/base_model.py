@@ -8,6 +8,7 @@ that reach PyPI but no model hub.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -142,6 +143,22 @@ def is_causal_lm(directory: Path) -> bool:
     # BERT's and others' are decoders only where the configuration says so.
     decoder = read_model_config(directory).get("is_decoder", True)
     return bool(decoder) and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def context_length(directory: Path) -> int | None:
+    """Return how many tokens a base takes at most, by whatever name; ``None`` where it sets none.
+
+    Raises:
+        LoraportError: If the configuration is missing or damaged.
+    """
+    from transformers import AutoConfig
+
+    found = read_model_config(directory).get("max_position_embeddings")
+    # Of a kind that transformers does not have, only the plain name is known.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def load_model(

@@ -9,7 +9,7 @@ from command_line import command
 from peft import PeftModel
 from tiny_llm import save_base
 
-from loraport.base_model import is_causal_lm, load_causal_lm
+from loraport.base_model import context_length, is_causal_lm, load_causal_lm
 from loraport.errors import LoraportError
 from loraport.training import LoopOptions, LoraOptions, TrainOptions, train_language_model
 from loraport.training.data.tokens import read_rows
@@ -75,3 +75,29 @@ def test_gpt2_trains_and_merges_as_peft_has_it(tmp_path, write_jsonl):
             assert not torch.allclose(plain, output.logits, atol=0.1)
     assert summary.validation_loss == pytest.approx(total / count, rel=1e-5)
     assert summary.validation_loss < 0.9 * summary.base_validation_loss
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"model_type": "gptj", "n_positions": 64}, 64),
+        ({"model_type": "gpt_bigcode", "n_positions": 48}, 48),
+        ({"model_type": "llama", "max_position_embeddings": 32}, 32),
+        ({"model_type": "mamba"}, None),
+        ({"model_type": "xlnet"}, None),  # which says -1
+        ({"model_type": "of-the-future", "max_position_embeddings": 16}, 16),
+        ({"model_type": "of-the-future", "max_position_embeddings": "many"}, None),
+    ],
+)
+def test_the_context_has_many_names(tmp_path, config, length):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert context_length(tmp_path) == length
+
+
+def test_rows_are_cut_to_a_context_of_another_name(tmp_path, write_jsonl):
+    base = gpt2_base(tmp_path / "base")
+    data = write_jsonl([{"text": "ships and tea " * 40}, {"text": "tea"}])
+    loop = LoopOptions(steps=1, device="cpu", save_every=0)
+    options = TrainOptions(LoraOptions(rank=2), loop, batch_size=2, validation_share=0)
+    summary = train_language_model(str(base), data, tmp_path / "out", options)
+    assert (summary.rows, summary.truncated_rows) == (2, 1)

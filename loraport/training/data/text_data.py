@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from loraport.base_model import read_model_config, resolve_base
+from loraport.base_model import context_length, resolve_base
 from loraport.errors import LoraportError
 from loraport.training.data.batches import Row
 from loraport.training.data.tokens import read_rows
@@ -97,8 +97,7 @@ def row_length(directory: Path, max_length: int) -> int:
         directory: The base, whose context limits it.
         max_length: What is asked for.
     """
-    context = read_model_config(directory).get("max_position_embeddings")
-    return min(max_length, context or max_length)
+    return min(max_length, context_length(directory) or max_length)
 
 
 def split_rows(
