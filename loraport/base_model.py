@@ -8,7 +8,6 @@ that reach PyPI but no model hub.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from loraport.safetensors_file import safetensors_header
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from loraport.gguf_model import GgufModel
 
@@ -153,12 +152,21 @@ def context_length(directory: Path) -> int | None:
     """
     from transformers import AutoConfig
 
-    found = read_model_config(directory).get("max_position_embeddings")
-    # Of a kind that transformers does not have, only the plain name is known.
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    plain = read_model_config(directory)
+    try:
+        return context_of(AutoConfig.from_pretrained(directory, trust_remote_code=False))
+    except (OSError, ValueError, KeyError, TypeError):
+        # Of a kind that transformers does not have, only the plain name is known.
+        return _positive(plain.get("max_position_embeddings"))
+
+
+def context_of(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model of a configuration takes at most; see `context_length`."""
+    return _positive(getattr(config.get_text_config(), "max_position_embeddings", None))
+
+
+def _positive(length: object) -> int | None:
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def load_model(

@@ -58,10 +58,11 @@ def eval(  # the command's name
     an adapter that does nothing, and of one that makes other text worse.
     """
     from converters.formats.registry import read_adapter
-    from loraport.base_model import load_causal_lm, load_tokenizer
+    from loraport.base_model import load_causal_lm, load_tokenizer, resolve_base
     from loraport.evaluation import evaluate
     from loraport.evaluation.evaluate import text_rows
     from loraport.output import refuse_existing
+    from loraport.training.data.text_data import row_length
     from loraport.training.data.tokens import read_rows
     from loraport.training.devices import choose_placement
 
@@ -71,6 +72,7 @@ def eval(  # the command's name
         refuse_existing(per_example, force=force, inputs=inputs)
     loaded = {name: read_adapter(path, base=base) for name, path in paths.items()}
     tokenizer = load_tokenizer(base)
+    max_length = row_length(resolve_base(base), max_length)
     rows = read_rows(data, tokenizer, max_length)
     for note in rows.notes(data, max_length):
         log.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)

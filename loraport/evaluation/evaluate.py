@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraport.adapter import Adapter
+from loraport.base_model import context_of
 from loraport.errors import LoraportError
 from loraport.evaluation.neutral_text import PARAGRAPHS
 from loraport.evaluation.scores import RowScore, greedy_answer, question_and_answer, score_rows
@@ -23,6 +24,7 @@ BASE = "base"
 FORGETTING = 0.05
 # The same forward pass with other kernels or batch shapes differs by less in float32.
 NOISE = 1e-5
+_PIECE = 512  # tokens of neutral text at once
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def evaluate(
         raise LoraportError("evaluation: expected rows, got none")
     if BASE in adapters:
         raise LoraportError(f"adapter {BASE!r}: expected another name, this one means no adapter")
-    held_out = neutral_rows(tokenizer) if held_out is None else held_out
+    if held_out is None:
+        held_out = neutral_rows(tokenizer, context_of(model.config) or _PIECE)
 
     def scored(name: str) -> Scores:
         return _score(model, tokenizer, name, rows, held_out, generations, batch_size)
@@ -122,9 +125,9 @@ def evaluate(
     return Evaluation(tuple(found), tuple(_warnings(found)))
 
 
-def neutral_rows(tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """Return the built-in neutral text as rows."""
-    return text_rows(PARAGRAPHS, tokenizer, 512)
+def neutral_rows(tokenizer: PreTrainedTokenizerBase, longest: int = _PIECE) -> list[Row]:
+    """Return the built-in neutral text as rows, none of more tokens than ``longest``."""
+    return text_rows(PARAGRAPHS, tokenizer, min(longest, _PIECE))
 
 
 def text_rows(

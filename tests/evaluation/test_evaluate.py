@@ -6,7 +6,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_llm import save_base
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from loraport.cli.eval import eval as eval_command
 from loraport.errors import LoraportError
@@ -156,6 +157,30 @@ def test_no_rows_and_a_bad_name_are_refused(tiny_base, adapter_a, tokenizer):
     row = Row((3, 4), (3, 4))
     with pytest.raises(LoraportError, match="expected another name"):
         evaluate(model, tokenizer, {"base": read_peft(adapter_a)}, [row])
+
+
+@pytest.mark.parametrize("context", [16, 512])
+def test_nothing_is_longer_than_the_context(tmp_path, data, context):
+    """Learned positions end at 16: rows, held-out and neutral text are cut there, or not at all."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4, "init_std": 0.2}
+    model = OPTForCausalLM(OPTConfig(**sizes, max_position_embeddings=context))
+    base = save_base(tmp_path / "base", model)
+    data.write_text(json.dumps({"prompt": "tea ->", "completion": "ships and cargo " * 9}))
+    (tmp_path / "other.txt").write_text("cargo and light " * 20)
+
+    def scores(*more):
+        arguments = [str(base), str(data), "--device", "cpu", "--json", *map(str, more)]
+        done = CliRunner().invoke(eval_command, arguments, catch_exceptions=False)
+        assert done.exit_code == 0
+        return json.loads(done.stdout)["scores"]
+
+    assert len(scores()) == 1
+    other = ("--held-out", tmp_path / "other.txt")
+    (whole,), (cut,) = scores(*other), scores(*other, "--max-length", 16)
+    for figure in ("loss", "held_out_loss"):
+        assert (whole[figure] == cut[figure]) is (context == 16)
 
 
 def test_the_command(tiny_base, adapter_a, data, tmp_path):
