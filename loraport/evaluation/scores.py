@@ -96,12 +96,15 @@ def greedy_answer(
         device: Where the model is.
     """
     answer: list[int] = []
-    tokens, cache = torch.tensor([list(question)], device=device), None
+    new = list(question)
+    cached: dict[str, Any] = {}
     for _ in range(length):
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=torch.tensor([new], device=device), use_cache=True, **cached)
         answer.append(int(output.logits[0, -1].argmax()))
         if answer[-1] == end:
             break
-        tokens = torch.tensor([[answer[-1]]], device=device)
+        cache = getattr(output, "past_key_values", None)
+        # A model that keeps something else (Mamba's state) reads all of it again.
+        cached = {} if cache is None else {"past_key_values": cache}
+        new = [*question, *answer] if cache is None else answer[-1:]
     return answer

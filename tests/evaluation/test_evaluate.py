@@ -7,7 +7,14 @@ import torch
 from click.testing import CliRunner
 from peft import PeftModel
 from tiny_llm import save_base
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from loraport.cli.eval import eval as eval_command
 from loraport.errors import LoraportError
@@ -107,6 +114,22 @@ def test_answers_equal_transformers_generation(tiny_base, adapter_a, data, token
             )
             assert answer.got == tokenizer.decode(made[0, asked:], skip_special_tokens=True)
             assert not answer.exact
+
+
+@torch.no_grad()
+def test_a_model_without_a_cache_of_keys_answers(tokenizer):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    model = MambaForCausalLM(MambaConfig(**sizes, initializer_range=0.5)).eval()
+    prompt = tokenizer("Ships swap their")["input_ids"]
+    made = model.generate(
+        input_ids=torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=12,
+    )[0, len(prompt) :].tolist()
+    assert len(set(made)) > 3  # so that what comes before is seen to matter
+    assert greedy_answer(model, prompt, 12, None, torch.device("cpu")) == made
 
 
 def test_a_right_answer_is_an_exact_match(tiny_base, tokenizer):
