@@ -22,6 +22,8 @@ SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads"
 # The peak is in the loss, whose logits are the largest tensors; or in a layer's backward pass.
 WIDE_HEAD = {**SIZES, "vocab_size": 997, "hidden_size": 64, "intermediate_size": 96}
 WIDE_LAYERS = {**SIZES, "vocab_size": 97, "hidden_size": 256, "intermediate_size": 512}
+# Mixtral's, which are multiplied together: rows by the expert that each is sent to.
+EXPERTS = {**WIDE_LAYERS, "hidden_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
 PLAIN = TrainOptions(
     lora=LoraOptions(rank=4),
     loop=LoopOptions(steps=2, device="cpu", dtype="float32"),
@@ -34,11 +36,13 @@ BFLOAT16 = replace(PLAIN, loop=replace(PLAIN.loop, dtype="bfloat16"))
 BOUND = 0.01
 
 
-def llama(device, sizes):
-    from transformers import LlamaConfig, LlamaForCausalLM
+def decoder(device, sizes):
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
     with torch.device(device):
+        if "num_local_experts" in sizes:
+            return MixtralForCausalLM(MixtralConfig(**sizes))
         return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
@@ -46,14 +50,14 @@ def predicted(sizes, options):
     """Bytes at the peak beside base and adapter."""
     placement = choose_placement("cpu", options.loop.dtype)
     rounded = options.base_dtype != "auto" and placement.dtype is torch.bfloat16
-    model = llama("meta", sizes).to(torch.bfloat16 if rounded else torch.float32)
+    model = decoder("meta", sizes).to(torch.bfloat16 if rounded else torch.float32)
     kept = kept_memory(model, options.lora, options.base_dtype, model.dtype)
     return kept.optimizer + step_memory(model, options, placement).peak
 
 
 def allocated(sizes, options):
     """Bytes at the peak of a real run, as torch's profiler hears them from the allocator."""
-    model = llama("cpu", sizes)
+    model = decoder("cpu", sizes)
     narrow(model, options.base_dtype, choose_placement("cpu", options.loop.dtype))
     attach(model, options.lora)
     if options.gradient_checkpointing:
@@ -100,6 +104,8 @@ def allocated(sizes, options):
             replace(PLAIN, lora=LoraOptions(rank=4, init="pissa", targets=("q_proj", "lm_head"))),
         ),
         (WIDE_LAYERS, BFLOAT16),
+        (EXPERTS, PLAIN),
+        (EXPERTS, BFLOAT16),
     ],
 )
 def test_a_step_takes_what_was_predicted(sizes, options):
@@ -123,7 +129,7 @@ def test_a_quantized_weight_is_whole_for_a_moment(options):
 
 def really_kept(checkpointing):
     """Bytes that autograd keeps of a real pass, parameters left out, and what else is alive."""
-    model = llama("cpu", WIDE_HEAD)
+    model = decoder("cpu", WIDE_HEAD)
     attach(model, PLAIN.lora)
     model.train()
     if checkpointing:
@@ -151,7 +157,7 @@ def really_kept(checkpointing):
 @pytest.mark.parametrize("options", [PLAIN, CHECKPOINTED])
 def test_activations_are_what_autograd_keeps(options):
     placement = choose_placement("cpu", "float32")
-    found = step_memory(llama("meta", WIDE_HEAD), options, placement).activations
+    found = step_memory(decoder("meta", WIDE_HEAD), options, placement).activations
     real = really_kept(options.gradient_checkpointing)
     assert found == pytest.approx(real, rel=BOUND)
     other = really_kept(not options.gradient_checkpointing)
@@ -159,7 +165,7 @@ def test_activations_are_what_autograd_keeps(options):
 
 
 def test_each_layer_that_is_computed_again_saves_the_same():
-    model = llama("meta", {**WIDE_HEAD, "num_hidden_layers": 4})
+    model = decoder("meta", {**WIDE_HEAD, "num_hidden_layers": 4})
     placement = choose_placement("cpu", "float32")
     chosen = [PLAIN, *(replace(CHECKPOINTED, checkpointed_layers=n) for n in range(1, 5))]
     kept = [step_memory(model, options, placement).activations for options in chosen]

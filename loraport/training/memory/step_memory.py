@@ -23,6 +23,7 @@ from loraport.training.lora.rounded import RoundedMatrices
 from loraport.training.losses.chunked_loss import LogitTransform
 from loraport.training.losses.language_model import cross_entropy_at
 from loraport.training.losses.output_head import assume_transform
+from loraport.training.memory.grouped_products import GroupedProducts
 from loraport.training.memory.live_bytes import LiveBytes
 from loraport.training.memory.quantized_shape import without_numbers
 from loraport.training.options import TrainOptions
@@ -72,7 +73,7 @@ def step_memory(model: PreTrainedModel, options: TrainOptions, placement: Placem
             FakeTensorMode(allow_non_fake_inputs=True),
         ):
             model.to_empty(device=placement.device)
-            with LiveBytes() as live:
+            with GroupedProducts(), LiveBytes() as live:
                 rounded = RoundedMatrices(lora_layers(model).values(), placement.dtype)
                 kept = 0
                 # From the second batch of a step on, there are gradients already.
