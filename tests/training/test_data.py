@@ -205,3 +205,27 @@ def test_splitting_is_seeded_and_loses_nothing():
     assert split_rows(rows, 0.25, seed=4)[1] != held_out
     with pytest.raises(LoraportError, match="--validation-share 0"):
         split_rows(rows[:1], 0.1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"text": "a \ud800"}, "text: "),
+        ({"prompt": "\udfff", "completion": "b"}, "prompt: "),
+        ({"prompt": "a", "completion": "b\ude00\ud83d"}, "completion: "),
+        ({"messages": [{"role": "assistant", "content": "\udcff"}]}, "messages[0].content: "),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"\ud800": 1}]}]},
+            "a key of messages[0].tool_calls[0]: ",
+        ),
+    ],
+)
+def test_half_a_character_is_named_by_line_and_field(write_jsonl, tokenizer, row, field):
+    """Control: both halves, which JSON makes one character of, and halves that nobody reads."""
+    path = write_jsonl([{"text": "🚢", "note": "\ud800"}, row])
+    with pytest.raises(LoraportError) as caught:
+        read_rows(path, tokenizer, 99)
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.startswith(f"  {path}:2: {field}expected whole characters")
+    whole = read_rows(write_jsonl([{"text": "🚢", "note": "\ud800"}]), tokenizer, 99)
+    assert shown(whole.rows[0], tokenizer) == "🚢<|end|>"

@@ -105,6 +105,8 @@ def _record(number: int, line: bytes) -> Record:
     if not isinstance(value, dict):
         raise _BadLineError(f"expected an object, got {_kind(value)}")
     present = [key for key in ("text", "prompt", "completion", "messages") if key in value]
+    for key in present:
+        _require_whole_characters(value[key], key)
     if present == ["text"]:
         return Record(number, text=_filled(value, "text"))
     if present == ["prompt", "completion"]:
@@ -116,6 +118,26 @@ def _record(number: int, line: bytes) -> Record:
         return Record(number, messages=_messages(value["messages"]))
     got = ", ".join(present) or f"keys {', '.join(sorted(value))[:60] or '(none)'}"
     raise _BadLineError(f"expected {_FORMATS}, got {got}")
+
+
+def _require_whole_characters(value: Any, field: str) -> None:
+    r"""Refuse half of a pair of escapes (``\ud800`` alone), which is no text to a tokenizer."""
+    waiting = [(field, value)]
+    while waiting:
+        field, value = waiting.pop()
+        if isinstance(value, list):
+            waiting += [(f"{field}[{index}]", item) for index, item in enumerate(value)]
+        elif isinstance(value, dict):
+            waiting += [(f"a key of {field}", key) for key in value]
+            waiting += [(f"{field}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise _BadLineError(
+                    f"{field}: expected whole characters, got half of one, "
+                    f"{value[error.start]!a}, without its other half; write both or neither"
+                ) from error
 
 
 def _messages(value: Any) -> tuple[Mapping[str, Any], ...]:
