@@ -23,6 +23,19 @@ os.umask(_UMASK)
 _PARTIAL = re.compile(r"^\.(?P<name>.+)\.partial-(?P<pid>\d+)$")
 
 
+def require_name(path: Path) -> None:
+    """Refuse an output with nothing to call it by: beside it there is no place to write.
+
+    Raises:
+        LoraportError: If it is the folder one is in, one above that, or a whole disk.
+    """
+    if path.name in ("", ".."):
+        raise LoraportError(
+            f"output {str(path)!r}: expected the name of something new, got a folder that is in "
+            "use; name one inside it, such as adapter"
+        )
+
+
 def refuse_existing(path: Path, *, force: bool, inputs: Iterable[Path | str | None] = ()) -> None:
     """Refuse to overwrite ``path`` unless ``force``, and to overwrite what is read in any case.
 
@@ -32,8 +45,9 @@ def refuse_existing(path: Path, *, force: bool, inputs: Iterable[Path | str | No
         inputs: What is read for it; only those that are files or directories here matter.
 
     Raises:
-        LoraportError: If ``path`` exists and ``force`` is false, or it is or holds an input.
+        LoraportError: If ``path`` exists and ``force`` is false, it is or holds an input, or it has no name.
     """
+    require_name(path)
     if os.path.lexists(path) and not force:
         raise LoraportError(f"{path} already exists; choose another output or pass --force")
     for given in inputs:

@@ -220,3 +220,25 @@ def test_a_disk_that_refuses_is_no_traceback(own_bundle, adapter_b, capsys, monk
     code, _, err = call(capsys, "add", own_bundle, f"c={adapter_b}")
     assert code == 2
     assert "error: [Errno 28] No space left on device" in err
+
+
+@pytest.mark.parametrize("output", ["", ".", "/", "..", "a/..", "a"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("train",),
+        ("train", "--force"),
+        ("sweep",),
+        ("sweep", "--force"),
+        ("extract", "--rank", "1"),
+    ],
+)
+def test_an_output_without_a_name(capsys, monkeypatch, tmp_path, given, output):
+    """Control: an output with a name goes on to the next mistake."""
+    monkeypatch.chdir(tmp_path)
+    name, *more = given
+    code, out, err = call(capsys, name, "no-base", "no-data", "-o", output, *more)
+    assert (code, out) == (2, "")
+    assert ("expected the name of something new" in err) is (output != "a")
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

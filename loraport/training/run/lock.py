@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loraport.errors import LoraportError
+from loraport.output import require_name
 
 
 @contextmanager
@@ -18,8 +19,9 @@ def only_process(path: Path) -> Iterator[None]:
         path: The output; the lock is a file ``.NAME.lock`` beside it.
 
     Raises:
-        LoraportError: If another process holds it.
+        LoraportError: If another process holds it, or the output has no name.
     """
+    require_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.with_name(f".{path.name}.lock")
     handle = _locked(name)
