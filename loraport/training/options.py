@@ -10,6 +10,7 @@ from typing import Literal
 from loraport.errors import Problems
 
 ALL_LINEAR = "all-linear"
+_SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class LoraOptions:
             if not math.isfinite(alpha) or alpha == 0:
                 problems.add(name, "a finite number other than 0", str(alpha))
         _share(problems, "dropout", self.dropout)
+        _seed(problems, self.seed)
         if self.init not in ("kaiming", "gaussian", "pissa", "olora"):
             problems.add("init", "kaiming, gaussian, pissa or olora", repr(self.init))
         problems.raise_if_any("LoRA options cannot be used")
@@ -127,6 +129,7 @@ class LoopOptions:
         for name in ("weight_decay", "clip", "save_every", "validate_every", "early_stopping"):
             _at_least(problems, name, getattr(self, name), 0)
         _share(problems, "warmup", self.warmup)
+        _seed(problems, self.seed)
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.add("dtype", "auto, float32 or bfloat16", repr(self.dtype))
         if self.optimizer not in ("adamw", "adamw-8bit", "paged-adamw-8bit"):
@@ -193,6 +196,11 @@ class TrainOptions:
 def _at_least(problems: Problems, name: str, value: float, least: float) -> None:
     if not (math.isfinite(value) and value >= least):
         problems.add(name, f"at least {least}", str(value))
+
+
+def _seed(problems: Problems, seed: int) -> None:
+    if not _SEEDS[0] <= seed <= _SEEDS[1]:
+        problems.add("seed", f"a whole number from {_SEEDS[0]} to {_SEEDS[1]}", str(seed))
 
 
 def _share(problems: Problems, name: str, value: float) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft, write_peft
-from loraport.training import LoraOptions, adapter_of, attach, detach, load_into
+from loraport.training import LoopOptions, LoraOptions, adapter_of, attach, detach, load_into
 
 # PEFT asks transformers in a way that is going out of use.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -220,3 +220,14 @@ def test_trained_tokens_hold_for_a_tied_head_too(llama, fresh, tmp_path):
     detach(fresh)
     assert torch.equal(logits(fresh), base)
     assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("options", [LoraOptions, LoopOptions])
+def test_seeds_are_those_that_torch_takes(options):
+    """Control: torch refuses the next one on either side."""
+    for seed, beyond in ((-(2**63), -(2**63) - 1), (2**64 - 1, 2**64)):
+        torch.Generator().manual_seed(options(seed=seed).seed)
+        with pytest.raises(LoraportError, match=rf"seed: expected a whole .*, got {beyond}"):
+            options(seed=beyond)
+        with pytest.raises((ValueError, RuntimeError)):
+            torch.Generator().manual_seed(beyond)
