@@ -57,6 +57,8 @@ class LoraOptions:
         for name, alpha in {"alpha": self.effective_alpha, **alphas}.items():
             if not math.isfinite(alpha) or alpha == 0:
                 problems.add(name, "a finite number other than 0", str(alpha))
+            elif alpha < 0 and self.init == "pissa":
+                problems.add(name, "a number above 0 for pissa, which takes its root", str(alpha))
         _share(problems, "dropout", self.dropout)
         _seed(problems, self.seed)
         if self.init not in ("kaiming", "gaussian", "pissa", "olora"):

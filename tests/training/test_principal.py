@@ -126,3 +126,14 @@ def test_the_weight_of_a_quantized_base_is_the_one_it_computes_with(bits):
     torch.testing.assert_close(float_weight(layer).float(), computed, rtol=0, atol=2e-3)
     assert (plain.weight - computed).abs().max() > (1e-2 if bits == 4 else 1e-4)
     torch.testing.assert_close(layer.magnitude, float_weight(layer).float().norm(dim=1))
+
+
+@pytest.mark.parametrize("more", [{"alpha": -4}, {"alpha": 4, "alpha_pattern": {"q_proj": -4}}])
+def test_pissa_takes_the_root_of_alpha(llama, more):
+    """Control: OLoRA takes none, and begins at the base's own logits with a negative alpha, too."""
+    with pytest.raises(LoraportError, match=r"alpha.*: expected a number above 0 for pissa.*-4"):
+        LoraOptions(rank=4, init="pissa", **more)
+    with torch.no_grad():
+        before = llama(input_ids=tokens()).logits
+        attach(llama, LoraOptions(rank=4, init="olora", **more))
+        torch.testing.assert_close(llama(input_ids=tokens()).logits, before, rtol=1e-5, atol=1e-5)
