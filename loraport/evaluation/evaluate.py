@@ -102,7 +102,7 @@ def evaluate(
         batch_size: Rows per forward pass.
 
     Raises:
-        LoraportError: If there are no rows or an adapter does not fit the base.
+        LoraportError: If there are no rows, held out or not, or an adapter does not fit the base.
     """
     if not rows:
         raise LoraportError("evaluation: expected rows, got none")
@@ -110,6 +110,11 @@ def evaluate(
         raise LoraportError(f"adapter {BASE!r}: expected another name, this one means no adapter")
     if held_out is None:
         held_out = neutral_rows(tokenizer, context_of(model.config) or _PIECE)
+    if not held_out:
+        raise LoraportError(
+            "held-out text: expected a paragraph of at least two tokens, since the first is never "
+            "predicted, got none; give more text"
+        )
 
     def scored(name: str) -> Scores:
         return _score(model, tokenizer, name, rows, held_out, generations, batch_size)

@@ -206,6 +206,18 @@ def test_nothing_is_longer_than_the_context(tmp_path, data, context):
         assert (whole[figure] == cut[figure]) is (context == 16)
 
 
+def test_held_out_text_of_single_tokens_is_refused(tiny_base, data, tmp_path):
+    """Control: one paragraph of two tokens."""
+    text = tmp_path / "text.txt"
+    arguments = [str(tiny_base), str(data), "--held-out", str(text), "--device", "cpu"]
+    text.write_text("a\n\nb")
+    done = CliRunner().invoke(eval_command, arguments)
+    assert isinstance(done.exception, LoraportError)
+    assert "held-out text: expected a paragraph of at least two tokens" in str(done.exception)
+    text.write_text("a\n\nab")
+    assert CliRunner().invoke(eval_command, arguments).exit_code == 0
+
+
 def test_the_command(tiny_base, adapter_a, data, tmp_path):
     per_example = tmp_path / "rows_out.jsonl"
     arguments = [str(tiny_base), str(data), "--adapter", f"mine={adapter_a}", "--device", "cpu"]
