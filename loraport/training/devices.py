@@ -60,15 +60,23 @@ def choose_placement(device: str, dtype: str) -> Placement:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise LoraportError(
-            f"device {device!r}: expected a device of this machine, got: {reason}; try cpu"
-        ) from error
+        if isinstance(error, NotImplementedError):  # whose text lists all that torch could have
+            reason = "one that this build of torch cannot use"
+        raise _no_device(device, reason) from error
+    if chosen.type == "meta":
+        raise _no_device(device, "one that holds shapes without numbers")
     if dtype == "auto":
         has_bf16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported(False)
         dtype = "bfloat16" if has_bf16 else "float32"
     return Placement(chosen, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+
+
+def _no_device(device: str, reason: str) -> LoraportError:
+    return LoraportError(
+        f"device {device!r}: expected a device of this machine, got: {reason}; try cpu"
+    )
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
