@@ -278,6 +278,31 @@ def test_a_damaged_checkpoint_is_named(base_directory, chat_data, tmp_path):
         train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (None, "No such file"),
+        (b"", "0 bytes of"),
+        (b"x" * 9999, "line 1"),
+        (b"[]" * 9999, "Extra data"),
+        (b"[]\n" * 9999, "another line 1"),
+        (b'{"step": "a"}\n' * 999, "another line 1"),
+    ],
+)
+def test_damaged_metrics_are_named(base_directory, chat_data, tmp_path, content, got):
+    """Control: the file as it was."""
+    out = tmp_path / "out"
+    stopped_run(base_directory, chat_data, out)
+    metrics = work_directory(out) / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.unlink() if content is None else metrics.write_bytes(content)
+    with pytest.raises(LoraportError, match=rf"{metrics}: .*{got}.*start again with --force"):
+        train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+    metrics.write_bytes(whole)
+    train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+    assert (out / "metrics.jsonl").read_bytes().startswith(whole[:99])
+
+
 def test_checkpoints_are_adapters_without_pickle(base_directory, chat_data, tmp_path):
     out = tmp_path / "out"
     stopped_run(base_directory, chat_data, out, at=10)

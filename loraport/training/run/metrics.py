@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from loraport.errors import LoraportError
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -20,6 +22,9 @@ class MetricsLog:
         directory: Where the file is, or ``None``.
         length: Bytes of an existing file to keep; the rest belongs to steps that a resumed run
             takes again.
+
+    Raises:
+        LoraportError: If these bytes are not there or are damaged.
     """
 
     def __init__(self, directory: Path | None, length: int = 0) -> None:
@@ -29,8 +34,7 @@ class MetricsLog:
             return
         path = directory / METRICS_FILE
         if length:
-            kept = path.read_bytes()[:length]
-            self.lines = [json.loads(line) for line in kept.splitlines()]
+            self.lines = _written(path, length)
             os.truncate(path, length)
         self._file = path.open("ab" if length else "wb")
 
@@ -64,3 +68,23 @@ class MetricsLog:
             for line in self.lines
             if "validation_loss" in line
         ]
+
+
+def _written(path: Path, length: int) -> list[dict[str, Any]]:
+    """Return the lines that a run has written when its file was ``length`` bytes long."""
+    lines = []
+    try:
+        kept = path.read_bytes()[:length]
+        if len(kept) < length:
+            raise ValueError(f"{len(kept)} bytes of {length}")
+        for number, text in enumerate(kept.splitlines(), start=1):
+            line = json.loads(text)
+            if "step" not in line or not all(isinstance(v, int | float) for v in line.values()):
+                raise ValueError(f"another line {number}")
+            lines.append(line)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise LoraportError(
+            f"{path}: expected what the run wrote before its checkpoint, got: {error}; put the "
+            "file back, or start again with --force"
+        ) from error
+    return lines
