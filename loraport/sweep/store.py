@@ -41,7 +41,9 @@ class Store:
         if path.exists():
             try:
                 stored = json.loads(path.read_bytes())
-            except ValueError as error:
+                if not isinstance(stored, dict):
+                    raise TypeError(f"{stored!r}")
+            except (OSError, ValueError, TypeError, RecursionError) as error:
                 raise LoraportError(
                     f"{path}: expected what loraport wrote, got {error}; start anew with --force"
                 ) from error

@@ -62,6 +62,20 @@ def restore(state: RandomState) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
 
 
+def require_state(state: RandomState) -> None:
+    """Refuse what `restore` could not go back to; nothing global is changed.
+
+    Raises:
+        Exception: Of whichever generator refuses it.
+    """
+    torch.Generator().set_state(state.tensors["cpu"])
+    version, words, gauss = state.plain["python"]
+    random.Random().setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state.plain["numpy"]
+    numbers = (name, np.array(keys, dtype=np.uint32), position, has_gauss, cached)
+    np.random.RandomState().set_state(numbers)
+
+
 def _own_gpus() -> range:
     """Return the GPUs that this process computes on: one of them where there are several."""
     if not torch.cuda.is_available():

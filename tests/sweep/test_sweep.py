@@ -248,3 +248,15 @@ def test_on_another_base_it_does_not_go_on(tiny_base, data, tmp_path, monkeypatc
     assert not (tmp_path / "out").exists()
     save_file(tensors, weights, {"format": "pt"})
     assert "from step 2" in run(*few, "--resume").stderr
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "null"])
+def test_a_damaged_identity_is_named(tmp_path, content):
+    """Control: the identity that was written."""
+    from loraport.sweep.store import Store
+
+    Store(tmp_path, {"seed": 0})
+    Store(tmp_path, {"seed": 0})
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(LoraportError, match=r"sweep.json: expected what .* start anew with --for"):
+        Store(tmp_path, {"seed": 0})

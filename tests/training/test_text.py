@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,6 +278,60 @@ def test_a_damaged_checkpoint_is_named(base_directory, chat_data, tmp_path):
     (newest / "state.json").write_text("{")
     with pytest.raises(LoraportError, match="resume from the one before"):
         train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:60])
+
+
+def changed(place, value):
+    """Write another value into ``state.json``; ``position.step`` is the place of a step."""
+
+    def change(file):
+        document = json.loads(file.read_text())
+        *outer, last = place.split(".")
+        inner = document
+        for key in outer:
+            inner = inner[key]
+        inner[last] = value
+        file.write_text(json.dumps(document))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "got"),
+    [
+        ("state.json", Path.unlink, "No such file"),
+        ("state.json", lambda file: file.write_text("[]"), "TypeError"),
+        ("state.json", changed("random", {}), "KeyError"),
+        ("state.json", changed("random.python", [3, [1], None]), "ValueError"),
+        ("state.json", changed("epoch_random.numpy", None), "TypeError"),
+        ("state.json", changed("random.numpy", ["MT19937", [2**40], 0, 0, 0.0]), "Overflow"),
+        ("state.json", changed("identity", []), r"identity \[\]"),
+        ("state.json", changed("position.step", "a"), "'step': 'a'"),
+        ("state.json", changed("position.tokens", -1), "'tokens': -1"),
+        ("state.json", changed("position.step", 1000000), "one of step 1000000"),
+        ("state.safetensors", Path.unlink, "No such file.*state.safetensors"),
+        ("state.safetensors", cut, "state.safetensors"),
+        ("adapter_model.safetensors", cut, "adapter_model.safetensors"),
+        ("adapter_config.json", Path.unlink, "adapter_config.json"),
+    ],
+)
+def test_a_checkpoint_damaged_in_any_part_is_named(
+    base_directory, chat_data, tmp_path, file, damage, got
+):
+    """The advice is followed: the run goes on."""
+    out = tmp_path / "out"
+    stopped_run(base_directory, chat_data, out)
+    newest = work_directory(out) / "checkpoint-00000006"
+    damage(newest / file)
+    advice = "remove this directory to resume from the one before, or start again with --force"
+    with pytest.raises(LoraportError, match=rf"(?s)^checkpoint {newest}: .*{got}.*; {advice}$"):
+        train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+    shutil.rmtree(newest)
+    summary = train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+    assert summary.steps == 14
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,16 @@ from loraport.peft_layout.read import read_peft
 from loraport.peft_layout.write import peft_contents, save_contents
 from loraport.safetensors_file import write_safetensors
 from loraport.training.lora.lora_layer import LoraLayer
-from loraport.training.rng import RandomState
+from loraport.training.rng import RandomState, require_state
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _OPTIMIZER, _RANDOM, _EPOCH_RANDOM = "optimizer", "random", "epoch_random"
 _BEST, _PARAMETERS = "best", "parameters"
+# Generators refuse a state in many ways, and so does JSON that holds something else.
+_OF_DAMAGE = (
+    *(LoraportError, OSError, ValueError, TypeError, LookupError, AttributeError),
+    *(RuntimeError, OverflowError),
+)
 _TENSORS, _DOCUMENT = "state.safetensors", "state.json"
 
 
@@ -77,7 +82,7 @@ class RunState:
 
 def save_checkpoint(work: Path, adapter: Adapter, state: RunState, keep: int) -> Path:
     """Write a checkpoint and remove all but the last ``keep``."""
-    path = work / f"checkpoint-{state.position.step:08d}"
+    path = work / _name(state.position.step)
     config, adapter_tensors = peft_contents(adapter)
     with new_directory(path, force=True) as partial:
         save_contents(partial, adapter, config, adapter_tensors)
@@ -120,7 +125,14 @@ def load_checkpoint(path: Path) -> tuple[Adapter, RunState]:
     Raises:
         LoraportError: If it is damaged.
     """
-    return read_peft(path), load_state(path)
+    try:
+        adapter = read_peft(path)
+    except LoraportError as error:
+        raise _damaged(path, error) from error
+    state = load_state(path)
+    if path.name != _name(state.position.step):
+        raise _damaged(path, f"one of step {state.position.step}")
+    return adapter, state
 
 
 def load_state(path: Path) -> RunState:
@@ -131,10 +143,16 @@ def load_state(path: Path) -> RunState:
     """
     try:
         document = json.loads((path / _DOCUMENT).read_bytes())
-        tensors = Checkpoint(path / _TENSORS)
+        if not isinstance(document["identity"], dict):
+            raise TypeError(f"identity {document['identity']!r}")
+        position = Position(**document["position"])
+        if not all(isinstance(value, int) and value >= 0 for value in asdict(position).values()):
+            raise ValueError(f"position {document['position']}")
         optimizer: dict[str, dict[str, torch.Tensor]] = {}
         randoms: dict[str, dict[str, torch.Tensor]] = {_RANDOM: {}, _EPOCH_RANDOM: {}}
         named: dict[str, dict[str, torch.Tensor]] = {_BEST: {}, _PARAMETERS: {}}
+        with (path / _TENSORS).open("rb"):  # or what is wrong with this very file
+            tensors = Checkpoint(path / _TENSORS)
         for name in tensors:
             prefix, key, *rest = name.split("/", 2)
             if prefix in named:
@@ -143,8 +161,8 @@ def load_state(path: Path) -> RunState:
                 optimizer.setdefault(rest[0], {})[key] = tensors.load(name)
             else:
                 randoms[prefix][key] = tensors.load(name)
-        return RunState(
-            position=Position(**document["position"]),
+        state = RunState(
+            position=position,
             random=RandomState(randoms[_RANDOM], document[_RANDOM]),
             epoch_random=RandomState(randoms[_EPOCH_RANDOM], document[_EPOCH_RANDOM]),
             optimizer=optimizer,
@@ -152,11 +170,19 @@ def load_state(path: Path) -> RunState:
             best=named[_BEST],
             parameters=named[_PARAMETERS],
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise LoraportError(
-            f"checkpoint {path}: expected what loraport wrote, got {error!r}; "
-            "remove this directory to resume from the one before"
-        ) from error
+        require_state(state.random)
+        require_state(state.epoch_random)
+    except _OF_DAMAGE as error:
+        raise _damaged(path, error) from error
+    return state
+
+
+def _damaged(path: Path, got: Exception | str) -> LoraportError:
+    what = got if isinstance(got, str | LoraportError | OSError) else repr(got)
+    return LoraportError(
+        f"checkpoint {path}: expected what loraport wrote, got {what}; remove this directory to "
+        "resume from the one before, or start again with --force"
+    )
 
 
 def require_same_run(path: Path, stored: Mapping[str, Any], present: Mapping[str, Any]) -> None:
@@ -219,6 +245,10 @@ def _restore_layer(layer: LoraLayer, module: LoraModule) -> None:
         layer.initial_B.copy_(-module.lora_B[:, layer.rank :])
     if layer.magnitude is not None and module.magnitude is not None:
         layer.magnitude.copy_(module.magnitude.flatten())
+
+
+def _name(step: int) -> str:
+    return f"checkpoint-{step:08d}"
 
 
 def _checkpoints(work: Path) -> list[Path]:
