@@ -104,6 +104,10 @@ def _named(values: tuple[str, ...]) -> dict[str, Path]:
         name, equals, path = value.partition("=")
         if not equals or Path(value).exists():
             name, path = Path(value).name, value
+        if not name:
+            raise LoraportError(
+                f"--adapter {value}: expected a name to show it by, got none; give NAME=ADAPTER"
+            )
         if name in found:
             raise LoraportError(f"--adapter {value}: expected another name than {name!r}, again")
         found[name] = Path(path)

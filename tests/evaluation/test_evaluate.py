@@ -218,6 +218,18 @@ def test_held_out_text_of_single_tokens_is_refused(tiny_base, data, tmp_path):
     assert CliRunner().invoke(eval_command, arguments).exit_code == 0
 
 
+@pytest.mark.parametrize("nameless", ["={}", "."])
+def test_an_adapter_without_a_name_is_refused(tiny_base, adapter_a, data, nameless, monkeypatch):
+    """Control: the same adapter with one."""
+    monkeypatch.chdir(adapter_a)
+    value = nameless.format(adapter_a)
+    arguments = [str(tiny_base), str(data), "--device", "cpu", "--generations", "0", "--adapter"]
+    done = CliRunner().invoke(eval_command, [*arguments, value])
+    assert isinstance(done.exception, LoraportError)
+    assert f"--adapter {value}: expected a name" in str(done.exception)
+    assert CliRunner().invoke(eval_command, [*arguments, f"mine={adapter_a}"]).exit_code == 0
+
+
 def test_the_command(tiny_base, adapter_a, data, tmp_path):
     per_example = tmp_path / "rows_out.jsonl"
     arguments = [str(tiny_base), str(data), "--adapter", f"mine={adapter_a}", "--device", "cpu"]
