@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -153,7 +154,8 @@ def _identity(base: str, rows: TextData, options: SweepOptions) -> dict[str, Any
     loop = {key: value for key, value in train["loop"].items() if key not in ("save_every", "keep")}
     plain = {key: value for key, value in train.items() if key not in ("lora", "loop")}
     digests = {"training rows": digest(rows.train), "validation rows": digest(rows.validation)}
-    facts = {"base": base, **loop, **plain, **digests, "halving": options.halving}
+    # However a path is spelled; a name of a hub has no other spelling.
+    facts = {"base": os.path.normpath(base), **loop, **plain, **digests, "halving": options.halving}
     found: dict[str, Any] = json.loads(json.dumps(facts))
     found.pop("learning_rate")
     return found

@@ -221,6 +221,7 @@ def test_candidates_of_two_bases_are_not_compared(tiny_base, data, tmp_path, mon
 
 
 def test_on_another_base_it_does_not_go_on(tiny_base, data, tmp_path, monkeypatch):
+    """Control: the same base by another spelling of its path."""
     from safetensors.torch import load_file, save_file
 
     from loraport.sweep import store
@@ -247,7 +248,7 @@ def test_on_another_base_it_does_not_go_on(tiny_base, data, tmp_path, monkeypatc
         run(*few, "--resume")
     assert not (tmp_path / "out").exists()
     save_file(tensors, weights, {"format": "pt"})
-    assert "from step 2" in run(*few, "--resume").stderr
+    assert "from step 2" in run(f"{tmp_path}/./base/", *few[1:], "--resume").stderr
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "null"])
