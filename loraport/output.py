@@ -45,7 +45,8 @@ def refuse_existing(path: Path, *, force: bool, inputs: Iterable[Path | str | No
         inputs: What is read for it; only those that are files or directories here matter.
 
     Raises:
-        LoraportError: If ``path`` exists and ``force`` is false, it is or holds an input, or it has no name.
+        LoraportError: If ``path`` has no name, exists and ``force`` is false, or is or holds an
+            input.
     """
     require_name(path)
     if os.path.lexists(path) and not force:
