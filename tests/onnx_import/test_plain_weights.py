@@ -4,10 +4,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from converters.onnx import add_adapters
 from converters.onnx.exporters.plain_weights import make_weights_plain
 from converters.onnx.importing import ImportOptions, import_model
+from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.bundle.manifest import MODEL_FILE, read_manifest
 from loraport.errors import LoraportError
 from loraport.runtime import Runtime
@@ -173,3 +176,46 @@ def test_what_is_not_stored_so_is_told(tmp_path):
     import_model(tmp_path / "m.onnx", tmp_path / "all", options, progress=said.append)
     assert said
     assert not [line for line in said if "not stored" in line]
+
+
+@pytest.mark.parametrize(("precision", "error"), [(None, 1e-5), ("int8", 0.02), ("int4", 0.15)])
+def test_a_weight_that_several_gemms_share_is_one_module(tmp_path, precision, error):
+    """As in a recurrent layer that was exported step by step; stored once, by one name."""
+    numbers = np.random.default_rng(4)
+    weights = {
+        "cell.weight": numbers.standard_normal((IN, IN)).astype(np.float32) / 8,
+        "b": numbers.standard_normal(IN).astype(np.float32),
+        "head.weight": WEIGHT,
+    }
+    nodes = [
+        helper.make_node("Gemm", ["x", "cell.weight", "b"], ["h1"], name="/a/Gemm", transB=1),
+        helper.make_node("Gemm", ["h1", "cell.weight", "b"], ["h2"], name="/b/Gemm", transB=1),
+        helper.make_node("Gemm", ["h2", "cell.weight"], ["h3"], name="/c/Gemm", transB=1),
+        helper.make_node("Gemm", ["h3", "head.weight"], ["y"], name="/d/Gemm", transB=1),
+    ]
+    onnx.save(model_of(nodes, weights=weights), tmp_path / "m.onnx")
+    bundle = tmp_path / "bundle"
+    import_model(tmp_path / "m.onnx", bundle, ImportOptions(precision=precision))
+    assert list(read_manifest(bundle).slots.modules()) == ["cell", "head"]
+    a, b = (numbers.standard_normal(shape).astype(np.float32) / 8 for shape in ((3, IN), (IN, 3)))
+    module = LoraModule(ModuleKind.LINEAR, torch.from_numpy(a), torch.from_numpy(b), alpha=6)
+    add_adapters(bundle, {"a": Adapter({"cell": module})})
+    x = numbers.standard_normal((5, IN)).astype(np.float32)
+    changed = weights["cell.weight"].astype(np.float64) + 2.0 * b.astype(np.float64) @ a
+
+    def expected(*cells):
+        steps = zip(cells, (weights["b"], weights["b"], 0.0), strict=True)
+        state = x.astype(np.float64)
+        for cell, bias in steps:
+            state = state @ cell.T + bias
+        return state @ WEIGHT.T.astype(np.float64)
+
+    runtime = Runtime(bundle, threads=1, float32_activations=True)
+    got = runtime.run({"x": x}, "a")["y"]
+    wanted = expected(changed, changed, changed)
+    assert np.linalg.norm(got - wanted) < error * np.linalg.norm(wanted)
+    once = expected(changed, weights["cell.weight"], weights["cell.weight"])
+    assert np.linalg.norm(once - wanted) > 2 * error * np.linalg.norm(wanted)
+    graph = onnx.load(bundle / MODEL_FILE, load_external_data=False).graph
+    large = [w.name for w in graph.initializer if np.prod(w.dims) >= IN * IN // 2]
+    assert len(large) == 2

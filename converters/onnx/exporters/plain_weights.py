@@ -99,20 +99,23 @@ def fold_transposes(model: ModelProto) -> None:
     stored = {weight.name: weight for weight in graph.initializer if weight.name not in fixed}
     taken = {*stored, *fixed, *(name for node in nodes_of(graph.node) for name in node.output)}
     renamed: dict[str, str] = {}
+    made: dict[tuple[str, tuple[int, ...]], str] = {}
     for node in list(graph.node):
         if node.op_type != "Transpose" or node.output[0] in fixed:
             continue
         weight = stored.get(node.input[0])
         if weight is None or len(weight.dims) != 2:
             continue
-        perm = next((list(entry.ints) for entry in node.attribute if entry.name == "perm"), [1, 0])
-        name = f"{weight.name}_transposed"
-        if name in taken:  # something else, or the same weight transposed twice
-            name = node.output[0]
-        taken.add(name)
-        turned = np.ascontiguousarray(numpy_helper.to_array(weight).transpose(perm))
-        graph.initializer.append(numpy_helper.from_array(turned, name))
-        renamed[node.output[0]] = name
+        perm = next((tuple(entry.ints) for entry in node.attribute if entry.name == "perm"), (1, 0))
+        if (weight.name, perm) not in made:
+            name = f"{weight.name}_transposed"
+            if name in taken:
+                name = node.output[0]
+            taken.add(name)
+            turned = np.ascontiguousarray(numpy_helper.to_array(weight).transpose(perm))
+            graph.initializer.append(numpy_helper.from_array(turned, name))
+            made[weight.name, perm] = name
+        renamed[node.output[0]] = made[weight.name, perm]
         graph.node.remove(node)
     read = set()
     for node in nodes_of(graph.node):
