@@ -111,7 +111,20 @@ def _int4(source: Path, target: Path) -> None:
 def _fp16(source: Path, target: Path) -> None:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    _save(convert_float_to_float16(_load(source), keep_io_types=True), target)
+    model = convert_float_to_float16(_load(source), keep_io_types=True)
+    _drop_repeated_casts(model)
+    _save(model, target)
+
+
+def _drop_repeated_casts(model: ModelProto) -> None:
+    """Leave one of the equal casts that the converter adds for each reader, in place."""
+    seen = set()
+    for node in list(model.graph.node):
+        if node.op_type == "Cast":
+            cast = node.SerializeToString()
+            if cast in seen:
+                model.graph.node.remove(node)
+            seen.add(cast)
 
 
 def _name_stacked(model: ModelProto) -> list[str]:

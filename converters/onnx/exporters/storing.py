@@ -30,10 +30,18 @@ def store_as(file: Path, out: Path, precision: str, progress: Callable[[str], No
         progress: Told what stays as it was.
 
     Raises:
-        LoraportError: If the quantizer fails, or none of the weights could be stored so.
+        LoraportError: If the quantizer fails, or writes no model, or none of the weights could be
+            stored so.
     """
     quantize_graph(file, out, precision)
-    model = read_graph(out / MODEL_FILE)
+    try:
+        model = read_graph(out / MODEL_FILE)
+    except LoraportError as error:
+        reason = str(error).removeprefix(f"{out / MODEL_FILE}: ")
+        raise LoraportError(
+            f"{file}: --precision {precision}: ONNX Runtime's quantizer wrote something else: "
+            f"{reason}; try another precision"
+        ) from error
     model.graph.sort()  # the one for fp16 puts casts of inputs last
     sites = sites_of(model)  # without any there is no bundle, for reasons that are told later
     if sites and stored_precision(sites) != precision:
