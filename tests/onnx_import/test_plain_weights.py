@@ -133,14 +133,18 @@ def test_a_gemm_computes_the_same_as_product_and_sum(turned):
     nodes = [
         make("Gemm", ["x", "w", "b"], ["y"], name="/layer/Gemm", **settings),
         make("Gemm", ["x", "w"], ["bare"], name="bare", transB=turned),
-        make("Gemm", ["x", "w", "b"], ["scaled"], name="scaled", transB=turned, beta=2.0),
+        make("Gemm", ["x", "w", "b"], ["twice"], name="twice", transB=turned, beta=2.0),
+        make("Gemm", ["x", "w", "b"], ["unbiased"], name="unbiased", transB=turned, beta=0.0),
+        make("Gemm", ["x", "w", "b"], ["scaled"], name="scaled", transB=turned, alpha=2.0),
         make("Gemm", ["x", "w"], ["old"], name="old", transB=turned, broadcast=1),  # of opset 6
         make("Gemm", ["fixed", "x"], ["free"], name="free", transB=1),
         make("Sum", ["y", "y_weight", "y_product"], ["all"], name="all"),
     ]
-    model = model_of(nodes, outputs=("y", "bare", "scaled", "free", "all"), weights=weights)
+    outputs = ("y", "bare", "twice", "unbiased", "scaled", "free", "all")
+    model = model_of(nodes, outputs=outputs, weights=weights)
     x = numbers.standard_normal((5, IN)).astype(np.float32)
     before = run(without(model, "old"), x)
+    assert len({values.tobytes() for values in before[:5]}) == 4  # bare is what unbiased is
     make_weights_plain(model, gemms=True)
     model, whole = without(model, "old"), model
     for mine, true in zip(run(model, x), before, strict=True):
@@ -150,6 +154,10 @@ def test_a_gemm_computes_the_same_as_product_and_sum(turned):
         "/layer/Gemm": "MatMul",
         "/layer/Gemm/bias": "Add",
         "bare": "MatMul",
+        "": "Mul",
+        "twice": "MatMul",
+        "twice/bias": "Add",
+        "unbiased": "MatMul",
         "scaled": "Gemm",
         "old": "Gemm",
         "free": "Gemm",
@@ -219,3 +227,37 @@ def test_a_weight_that_several_gemms_share_is_one_module(tmp_path, precision, er
     graph = onnx.load(bundle / MODEL_FILE, load_external_data=False).graph
     large = [w.name for w in graph.initializer if np.prod(w.dims) >= IN * IN // 2]
     assert len(large) == 2
+
+
+@pytest.mark.parametrize(("precision", "error"), [("int8", 0.02), ("int4", 0.15)])
+def test_gemms_without_names_of_before_initializers_were_no_inputs(tmp_path, precision, error):
+    """Names of nodes are optional; IR 3 lists every weight among the inputs."""
+    weights = {
+        "first.weight": WEIGHT,
+        "first.bias": np.random.default_rng(5).standard_normal(OUT).astype(np.float32),
+        "second.weight": WEIGHT.T.copy() / 8,
+        "second.bias": np.random.default_rng(6).standard_normal(IN).astype(np.float32) * 30,
+    }
+    nodes = [
+        helper.make_node("Gemm", ["x", "first.weight", "first.bias"], ["h"], transB=1),
+        helper.make_node("Gemm", ["h", "second.weight", "second.bias"], ["y"], transB=1, beta=0.5),
+    ]
+    model = model_of(nodes, weights=weights)
+    model.ir_version, model.opset_import[0].version = 3, 8
+    model.graph.input.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape)
+        for name, array in weights.items()
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    import_model(tmp_path / "m.onnx", tmp_path / "bundle", ImportOptions(precision=precision))
+    manifest = read_manifest(tmp_path / "bundle")
+    assert manifest.precision == precision
+    assert list(manifest.slots.modules()) == ["first", "second"]
+    x = np.random.default_rng(1).standard_normal((5, IN)).astype(np.float32)
+    first, bias, second, other = (array.astype(np.float64) for array in weights.values())
+    expected = (x @ first.T + bias) @ second.T + 0.5 * other
+    np.testing.assert_allclose(run(model, x)[0], expected, rtol=1e-4, atol=1e-4)
+    got = Runtime(tmp_path / "bundle", threads=1, float32_activations=True).run({"x": x})["y"]
+    size = np.linalg.norm(expected)
+    assert np.linalg.norm(got - expected) < error * size
+    assert np.linalg.norm(np.tile(0.5 * other, (len(x), 1))) > 2 * error * size

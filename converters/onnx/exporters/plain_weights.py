@@ -1,7 +1,7 @@
 """Weights as ONNX Runtime's quantizers look for them: initializers, right at the product.
 
-What is a ``Constant`` or behind a ``Transpose`` they leave as it is, and say nothing; the one for 4
-bits does so with ``Gemm``, too.
+What is an input of the graph, a ``Constant`` or behind a ``Transpose`` they leave as it is, and say
+nothing; the one for 4 bits does so with ``Gemm``, too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from converters.onnx.graph.functions import nodes_of
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-_PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+_FIXED = 4  # the first IR version whose initializers need not be inputs
+_PLAIN_GEMM = {"alpha": 1.0, "transA": 0}
 
 
 def make_weights_plain(model: ModelProto, *, gemms: bool = False) -> None:
@@ -23,10 +24,20 @@ def make_weights_plain(model: ModelProto, *, gemms: bool = False) -> None:
         model: A model with its weights in memory, changed in place.
         gemms: Make products of ``Gemm``, too.
     """
+    fix_inputs(model)
     lift_constants(model)
     if gemms:
         split_gemms(model)
     fold_transposes(model)
+
+
+def fix_inputs(model: ModelProto) -> None:
+    """Take matrices off the inputs, in place; initializers had to be inputs once."""
+    graph = model.graph
+    stored = {weight.name for weight in graph.initializer if len(weight.dims) >= 2}
+    for value in [value for value in graph.input if value.name in stored]:
+        graph.input.remove(value)
+    model.ir_version = max(model.ir_version, _FIXED)
 
 
 def lift_constants(model: ModelProto) -> None:
@@ -46,12 +57,13 @@ def lift_constants(model: ModelProto) -> None:
 def split_gemms(model: ModelProto) -> None:
     """Replace each ``Gemm`` with a stored matrix by ``MatMul`` and ``Add``, in place.
 
-    One that scales, or transposes its input, stays as it is.
+    One that scales its product, or transposes its input, stays as it is: what an adapter adds to
+    a bias would be scaled, too.
     """
     from onnx import helper
 
     graph = model.graph
-    stored = {weight.name for weight in graph.initializer if len(weight.dims) == 2}
+    stored = {w.name: w.data_type for w in graph.initializer if len(w.dims) == 2}
     taken = {value.name for value in (*graph.initializer, *graph.input)}
     taken.update(name for node in nodes_of(graph.node) for name in node.output)
 
@@ -64,7 +76,7 @@ def split_gemms(model: ModelProto) -> None:
     nodes = []
     for node in graph.node:
         settings = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-        turned = settings.pop("transB", 0)
+        turned, beta = settings.pop("transB", 0), settings.pop("beta", 1.0)
         if (
             node.op_type != "Gemm"
             or any(value != _PLAIN_GEMM.get(name) for name, value in settings.items())
@@ -74,13 +86,20 @@ def split_gemms(model: ModelProto) -> None:
             continue
         x, weight, *bias = filter(None, node.input)
         (y,) = node.output
+        if not beta:
+            bias = []
         product = free(f"{y}_product") if bias else y
+        if bias and beta != 1.0:
+            factor, unscaled, bias = free(f"{y}_beta"), bias, [free(f"{y}_bias")]
+            graph.initializer.append(helper.make_tensor(factor, stored[weight], [], [beta]))
+            nodes.append(helper.make_node("Mul", [*unscaled, factor], bias))
         if turned:
             as_stored, weight = weight, free(f"{y}_weight")
             nodes.append(helper.make_node("Transpose", [as_stored], [weight], perm=[1, 0]))
         nodes.append(helper.make_node("MatMul", [x, weight], [product], name=node.name))
         if bias:
-            nodes.append(helper.make_node("Add", [product, *bias], [y], name=f"{node.name}/bias"))
+            name = node.name and f"{node.name}/bias"
+            nodes.append(helper.make_node("Add", [product, *bias], [y], name=name))
     del graph.node[:]
     graph.node.extend(nodes)
 
