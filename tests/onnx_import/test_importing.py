@@ -448,4 +448,7 @@ def test_weights_that_the_graph_computes_are_said_to_be_nowhere(tmp_path):
     with pytest.raises(LoraportError) as refused:
         import_model(tmp_path / "m", tmp_path / "out")
     lines = str(refused.value).splitlines()
-    assert lines[1:] == ["  - computed: MatMul: its weight is not stored, Cos computes it"]
+    assert lines[1:] == [
+        "  - computed: MatMul: its weight is not stored, Cos computes it",
+        "  - stored, but no matrix: MatMul: its constant of shape (3,) is no matrix of floats",
+    ]

@@ -102,7 +102,7 @@ _REASONS = {
 
 
 def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
-    """Say of each operator with a matrix of its own, or larger, why it has no slot.
+    """Say of each operator with a matrix of its own, or larger, or a product with a vector, why.
 
     Args:
         nodes: The graph's operators.
@@ -118,7 +118,8 @@ def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
             continue
         shapes = [known.shape for value in node.inputs if (known := constant(value)) is not None]
         name = node.name or (node.outputs[0].name or "") or node.op_type
-        if any(len(shape) >= 2 for shape in shapes):
+        least = 1 if node.op_type == "MatMul" else 2
+        if any(len(shape) >= least for shape in shapes):
             found[name] = _reason(node, shapes)
         elif node.op_type in _MULTIPLYING:
             weight = node.inputs[1]

@@ -68,3 +68,20 @@ def test_a_transposed_input_is_told(slotted):
     model = graph_of([node], [("x", TensorProto.FLOAT, [4, "n"])], {"w": weight})
     with pytest.raises(LoraportError, match="/layer/Gemm: Gemm: its other factor is transposed"):
         slotted(model, "lora")
+
+
+def test_products_with_vectors_are_listed(slotted):
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="/layer/MatMul"),
+        helper.make_node("MatMul", ["a", "v"], ["b"], name="/right"),
+        helper.make_node("MatMul", ["v", "a"], ["c"], name="/left"),
+        helper.make_node("Add", ["a", "v"], ["d"], name="/bias"),
+        helper.make_node("Sum", ["b", "c", "d"], ["y"], name="/all"),
+    ]
+    constants = {"w": np.ones((4, 4), np.float32), "v": np.ones(4, np.float32)}
+    model = graph_of(nodes, [("x", TensorProto.FLOAT, [4, 4])], constants)
+    found = slotted(model, "lora").unslotted
+    assert found == {
+        "/right": "MatMul: its constant of shape (4,) is no matrix of floats",
+        "/left": "MatMul: its constant is the left factor",
+    }
