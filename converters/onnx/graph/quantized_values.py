@@ -6,6 +6,8 @@ output after it was, so that neither rounding nor the output's calibrated range 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx_ir as ir
 
 from converters.onnx.graph.constants import Constant, constant
@@ -50,12 +52,33 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
 
 
-def scaled_product(node: ir.Node) -> tuple[ir.Value, Constant] | None:
-    """Return what an integer product is as a float, and the scale of its constant factor.
+@dataclass(frozen=True)
+class ScaledProduct:
+    """An integer product as a float.
 
-    ``node -> Cast -> Mul(x_scale * weight_scale)`` is what quantizers write.
+    Attributes:
+        y: The value.
+        scale: Of the constant factor.
+        biased: Something was added in integers.
+    """
+
+    y: ir.Value
+    scale: Constant
+    biased: bool
+
+
+def scaled_product(node: ir.Node) -> ScaledProduct | None:
+    """Return what an integer product is as a float.
+
+    ``node -> Cast -> Mul(x_scale * weight_scale)`` is what quantizers write; ONNX Runtime's first
+    ones added a bias in integers before the ``Cast``.
     """
     cast = only_reader(node.outputs[0])
+    biased = cast is not None and cast.op_type == "Add"
+    if cast is not None and biased:
+        if cast.inputs[0] is cast.inputs[1]:
+            return None
+        cast = only_reader(cast.outputs[0])
     if cast is None or cast.op_type != "Cast":
         return None
     scaled = only_reader(cast.outputs[0])
@@ -70,5 +93,5 @@ def scaled_product(node: ir.Node) -> tuple[ir.Value, Constant] | None:
     for value in both.inputs:
         scale = constant(value)
         if scale is not None and not any(value is known for known in own):
-            return scaled.outputs[0], scale
+            return ScaledProduct(scaled.outputs[0], scale, biased)
     return None

@@ -87,13 +87,15 @@ _INSIDE = (
     "cannot be taken out: its mask's shape is unknown or of a kind of its own, or it rotates or "
     "shares its cache; export without attention fusion"
 )
+_OTHER_CHAIN = "its input is not quantized right before it, or its product not scaled after"
 _REASONS = {
     "LSTM": "a recurrent layer's projections are inside the operator",
     "GRU": "a recurrent layer's projections are inside the operator",
     "RNN": "a recurrent layer's projections are inside the operator",
     "DynamicQuantizeLSTM": "a recurrent layer's projections are inside the operator",
     "FusedConv": "its activation is of an unknown kind",
-    "MatMulInteger": "its input is not quantized right before it, or its product not scaled after",
+    "MatMulInteger": _OTHER_CHAIN,
+    "ConvInteger": _OTHER_CHAIN,
     "ConvTranspose": "transposed convolutions have no slots",
     "Attention": f"its projection {_INSIDE}",
     "QAttention": f"its projection {_INSIDE}",

@@ -1,6 +1,7 @@
 """``ConvInteger`` between ``DynamicQuantizeLinear`` and the scales: what quantizers write.
 
-``DynamicQuantizeLinear(x) -> ConvInteger(., W) -> Cast -> Mul(x_scale * w_scale) -> y``.
+``DynamicQuantizeLinear(x) -> ConvInteger(., W) -> Cast -> Mul(x_scale * w_scale) -> y``, maybe with
+a bias of integers added before the ``Cast``.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ def find_site(node: ir.Node) -> Site | None:
         return None
     if given is not None and zero is None:
         return None
-    y, scale = product
+    scale = product.scale
     shape = kernel.shape
     groups = node.attributes.get_int("group", 1)
     return Site(
         node=node,
         x=source,
-        y=y,
+        y=product.y,
         in_features=shape[1] * groups,
         out_features=shape[0],
         dtype=scale.dtype,
@@ -43,4 +44,5 @@ def find_site(node: ir.Node) -> Site | None:
         kind=ModuleKind.CONV,
         kernel=tuple(shape[2:]),
         groups=groups,
+        bias_is_fixed=product.biased,
     )

@@ -1,7 +1,8 @@
 """``MatMulInteger`` between ``DynamicQuantizeLinear`` and the scales: what quantizers write.
 
 ``DynamicQuantizeLinear(x) -> MatMulInteger(., B) -> Cast -> Mul(x_scale * b_scale) -> y``, so that
-``y = x W`` with ``W = (B - b_zero_point) * b_scale``.
+``y = x W`` with ``W = (B - b_zero_point) * b_scale``, maybe with a bias of integers added before
+the ``Cast``.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ def find_site(node: ir.Node) -> Site | None:
     product = scaled_product(node)
     if product is None:
         return None
-    y, scale = product
+    scale = product.scale
     return Site(
         node=node,
         x=x,
-        y=y,
+        y=product.y,
         in_features=weight.shape[0],
         out_features=weight.shape[1],
         dtype=scale.dtype,
         weight=lambda: dequantized(weight.array(), scale.array(), zero.array() if zero else None),
         quantized=True,
+        bias_is_fixed=product.biased,
     )

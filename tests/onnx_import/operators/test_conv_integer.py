@@ -77,3 +77,57 @@ def test_it_takes_an_adapter(slotted, adapter, operator, kernel, groups):
     np.testing.assert_allclose(base, wanted, atol=bound)
     np.testing.assert_allclose(made.run(x=x, **tensors)[0], base + delta, atol=1e-4 + 2e-6)
     assert np.abs(delta).max() > 2 * bound
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("operator", ["ConvInteger", "MatMulInteger"])
+def test_a_bias_of_integers_before_the_scale(slotted, adapter, operator, first):
+    """As ONNX Runtime's first quantizer wrote it: rounded by the scale that each run has."""
+    random = np.random.default_rng(0)
+    is_conv = operator == "ConvInteger"
+    variant = "conv" if is_conv else "lora"
+    shape = (OUT, CHANNELS, 3, 2) if is_conv else (CHANNELS, OUT)
+    # Larger ones overflow on processors without VNNI.
+    found = {"w": random.integers(-60, 60, shape, np.int8), "wz": np.int8(2)}
+    found |= {"ws": np.float32(0.004), "b": random.standard_normal(OUT).astype(np.float32)}
+    bias = found["b"] = found["b"].reshape(-1, 1, 1) if is_conv else found["b"]
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"]),
+        helper.make_node("Mul", ["xs", "ws"], ["both"]),
+        helper.make_node("Div", ["b", "both"], ["steps"]),
+        helper.make_node("Round", ["steps"], ["whole"]),
+        helper.make_node("Cast", ["whole"], ["integers"], to=TensorProto.INT32),
+        helper.make_node(operator, ["xq", "w", "xz", "wz"], ["acc"], name="product"),
+        helper.make_node("Add", ["integers", "acc"] if first else ["acc", "integers"], ["sum"]),
+        helper.make_node("Cast", ["sum"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["floats", "both"], ["y"]),
+    ]
+    model = graph(nodes, found)
+    if not is_conv:
+        for value, features in ((model.graph.input[0], CHANNELS), (model.graph.output[0], OUT)):
+            dims = ["rows", features]
+            value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, dims))
+    made = slotted(model, variant)
+    (slot,) = made.slots
+    x = random.standard_normal((3, CHANNELS, *SIZE) if is_conv else (3, CHANNELS))
+    x = x.astype(np.float32)
+    tensors = adapter(slot, size=0.3)
+    a, b = (tensors[f"{slot.name}.{role}"] for role in ("lora_A", "lora_B"))
+    weight = (found["w"].astype(np.float64) - 2) * found["ws"]
+    if is_conv:
+        wanted = conv(x, weight, 1) + bias
+        delta = conv(conv(x, a, 1).astype(np.float32), b, 1)
+        size = np.abs(weight).sum((1, 2, 3)).max()
+    else:
+        wanted, delta = x @ weight + bias, x.astype(np.float64) @ a @ b
+        size = np.abs(weight).sum(0).max()
+    base = made.run_original(x=x)[0]
+    assert np.array_equal(made.run(x=x)[0], base)
+    # Activations are rounded to 255 steps from the least to the largest.
+    bound = 0.51 * (x.max() - x.min()) / 255 * size
+    np.testing.assert_allclose(base, wanted, atol=bound)
+    np.testing.assert_allclose(made.run(x=x, **tensors)[0], base + delta, atol=1e-5)
+    assert min(np.abs(delta).max(), np.abs(bias).max()) > 2 * bound
+    told = slotted(model, variant, "gain").unslotted
+    assert list(told) == [f"{slot.name}.lora_gain"]
+    assert "a bias that no gain may scale" in told[f"{slot.name}.lora_gain"]
