@@ -86,3 +86,54 @@ def test_scales_of_scales_of_scales(times, is_constant):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     found = constant(ir.from_proto(model).graph.outputs[0])
     assert (found is not None) is is_constant
+
+
+@pytest.mark.parametrize("scales", [(), (ROWS, 1), (1, COLUMNS), (COLUMNS,)])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_integers_that_are_cast_centred_and_scaled(scales, first, dtype):
+    """What stands for ``DequantizeLinear`` in graphs for runtimes that lack it."""
+    random = np.random.default_rng(0)
+    constants = {
+        "w": random.integers(0, 256, (ROWS, COLUMNS), np.uint8),
+        "z": random.integers(100, 156, scales).astype(dtype),
+        "s": random.uniform(0.02, 0.3, scales).astype(dtype),
+    }
+    element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    nodes = [
+        helper.make_node("Cast", ["w"], ["f"], to=element),
+        helper.make_node("Sub", ["f", "z"], ["c"]),
+        helper.make_node("Mul", ["s", "c"] if first else ["c", "s"], ["m"]),
+        helper.make_node("Transpose", ["m"], ["y"]),
+    ]
+    model = model_of(nodes, constants, element)
+    found = constant(ir.from_proto(model).graph.outputs[0])
+    assert (found.name, found.shape, found.quantized) == ("w", (COLUMNS, ROWS), True)
+    expected = session(model).run(None, {})[0]
+    assert found.array().dtype == expected.dtype
+    np.testing.assert_array_equal(found.array(), expected)
+    assert (expected != constants["w"].T).any()
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale"),
+    [
+        (np.ones((ROWS, COLUMNS), np.float32), np.ones(1, np.float32)),  # nothing was rounded
+        (np.ones((1, COLUMNS), np.int8), np.ones((ROWS, 1), np.float32)),  # the scale is larger
+        (np.ones(COLUMNS, np.int8), np.ones((1, 1), np.float32)),
+    ],
+)
+def test_other_products_are_no_rounded_weights(weight, scale):
+    nodes = [
+        helper.make_node("Cast", ["w"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["f", "s"], ["y"]),
+    ]
+    model = model_of(nodes, {"w": weight, "s": scale}, TensorProto.FLOAT)
+    assert constant(ir.from_proto(model).graph.outputs[0]) is None
+
+
+def model_of(nodes, constants, element):
+    made = helper.make_tensor_value_info("y", element, None)
+    stored = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "g", [], [made], stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)

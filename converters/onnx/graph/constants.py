@@ -1,8 +1,9 @@
 """Constants of a graph, seen through the operators that only rearrange or round them.
 
 A weight may reach its operator through ``Transpose``, ``Identity``, ``Cast``, ``Reshape`` or
-``DequantizeLinear``, maybe rounded by ``QuantizeLinear`` before: shape, type and name are known at
-once, the values when they are asked for.
+``DequantizeLinear``, maybe rounded by ``QuantizeLinear`` before, or as small integers through
+``Cast``, ``Sub`` of a zero point and ``Mul`` by a scale: shape, type and name are known at once,
+the values when they are asked for.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Constant:
 # No exporter writes more operators one after the other, nor scales whose scales are scaled again.
 _LONGEST = 64
 _DEEPEST = 3
+_SMALL = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4)
 
 
 def constant(value: ir.Value | None, depth: int = 0) -> Constant | None:
@@ -64,7 +66,7 @@ def constant(value: ir.Value | None, depth: int = 0) -> Constant | None:
             value = node.inputs[0]
         elif node.op_type in _RULES and node.inputs:
             passed.append(node)
-            value = node.inputs[0]
+            value = _followed(node)
         else:
             return None
     for node in reversed(passed):
@@ -72,6 +74,16 @@ def constant(value: ir.Value | None, depth: int = 0) -> Constant | None:
         if found is None:
             return None
     return found
+
+
+def _followed(node: ir.Node) -> ir.Value | None:
+    """Return the input that is rearranged or rounded; a scale may come before it."""
+    first = node.inputs[0]
+    if node.op_type == "Mul" and first is not None:
+        maker = first.producer()
+        if maker is None or maker.op_type == "Constant":
+            return node.inputs[1]
+    return first
 
 
 def vector(value: ir.Value | None, length: int) -> bool:
@@ -115,7 +127,32 @@ def _transpose(node: ir.Node, source: Constant, depth: int) -> Constant:
 def _cast(node: ir.Node, source: Constant, depth: int) -> Constant:
     del depth
     dtype = ir.DataType(node.attributes.get_int("to", 0))
-    return replace(source, dtype=dtype, array=lambda: source.array().astype(dtype.numpy()))
+    rounded = dtype.is_floating_point() and source.dtype in _SMALL
+    return replace(
+        source,
+        dtype=dtype,
+        array=lambda: source.array().astype(dtype.numpy()),
+        quantized=source.quantized or rounded,
+    )
+
+
+def _centred_or_scaled(node: ir.Node, source: Constant, depth: int) -> Constant | None:
+    """Return rounded weights less their zero point, or times their scale."""
+    if not source.quantized or "axis" in node.attributes:  # before opset 7 it moves the scale
+        return None
+    first, second = node.inputs
+    other = constant(first if _followed(node) is second else second, depth)
+    if other is None or not _lies_over(other.shape, source.shape):
+        return None
+    operation = np.multiply if node.op_type == "Mul" else np.subtract
+    return replace(source, array=lambda: operation(source.array(), other.array()))
+
+
+def _lies_over(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Tell whether values of one shape are spread over another that stays what it is."""
+    return len(shape) <= len(whole) and all(
+        length in (1, full) for length, full in zip(reversed(shape), reversed(whole), strict=False)
+    )
 
 
 def _reshape(node: ir.Node, source: Constant, depth: int) -> Constant | None:
@@ -211,4 +248,6 @@ _RULES: dict[str, Callable[[ir.Node, Constant, int], Constant | None]] = {
     "Reshape": _reshape,
     "DequantizeLinear": _dequantize,
     "QuantizeLinear": _quantize,
+    "Sub": _centred_or_scaled,
+    "Mul": _centred_or_scaled,
 }

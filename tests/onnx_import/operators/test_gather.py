@@ -176,3 +176,47 @@ def test_rows_are_of_the_first_dimension_however_it_is_counted(slotted, adapter,
     got = slotted.run(tokens=tokens, **tensors)[0]
     np.testing.assert_allclose(got, table[tokens] + a[tokens] @ b, rtol=1e-5, atol=1e-6)
     assert np.abs(got - slotted.run(tokens=tokens)[0]).max() > 0.1
+
+
+def test_a_table_that_is_cast_and_scaled_takes_an_adapter(slotted, adapter):
+    """As tools write it that leave ``DequantizeLinear`` out; so does the product after it."""
+    random = np.random.default_rng(0)
+    arrays = {
+        "q": random.integers(-127, 127, (ROWS, COLUMNS), np.int8),
+        "s": random.uniform(0.01, 0.02, (ROWS, 1)).astype(np.float32),
+        "w": random.integers(-127, 127, (COLUMNS, 4), np.int8),
+        "t": random.uniform(0.01, 0.02, (1, 4)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Cast", ["q"], ["f"], to=FLOAT),
+        helper.make_node("Mul", ["f", "s"], ["table"]),
+        helper.make_node("Gather", ["table", "tokens"], ["rows"], name="embed"),
+        helper.make_node("Cast", ["w"], ["g"], to=FLOAT),
+        helper.make_node("Mul", ["g", "t"], ["weight"]),
+        helper.make_node("MatMul", ["rows", "weight"], ["y"], name="product"),
+    ]
+    given = [helper.make_tensor_value_info("tokens", INT64, ["batch", "length"])]
+    made = [helper.make_tensor_value_info("y", FLOAT, ["batch", "length", 4])]
+    stored = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    body = helper.make_graph(nodes, "g", given, made, stored)
+    graph = slotted(
+        helper.make_model(body, opset_imports=DOMAINS, ir_version=10), "lora", "embedding"
+    )
+    assert {slot.kind.value for slot in graph.slots} == {"embedding", "linear"}
+    assert not graph.unslotted
+    weights = {name: array.astype(np.float64) for name, array in arrays.items()}
+    table, weight = weights["q"] * weights["s"], weights["w"] * weights["t"]
+    plain = table[TOKENS] @ weight
+    np.testing.assert_allclose(graph.run(tokens=TOKENS)[0], plain, atol=1e-5)
+    tensors = {}
+    for number, slot in enumerate(graph.slots):
+        own = adapter(slot, seed=number)
+        tensors |= own
+        a, b = (own[f"{slot.name}.{role}"].astype(np.float64) for role in ("lora_A", "lora_B"))
+        if slot.kind.value == "embedding":
+            table = table + a @ b
+        else:
+            weight = weight + a @ b
+    wanted = table[TOKENS] @ weight
+    np.testing.assert_allclose(graph.run(tokens=TOKENS, **tensors)[0], wanted, atol=1e-5)
+    assert np.abs(wanted - plain).max() > 0.5
