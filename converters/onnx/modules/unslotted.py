@@ -82,6 +82,18 @@ _NO_WEIGHTS = frozenset(
     ]
 )
 _MOVING = ("Gather", "GatherND", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Cast")
+# Operators of scikit-learn's and the like, with their weights in attributes.
+_LEARNED = frozenset(
+    [
+        "LinearClassifier",
+        "LinearRegressor",
+        "SVMClassifier",
+        "SVMRegressor",
+        "TreeEnsemble",
+        "TreeEnsembleClassifier",
+        "TreeEnsembleRegressor",
+    ]
+)
 _MULTIPLYING = frozenset(("Conv", "Gemm", "MatMul"))
 _INSIDE = (
     "cannot be taken out: its mask's shape is unknown or of a kind of its own, or it rotates or "
@@ -120,6 +132,11 @@ def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
             continue
         shapes = [known.shape for value in node.inputs if (known := constant(value)) is not None]
         name = node.name or (node.outputs[0].name or "") or node.op_type
+        if node.domain == "ai.onnx.ml" and node.op_type in _LEARNED:
+            found[name] = (
+                f"{_operator(node)}: its weights are attributes, not constants of the graph"
+            )
+            continue
         least = 1 if node.op_type == "MatMul" else 2
         if any(len(shape) >= least for shape in shapes):
             found[name] = _reason(node, shapes)
@@ -176,8 +193,12 @@ def _is_fixed(value: ir.Value, known: dict[int, bool]) -> bool:
     return known[id(value)]
 
 
+def _operator(node: ir.Node) -> str:
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+
+
 def _reason(node: ir.Node, shapes: list[tuple[int, ...]]) -> str:
-    operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    operator = _operator(node)
     if node.op_type in _REASONS:
         return f"{operator}: {_REASONS[node.op_type]}"
     if node.op_type in ("MatMul", "Gemm"):

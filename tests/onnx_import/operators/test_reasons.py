@@ -85,3 +85,19 @@ def test_products_with_vectors_are_listed(slotted):
         "/right": "MatMul: its constant of shape (4,) is no matrix of floats",
         "/left": "MatMul: its constant is the left factor",
     }
+
+
+def test_weights_in_attributes_are_listed(slotted):
+    """What only scales an input is no weight that an adapter could change."""
+    settings = {"domain": "ai.onnx.ml", "offset": [0.0], "scale": [2.0]}
+    learned = {"domain": "ai.onnx.ml", "coefficients": [0.5] * 12, "intercepts": [0.0] * 3}
+    nodes = [
+        helper.make_node("Scaler", ["x"], ["s"], name="scaler", **settings),
+        helper.make_node("MatMul", ["s", "w"], ["a"], name="/layer/MatMul"),
+        helper.make_node("LinearRegressor", ["a"], ["y"], name="regressor", targets=3, **learned),
+    ]
+    constants = {"w": np.ones((4, 4), np.float32)}
+    model = graph_of(nodes, [("x", TensorProto.FLOAT, ["n", 4])], constants)
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    why = "ai.onnx.ml.LinearRegressor: its weights are attributes, not constants of the graph"
+    assert slotted(model, "lora").unslotted == {"regressor": why}
