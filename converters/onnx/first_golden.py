@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,10 @@ def record_first_golden(
             except LoraportError as error:
                 first = str(error).splitlines()[-1]
                 if not (careful and ends_the_process(file, inputs)):
-                    _require_as_good(bundle, file, inputs)
+                    own = _refusal_of_its_own(bundle, file, inputs)
+                    if own is not None and not own.opened:
+                        reason = f"ONNX Runtime does not open {file.name} itself: {own.reason}"
+                        break
                 reason = f"give --input NAME=FILE.npy for inputs that the model takes: {first}"
             else:
                 return
@@ -70,27 +74,52 @@ def record_first_golden(
     record_no_golden(bundle, reason)
 
 
-def _require_as_good(bundle: Path, source: Path, inputs: Mapping[str, np.ndarray]) -> None:
-    """Refuse a graph that cannot be opened or run although the one that it was made of can."""
+@dataclass(frozen=True)
+class _Refusal:
+    """Why ONNX Runtime does not run a graph.
+
+    Attributes:
+        reason: In its words.
+        opened: It is the inputs that it refuses.
+    """
+
+    reason: str
+    opened: bool
+
+
+def _refusal_of_its_own(
+    bundle: Path, source: Path, inputs: Mapping[str, np.ndarray]
+) -> _Refusal | None:
+    """Return why the graph that a bundle was made of is not run, where the bundle's is not.
+
+    Raises:
+        LoraportError: If it is run.
+    """
     precision = read_manifest(bundle).precision
-    reason = _refused(bundle / MODEL_FILE, precision, inputs)
-    if reason and not _refused(source, precision, inputs):
+    made = _refusal(bundle / MODEL_FILE, precision, inputs)
+    if made is None:
+        return None
+    own = _refusal(source, precision, inputs)
+    if own is None:
         raise LoraportError(
             f"{source.name}: ONNX Runtime runs it, but not with these slots and in this "
-            f"precision: {reason}; export it in a newer opset, or with fewer options"
+            f"precision: {made.reason}; export it in a newer opset, or with fewer options"
         )
+    return own
 
 
-def _refused(file: Path, precision: str, inputs: Mapping[str, np.ndarray]) -> str:
+def _refusal(file: Path, precision: str, inputs: Mapping[str, np.ndarray]) -> _Refusal | None:
     """Return why ONNX Runtime does not run a graph with these inputs; nothing if it does."""
     try:
-        open_session(file, precision=precision).run(None, inputs)
+        session = open_session(file, precision=precision)
     except LoraportError as error:
         first = str(error).splitlines()[0].partition("cannot open it: ")[2] or str(error)
-        return re.sub(r"Load model from .+? failed: ?", "", first)
+        return _Refusal(re.sub(r"Load model from .+? failed: ?", "", first), opened=False)
+    try:
+        session.run(None, inputs)
     except Exception as error:  # onnxruntime raises classes of its own without a common base
-        return str(error).strip().splitlines()[0]
-    return ""
+        return _Refusal(str(error).strip().splitlines()[0], opened=True)
+    return None
 
 
 def _available_memory() -> int | None:

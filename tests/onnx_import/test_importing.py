@@ -18,6 +18,7 @@ from converters.onnx.importing import ImportOptions, import_model
 from converters.onnx.slots import slot_nodes
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Adapter, LoraModule, ModuleKind
+from loraport.bundle.golden import golden_reason
 from loraport.bundle.manifest import check_files, read_manifest
 from loraport.bundle.replay import replay_golden
 from loraport.bundle.sources import base_source, record_adapter
@@ -411,6 +412,31 @@ def test_no_possible_run_is_said_and_adapters_still_fit(bert_onnx, made_bert, tm
     _, adapted = reference(made_bert)
     got = Runtime(tmp_path / "out").run(arrays(), "a")["logits"]
     np.testing.assert_allclose(got, adapted, atol=1e-4)
+
+
+def test_a_graph_that_onnx_runtime_never_opens_is_told_apart_from_inputs(tmp_path):
+    """Scales for each column came with opset 13: no inputs would help."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    arrays = {"q": np.ones((3, 4), np.int8), "s": np.ones(4, np.float32), "z": np.zeros(4, np.int8)}
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], name="rows", axis=1),
+        helper.make_node("MatMul", ["x", "w"], ["y"], name="product"),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    constants = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    graph = helper.make_graph(nodes, "g", [x], [y], constants)
+    opsets = [helper.make_opsetid("", 10)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.onnx")
+    said = []
+    import_model(tmp_path / "m.onnx", tmp_path / "out", progress=said.append)
+    (told,) = [text for text in said if "no golden outputs" in text]
+    assert told.startswith("no golden outputs: ONNX Runtime does not open m.onnx itself: ")
+    assert "axis" in told
+    assert "--input" not in told
+    assert str(tmp_path) not in told
+    assert golden_reason(tmp_path / "out") == told.removeprefix("no golden outputs: ")
 
 
 def test_a_graph_without_any_place_is_refused_with_the_reasons(tmp_path):
