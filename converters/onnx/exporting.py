@@ -85,7 +85,7 @@ def export_base(
 ) -> None:
     """Export a base model as a bundle.
 
-    A decoder language model goes through ONNX Runtime GenAI's model builder, anything else
+    A decoder that ONNX Runtime GenAI's model builder may know goes through it, anything else
     through ``torch.onnx.export``.
 
     Args:
