@@ -1,5 +1,8 @@
 """Constants and weights behind a ``Transpose`` are quantized like others, or refused."""
 
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -261,3 +264,17 @@ def test_gemms_without_names_of_before_initializers_were_no_inputs(tmp_path, pre
     size = np.linalg.norm(expected)
     assert np.linalg.norm(got - expected) < error * size
     assert np.linalg.norm(np.tile(0.5 * other, (len(x), 1))) > 2 * error * size
+
+
+def test_the_quantizers_process_begins_without_pytorch():
+    """Which takes longer to import than a small model to quantize."""
+    code = """
+import sys
+from converters.onnx.exporters import quantizing
+import converters.onnx.exporters.plain_weights, converters.onnx.graph.source_graph
+assert "torch" not in sys.modules, "torch"
+from converters.onnx import export_base
+assert "torch" in sys.modules
+assert quantizing.PRECISIONS and export_base
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
