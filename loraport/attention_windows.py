@@ -13,8 +13,9 @@ def attention_windows(config: Any) -> tuple[int, ...]:
     """Return how many tokens each layer attends to, its own included; -1 for all before it.
 
     Args:
-        config: A transformers configuration of a decoder.
+        config: A transformers configuration of a decoder, or of a model that has one for text.
     """
+    config = config.get_text_config()
     layers = int(config.num_hidden_layers)
     window = getattr(config, "sliding_window", None)
     if not window:

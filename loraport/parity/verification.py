@@ -136,11 +136,11 @@ def _beyond_the_window(
     if config is None or not (runtime.directory / GENAI_CONFIG).is_file():
         return []
     window = max(attention_windows(config))
-    if window <= 0:
+    length = min(window + _BEYOND, read_decoder(runtime.directory).context_length - 1)
+    if not 0 < window < length:
         return []
     size = sum(parameter.numel() for parameter in model.parameters())
-    length = window + _BEYOND
-    if length * size > _MOST_PRODUCTS or length >= read_decoder(runtime.directory).context_length:
+    if length * size > _MOST_PRODUCTS:
         progress(f"not compared beyond the window of {window} tokens, which takes too long")
         return []
     tokenizer = load_tokenizer(str(runtime.directory))

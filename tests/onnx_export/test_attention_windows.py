@@ -109,3 +109,10 @@ def test_verify_reads_a_text_that_is_longer_than_the_window(windows, tmp_path, m
     assert shorter.samples == report.samples - 1
     assert "not compared beyond the window of 100 tokens, which takes too long" in notes
     assert "base: onnxruntime = torch" not in {c.name for c in shorter.checks if not c.passed}
+    # Where the context ends before the window does there is nothing beyond it.
+    notes.clear()
+    model.config.sliding_window = SIZES["max_position_embeddings"]
+    assert verify_bundle(tmp_path / "bundle", model, {}, progress=notes.append).samples == (
+        shorter.samples
+    )
+    assert not [note for note in notes if "window" in note]
