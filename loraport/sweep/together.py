@@ -32,8 +32,9 @@ from loraport.sweep.validation import row_losses
 from loraport.training import rng
 from loraport.training.devices import Placement, choose_placement, to_device
 from loraport.training.distributed.stream import Batches, BatchStream, EndOfEpoch
-from loraport.training.kernels.cuda_graphs import RecordedPasses, Recorder, Trained
+from loraport.training.kernels.cuda_graphs import RecordedPasses, Trained
 from loraport.training.kernels.fused_norms import fused_norms
+from loraport.training.kernels.recorder import Recorder
 from loraport.training.lora.rounded import RoundedMatrices
 from loraport.training.modes import training_mode
 from loraport.training.options import LoopOptions

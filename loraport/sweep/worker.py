@@ -28,9 +28,9 @@ from loraport.training.distributed.stream import EpochBatches
 from loraport.training.kernels.cuda_graphs import (
     NOT_RECORDED,
     asked_to_record,
-    on_gpu,
     why_not_recorded,
 )
+from loraport.training.kernels.recorder import on_gpu
 from loraport.training.kernels.row_attention import use_row_attention
 from loraport.training.lora.targets import select_targets
 from loraport.training.options import TrainOptions

@@ -40,7 +40,8 @@ from loraport.sweep.trial import Trial
 from loraport.training import LoopOptions, LoraOptions, attach, train
 from loraport.training.data.packing import make_batches
 from loraport.training.devices import choose_placement
-from loraport.training.kernels.cuda_graphs import RecordedPasses, on_gpu
+from loraport.training.kernels.cuda_graphs import RecordedPasses
+from loraport.training.kernels.recorder import on_gpu
 from loraport.training.kernels.row_attention import use_row_attention
 from loraport.training.lora.inject import detach
 from loraport.training.losses.language_model import language_model_loss

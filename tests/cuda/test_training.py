@@ -22,8 +22,9 @@ from loraport.training.data.batches import IGNORED, Row
 from loraport.training.data.end_to_end import lay_end_to_end
 from loraport.training.data.packing import make_batches
 from loraport.training.devices import choose_placement
-from loraport.training.kernels.cuda_graphs import RecordedPasses, on_gpu
+from loraport.training.kernels.cuda_graphs import RecordedPasses
 from loraport.training.kernels.fused_norms import fused_norms
+from loraport.training.kernels.recorder import on_gpu
 from loraport.training.kernels.row_attention import use_row_attention
 from loraport.training.lora.inject import lora_layers
 from loraport.training.losses.language_model import language_model_loss

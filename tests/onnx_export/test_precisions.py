@@ -42,6 +42,16 @@ def torch_logits(model, inputs, adapter=None):
         return base, load_with_peft(model, adapter)(**tensors).logits.numpy()
 
 
+def save_tied(untied, directory):
+    """Save a base whose head shares the embedding's weight, and return it."""
+    model = load_model(str(untied))
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return model
+
+
 @pytest.fixture(scope="module")
 def int8(tiny_base, adapter_a, tmp_path_factory):
     out = tmp_path_factory.mktemp("int8") / "bundle"
@@ -74,12 +84,8 @@ class TestDecoder:
         self, tiny_base, tmp_path, precision
     ):
         """int4 rounds both, in one tensor; int8 leaves the embedding as it was."""
-        model = load_model(str(tiny_base))
-        model.config.tie_word_embeddings = True
-        model.tie_weights()
         base, out = tmp_path / "base", tmp_path / "bundle"
-        model.save_pretrained(base)
-        tokenizer().save_pretrained(base)
+        model = save_tied(tiny_base, base)
         export_base(str(base), out, ExportOptions(precision=precision))
         rows = torch.randn(3, model.lm_head.in_features, generator=torch.Generator().manual_seed(0))
         trained = {"model.embed_tokens.weight": Replacement(rows, rows=(5, 9, 40))}
@@ -106,12 +112,8 @@ class TestDecoder:
         self, tiny_base, tmp_path, precision
     ):
         """In the embedding and in the head that shares its weight, each rounded or not."""
-        model = load_model(str(tiny_base))
-        model.config.tie_word_embeddings = True
-        model.tie_weights()
         base, out = tmp_path / "base", tmp_path / "bundle"
-        model.save_pretrained(base)
-        tokenizer().save_pretrained(base)
+        model = save_tied(tiny_base, base)
         slots = SlotOptions(("lora", "gain", "embedding"))
         export_base(str(base), out, ExportOptions(precision=precision, slots=slots, lm_head=True))
         numbers = torch.Generator().manual_seed(0)

@@ -26,7 +26,7 @@ from loraport.training.data.batches import IGNORED, Row, collate
 from loraport.training.data.end_to_end import lay_end_to_end
 from loraport.training.data.model_inputs import Shortcuts, assume_shortcuts
 from loraport.training.data.packing import make_batches
-from loraport.training.kernels import cuda_graphs
+from loraport.training.kernels import cuda_graphs, recorder
 from loraport.training.kernels.cuda_graphs import (
     RecordedPasses,
     asked_to_record,
@@ -279,7 +279,7 @@ def test_the_command_records_by_itself_where_it_can(
     base_directory, chat_data, tmp_path, monkeypatch, able
 ):
     replays = Replays()
-    monkeypatch.setattr(cuda_graphs, "_OnGpu", lambda _: replays)
+    monkeypatch.setattr(recorder, "_OnGpu", lambda _: replays)
     monkeypatch.setattr("loraport.training.text.asked_to_record", lambda *_: True)
     if not able:
         monkeypatch.setattr("loraport.training.text.why_not_recorded", lambda *_: "it mixes rows")
@@ -308,7 +308,7 @@ def test_the_command_records_and_learns_the_same(base_directory, chat_data, tmp_
         train_language_model(*arguments, tmp_path / "out", replace(options, cuda_graphs=True))
     assert not (tmp_path / "out.training").exists()
     replays = Replays()
-    monkeypatch.setattr(cuda_graphs, "_OnGpu", lambda _: replays)
+    monkeypatch.setattr(recorder, "_OnGpu", lambda _: replays)
     monkeypatch.setattr("loraport.training.text.asked_to_record", lambda *_: True)
     found = train_language_model(*arguments, tmp_path / "out", replace(options, cuda_graphs=True))
     assert replays.replayed > replays.recorded > 0
@@ -322,7 +322,7 @@ def test_memory_that_runs_out_while_recording_says_what_to_change(
     base_directory, chat_data, tmp_path, monkeypatch
 ):
     full = Fails(torch.OutOfMemoryError("CUDA out of memory"), ends_well=False)
-    monkeypatch.setattr(cuda_graphs, "_OnGpu", lambda _: full)
+    monkeypatch.setattr(recorder, "_OnGpu", lambda _: full)
     monkeypatch.setattr("loraport.training.text.asked_to_record", lambda *_: True)
     options = TrainOptions(loop=LoopOptions(steps=12, device="cpu"), cuda_graphs=True)
     with pytest.raises(LoraportError, match=r"memory.*to need less, try .*, --no-cuda-graphs, "):

@@ -16,11 +16,9 @@ Source: CUDA programming guide, "CUDA Graphs"; PyTorch notes on CUDA semantics, 
 from __future__ import annotations
 
 import contextlib
-import copy
-import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import fields, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,35 +29,12 @@ from loraport.training.base.frozen_base import QUANTIZED
 from loraport.training.data.batches import TokenBatch
 from loraport.training.data.end_to_end import SegmentedBatch
 from loraport.training.data.packing import why_not_few_lengths
+from loraport.training.kernels.recorder import Recorder, on_gpu
 from loraport.training.lora.inject import lora_layers
 from loraport.training.lora.rounded import Matrices
 from loraport.training.losses.language_model import hidden_before
 from loraport.training.losses.output_head import logit_transform, output_head
 from loraport.training.options import TrainOptions
-
-
-class Recorder(Protocol):
-    """Records what functions have a device do, on a stream of work of its own."""
-
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Return what repeats what a function has the device do, without the function."""
-        ...
-
-    def stream(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which all that is not recorded has to run, too."""
-        ...
-
-    def anew(self) -> Recorder:
-        """Return another for the same stream, whose recordings share no memory with this one's."""
-        ...
-
-    def runs_ahead(self, run: Callable[[], None]) -> bool:
-        """Run a function once, and tell whether the host never waited for the device."""
-        ...
-
-    def has_room(self) -> bool:
-        """Tell whether the device has as much memory left as a pass has taken so far."""
-        ...
 
 
 class Trained(NamedTuple):
@@ -338,66 +313,3 @@ _GIVEN = ("tokens", "positions", "segments", "bounds")
 def _given(batch: TokenBatch) -> dict[str, torch.Tensor]:
     named = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return {name: named[name] for name in _GIVEN if named.get(name) is not None}
-
-
-def on_gpu(model: nn.Module) -> Recorder:
-    """Return CUDA's recorder, for the GPU on which a model is."""
-    return _OnGpu(next(model.parameters()).device)
-
-
-class _OnGpu:
-    """CUDA's recorder, with one pool of memory: two recordings are never under way at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        recording = torch.cuda.graph(
-            graph,
-            pool=self._pool,
-            stream=self._stream,
-            capture_error_mode="thread_local",  # autograd's own thread takes part
-        )
-        with torch.cuda.stream(self._stream), recording:  # which leaves its stream where it fails
-            run()
-        return graph.replay
-
-    @contextlib.contextmanager
-    def stream(self) -> Iterator[None]:
-        outside = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(outside)
-        try:
-            with torch.cuda.stream(self._stream):
-                yield
-        finally:
-            outside.wait_stream(self._stream)
-
-    def anew(self) -> _OnGpu:
-        # A pool of which every recording is gone cannot be recorded into any more.
-        made = copy.copy(self)
-        made._pool = torch.cuda.graph_pool_handle()
-        return made
-
-    def runs_ahead(self, run: Callable[[], None]) -> bool:
-        before = torch.cuda.get_sync_debug_mode()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it does not see everything
-                torch.cuda.set_sync_debug_mode("error")
-            run()
-        except RuntimeError as error:
-            if "synchronizing" not in str(error):
-                raise
-            return False
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-        return True
-
-    def has_room(self) -> bool:
-        # All that was taken at once so far, less what lasts: as much as one pass, or more.
-        taken = torch.cuda.max_memory_allocated(self._device)
-        taken -= torch.cuda.memory_allocated(self._device)
-        return bool(torch.cuda.mem_get_info(self._device)[0] > taken)
