@@ -65,6 +65,21 @@ def session_threads():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def warm_modules():
+    """Start what exports run apart with its imports done; `test_warm_modules.py` has the proof."""
+    from warm_modules import WarmModules
+
+    from converters.onnx.exporters import genai_builder, quantizing
+
+    warm = WarmModules()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (genai_builder, quantizing):
+            patch.setattr(module, "subprocess", warm)
+        yield
+    warm.close()
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """A random Llama with a real tokenizer, in the Hugging Face layout."""
