@@ -28,10 +28,36 @@ def test_without_a_gpu_it_says_so_and_ends_well():
     assert (done.returncode, done.stdout) == (0, "nothing measured: no NVIDIA GPU\n")
 
 
-def test_every_section_gives_its_figures(tiny_base, tmp_path):
+@pytest.fixture(scope="module")
+def exported(tiny_base, tmp_path_factory):
+    """What a section said side by side for two precisions, one of them unknown, and its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        from gpu_sections.place import Place
+        from gpu_sections.side_by_side import side_by_side
+
+        work = tmp_path_factory.mktemp("exported")
+        place = Place(str(tiny_base), "cpu", work, 1, ("fp32", "fp64"), tiny=True)
+        with side_by_side("bundles", place) as rows:
+            assert rows == []
+        return rows, work
+
+
+def test_sections_side_by_side_for_each_precision(exported):
+    rows, work = exported
+    assert [(row.what, row.figure[:7]) for row in rows] == [
+        ("bundles", "fp32"),
+        ("bundles", "FAILED:"),
+    ]
+    for name in ("fp32", "fp32-rows", "fp32-plain"):
+        assert (work / name / "model.onnx").is_file()
+
+
+def test_every_section_gives_its_figures(exported, tiny_base, tmp_path):
     arguments = ("--device", "cpu", "--base", tiny_base, "--steps", 1, "--precisions", "fp32")
     chosen = "parity,swaps,decode,rows,losses,speed,memory"
     options = ("--tiny", "--only", chosen, "--json", tmp_path / "figures.json")
+    options += ("--work", exported[1])
     done = run(*arguments, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["what"]: row for row in json.loads((tmp_path / "figures.json").read_text())}
@@ -65,21 +91,6 @@ def test_a_section_that_fails_hides_no_other_and_shows_in_the_exit_code(tiny_bas
     done = run(*arguments, "--only", "swaps,rows")
     assert done.returncode == 1
     assert done.stdout.count("FAILED: LoraportError") == 2
-
-
-def test_sections_side_by_side_for_each_precision(tiny_base, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from gpu_sections.place import Place
-    from gpu_sections.side_by_side import side_by_side
-
-    place = Place(str(tiny_base), "cpu", tmp_path, 1, ("fp32", "fp64"), tiny=True)
-    with side_by_side("bundles", place) as rows:
-        assert rows == []
-    assert [(row.what, row.figure[:7]) for row in rows] == [
-        ("bundles", "fp32"),
-        ("bundles", "FAILED:"),
-    ]
-    assert (tmp_path / "fp32-rows" / "model.onnx").is_file()
 
 
 def test_what_is_missing_it_says_and_fails_nowhere(tmp_path):

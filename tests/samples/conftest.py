@@ -1,5 +1,6 @@
 """The samples, built or installed once."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -12,33 +13,52 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="session")
-def cpp_programs(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """Make something for all of pytest's processes: the first makes it, others wait for it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def made(name, make):
+        directory, done = root / f"made-{name}", root / f"made-{name}.done"
+        with (root / f"made-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir()
+                make(directory)
+                done.touch()
+        return directory
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def cpp_programs(made_once):
     """The C++ programs as users build them."""
     _require("cmake", "c++", "npm")
-    return build_cpp(tmp_path_factory.mktemp("cpp") / "build", sanitize=False)
+    return made_once("cpp", lambda build: build_cpp(build, sanitize=False))
 
 
 @pytest.fixture(scope="session")
-def sanitized_cpp_programs(tmp_path_factory):
+def sanitized_cpp_programs(made_once):
     """The C++ programs with AddressSanitizer, its leak check and UBSan."""
     _require("cmake", "c++", "npm")
-    return build_cpp(tmp_path_factory.mktemp("cpp") / "sanitized", sanitize=True)
+    return made_once("sanitized-cpp", lambda build: build_cpp(build, sanitize=True))
 
 
 @pytest.fixture(scope="session")
-def c_program(tmp_path_factory):
+def c_program(made_once):
     """The C program as its README builds it."""
     _require("cc", "npm")
-    program = tmp_path_factory.mktemp("c") / "loraport_check"
-    return build_c(SAMPLES / "c" / "loraport_check.c", program, "-O2")
+    return _c_program(made_once, "c", "-O2")
 
 
 @pytest.fixture(scope="session")
-def sanitized_c_program(tmp_path_factory):
+def sanitized_c_program(made_once):
     """The C program with AddressSanitizer, its leak check and UBSan."""
     _require("cc", "npm")
-    program = tmp_path_factory.mktemp("c") / "sanitized"
-    return build_c(SAMPLES / "c" / "loraport_check.c", program, "-g", "-O1", *SANITIZE)
+    return _c_program(made_once, "sanitized-c", "-g", "-O1", *SANITIZE)
 
 
 @pytest.fixture(scope="session", params=["c++", "c"])
@@ -92,6 +112,11 @@ def web_sample(tmp_path_factory):
     sample = installed_sample("web", directory)
     subprocess.run(["node", "vendor.mjs"], cwd=sample, check=True, capture_output=True)
     return sample
+
+
+def _c_program(made_once, name, *flags):
+    source, program = SAMPLES / "c" / "loraport_check.c", "loraport_check"
+    return made_once(name, lambda out: build_c(source, out / program, *flags)) / program
 
 
 def _require(*tools):
