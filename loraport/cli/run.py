@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from loraport.cli.options import log, strengths
+from loraport.errors import LoraportError
 
 
 @click.command()
@@ -38,11 +39,18 @@ def run(
     from loraport.runtime.text import TextGenerator
 
     selection = strengths(adapters)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    text = _read_stdin() if prompt == "-" else prompt
     runtime = Runtime(bundle, provider=provider)
     generator = TextGenerator(runtime)
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    text = sys.stdin.read() if prompt == "-" else prompt
     for piece in generator.stream(text, selection or None, sampling, chat=not raw):
         click.echo(piece, nl=False)
     click.echo()
     log.print(f"[dim]{generator.last_speed}[/dim]")
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise LoraportError(f"--prompt -: expected text on stdin, got: {error}") from error

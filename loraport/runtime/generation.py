@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, Problems
 from loraport.runtime.model import Runtime, Selection
 from loraport.runtime.values import FLOATS
 
@@ -26,12 +27,25 @@ class Sampling:
         temperature: 0 takes the likeliest token (greedy).
         top_p: Sample from the smallest set of tokens whose probability reaches this.
         seed: Of the sampling.
+
+    Raises:
+        LoraportError: Naming every number that makes no sense.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            problems.add("temperature", "a finite number, 0 or more", str(self.temperature))
+        if not 0 < self.top_p <= 1:
+            problems.add("top_p", "more than 0, at most 1", str(self.top_p))
+        if self.seed < 0:
+            problems.add("seed", "0 or more", str(self.seed))
+        problems.raise_if_any("how to sample")
 
 
 @dataclass(frozen=True)
@@ -114,7 +128,8 @@ def generate(
         sampling: Greedy unless told.
 
     Raises:
-        LoraportError: If the prompt is empty or too long, or the bundle is no decoder.
+        LoraportError: If the prompt is empty or too long, the bundle is no decoder, or it gives
+            no finite logits.
     """
     sampling = sampling or Sampling()
     decoder = read_decoder(runtime.directory)
@@ -156,10 +171,17 @@ def _token_inputs(
 
 
 def _choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
+    largest = logits.max()
+    if not np.isfinite(largest):  # NaN is the largest of all
+        raise LoraportError(
+            f"logits: expected finite numbers, got {largest}; the adapters' strengths may be too "
+            "large"
+        )
     if sampling.temperature == 0.0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled.max())
+    with np.errstate(over="ignore"):  # then all but the likeliest have probability 0
+        scaled = (logits.astype(np.float64) - largest) / sampling.temperature
+    probabilities = np.exp(scaled)
     probabilities /= probabilities.sum()
     order = np.argsort(-probabilities)
     cumulative = np.cumsum(probabilities[order])

@@ -32,7 +32,17 @@ class TextGenerator:
         Args:
             prompt: What the user says.
             chat: Wrap it in the model's chat template, if it has one.
+
+        Raises:
+            LoraportError: If it is no text: it came from bytes that are not UTF-8.
         """
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise LoraportError(
+                f"prompt: expected text in UTF-8, got {error.object[error.start]!a} at character "
+                f"{error.start}"
+            ) from error
         if chat and self._tokenizer.chat_template:
             prompt = str(
                 self._tokenizer.apply_chat_template(

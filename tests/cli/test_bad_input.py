@@ -1,7 +1,9 @@
 """Every user's mistake: exit code 2, one error on stderr that names it, no traceback."""
 
+import io
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -210,6 +212,24 @@ def test_a_flipped_byte_is_refused(own_bundle, capsys):
     assert code == 2
     assert "model.onnx.data: expected sha256" in err
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--temperature", "nan"], "temperature: expected a finite number, 0 or more, got nan"),
+        (["--top-p", "nan"], "top_p: expected more than 0, at most 1, got nan"),
+        (["--seed", "-1"], "seed: expected 0 or more, got -1"),
+        (["--prompt", "-"], "--prompt -: expected text on stdin, got: 'utf-8' codec"),
+    ],
+)
+def test_run_tells_what_it_cannot_use_before_it_opens_the_bundle(
+    options, expected, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Ahoy \xff"), "utf-8"))
+    code, out, err = call(capsys, "run", tmp_path / "none", "--prompt", "hi", *options)
+    assert (code, out) == (2, "")
+    assert expected in err
 
 
 def test_a_disk_that_refuses_is_no_traceback(own_bundle, adapter_b, capsys, monkeypatch):

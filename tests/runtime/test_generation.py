@@ -1,6 +1,7 @@
 """Generation against transformers' own generate on PEFT's model, token by token."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -102,6 +103,33 @@ class TestSampling:
         assert list(generate(runtime, prompts[0], "a", narrow)) == list(
             generate(runtime, prompts[0], "a", Sampling(max_new_tokens=8))
         )
+
+    def test_the_coldest_temperature_is_greedy(self, runtime, prompts):
+        # The logits' differences over it are more than a float64 holds.
+        cold = Sampling(max_new_tokens=8, temperature=1e-310, seed=5)
+        assert list(generate(runtime, prompts[0], "a", cold)) == list(
+            generate(runtime, prompts[0], "a", Sampling(max_new_tokens=8))
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *(("temperature", value) for value in (-1.0, math.nan, math.inf)),
+            *(("top_p", value) for value in (0.0, 1.1, math.nan)),
+            ("seed", -1),
+        ],
+    )
+    def test_numbers_that_make_no_sense_are_refused_by_name(self, name, value):
+        with pytest.raises(LoraportError, match=rf"  - {name}: expected .*, got {value}$"):
+            Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(runtime, prompts, temperature):
+    sampling = Sampling(max_new_tokens=2, temperature=temperature)
+    assert len(list(generate(runtime, prompts[0], {"a": 10.0}, sampling))) == 2
+    with pytest.raises(LoraportError, match="logits: expected finite numbers, got nan"):
+        list(generate(runtime, prompts[0], {"a": 1e37}, sampling))
 
 
 class TestLengths:

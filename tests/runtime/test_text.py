@@ -55,6 +55,13 @@ def test_an_empty_prompt_is_refused(generator):
         generator.generate("", chat=False)
 
 
+def test_bytes_that_are_no_text_are_refused(generator):
+    prompt = b"Ahoy \xff".decode("utf-8", "surrogateescape")  # as in sys.argv
+    for chat in (True, False):
+        with pytest.raises(LoraportError, match=r"prompt: expected text in UTF-8, got '\\udcff'"):
+            generator.generate(prompt, chat=chat)
+
+
 def test_a_bundle_without_a_tokenizer_is_refused(own_bundle):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (own_bundle / file).unlink()

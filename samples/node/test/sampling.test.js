@@ -30,6 +30,22 @@ test('top-p leaves out the tail', () => {
   assert.deepEqual([...seen].sort(), [1, 2]);
 });
 
+for (const logits of [[NaN, 1], [1, NaN], [1, Infinity], [-Infinity, -Infinity]]) {
+  test(`logits ${logits} are refused`, () => {
+    for (const temperature of [0, 1]) {
+      const sampling = readSampling({ temperature });
+      assert.throws(
+        () => choose(Float32Array.from(logits), sampling, () => 0.5),
+        /^LoraportError: logits: expected finite numbers, got -?(NaN|Infinity)/,
+      );
+    }
+  });
+}
+
+test('a logit of minus infinity is a token that never comes', () => {
+  assert.equal(choose(Float32Array.of(-Infinity, 0), readSampling({ temperature: 9 }), () => 0), 1);
+});
+
 test('the same seed gives the same numbers, another gives others', () => {
   const take = (seed) => Array.from({ length: 5 }, seededRandom(seed));
   assert.deepEqual(take(7), take(7));

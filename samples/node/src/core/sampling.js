@@ -39,12 +39,18 @@ export function readSampling(given) {
  * @param {Sampling} sampling
  * @param {() => number} random from 0 to 1
  * @returns {number}
+ * @throws {LoraportError} if a logit is NaN, or the largest one infinite
  */
 export function choose(logits, { temperature, topP }, random) {
   const likeliest = argmax(logits);
+  const largest = logits.some(Number.isNaN) ? NaN : Number(logits[likeliest]);
+  if (!Number.isFinite(largest)) {
+    throw new LoraportError(
+      `logits: expected finite numbers, got ${largest}; the adapters' strengths may be too large`,
+    );
+  }
   if (temperature === 0) return likeliest;
-  const top = Number(logits[likeliest]);
-  const weights = Float64Array.from(logits, (logit) => Math.exp((logit - top) / temperature));
+  const weights = Float64Array.from(logits, (logit) => Math.exp((logit - largest) / temperature));
   const total = weights.reduce((sum, weight) => sum + weight, 0);
   const order = Uint32Array.from(weights.keys()).sort(
     (a, b) => Number(weights[b]) - Number(weights[a]),

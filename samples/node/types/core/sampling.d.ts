@@ -11,6 +11,7 @@ export function readSampling(given: Partial<Sampling>): Sampling;
  * @param {Sampling} sampling
  * @param {() => number} random from 0 to 1
  * @returns {number}
+ * @throws {LoraportError} if a logit is NaN, or the largest one infinite
  */
 export function choose(logits: Float32Array, { temperature, topP }: Sampling, random: () => number): number;
 /**
