@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from loraport.bundle.slots import Control
+from loraport.bundle.slots import BASE, Control
 from loraport.errors import LoraportError, Problems
 from loraport.runtime.resident import ResidentAdapter
 from loraport.runtime.values import as_numpy, as_value
@@ -33,7 +33,7 @@ class Lane:
         self._binding = session.io_binding()
         for name, value in (resident.values if resident is not None else {}).items():
             self._binding.bind_ortvalue_input(name, value)
-        self._inputs = {entry.name for entry in session.get_inputs()}
+        self._types = {entry.name: entry.type for entry in session.get_inputs()}
         self._controls = {control.input: control for control in controls}
         self._given: dict[str, Any] = {}
         self._outputs = [entry.name for entry in session.get_outputs()]
@@ -75,24 +75,25 @@ class Lane:
         binding.clear_binding_outputs()
         controls = self._bind_controls(inputs)
         given = []  # lives until the run has ended
+        values = {name: value for name, value in inputs.items() if name not in controls}
         try:
-            for name, value in inputs.items():
-                if name in controls:
-                    continue
+            for name, value in values.items():
                 if isinstance(value, np.ndarray):
-                    value, array = as_value(value, "cpu")
+                    values[name], array = as_value(value, "cpu")
                     given.append(array)
+            for name, value in values.items():
                 binding.bind_ortvalue_input(name, value)
             for name in names:
                 binding.bind_output(name, device)
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises classes of its own without a common base
+            self._refuse_other_types(values)
             first = str(error).strip().splitlines()[0]
             raise LoraportError(f"the model refuses these inputs: {first}") from error
-        values = dict(zip(names, binding.get_outputs(), strict=True))
+        results = dict(zip(names, binding.get_outputs(), strict=True))
         # A resting lane keeps no outputs; the caller's values live on their own.
         binding.clear_binding_outputs()
-        return values
+        return results
 
     def _bind_controls(self, inputs: Mapping[str, Any]) -> set[str]:
         """Bind the controls among the inputs; return their names.
@@ -102,8 +103,7 @@ class Lane:
         given = inputs.keys() & self._controls.keys()
         for name in self._given.keys() | given:
             control = self._controls[name]
-            default = control.default()
-            value = np.ascontiguousarray(inputs[name], default.dtype) if name in given else default
+            value = _read_control(control, inputs[name]) if name in given else control.default()
             # The binding takes arrays for required inputs only, and just points at values.
             bound = as_value(value, self._device)
             self._binding.bind_ortvalue_input(name, bound[0])
@@ -111,13 +111,46 @@ class Lane:
         return given
 
     def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        if inputs.keys() - self._controls.keys() == self._inputs:
+        own = self._types.keys()
+        if inputs.keys() - self._controls.keys() == own:
             return
         problems = Problems()
-        for name in sorted(self._inputs - inputs.keys()):
+        for name in sorted(own - inputs.keys()):
             problems.add(name, "an array for this input", "none")
-        for name in sorted(inputs.keys() - self._inputs - self._controls.keys()):
-            problems.add(
-                name, f"one of the inputs {', '.join(sorted(self._inputs)[:8])}", "another"
-            )
+        for name in sorted(inputs.keys() - own - self._controls.keys()):
+            problems.add(name, f"one of the inputs {', '.join(sorted(own)[:8])}", "another")
         problems.raise_if_any("the model's inputs and those given differ")
+
+    def _refuse_other_types(self, values: Mapping[str, Any]) -> None:
+        """Name the inputs that are no values of the model's types; a refused run does not."""
+        problems = Problems()
+        for name, value in values.items():
+            if not hasattr(value, "data_type"):
+                problems.add(name, "a numpy array or an OrtValue", type(value).__name__)
+            elif value.data_type() != self._types[name]:
+                problems.add(name, self._types[name], value.data_type())
+        problems.raise_if_any("the model refuses these inputs")
+
+
+def _read_control(control: Control, given: Any) -> np.ndarray:
+    """Return what was given for a control as the array that the graph takes.
+
+    Raises:
+        LoraportError: If it is not ``[n]`` finite numbers, or not such as name lanes.
+    """
+    neutral = control.default()
+    expected = (
+        "finite numbers [n]" if control.dtype == "FLOAT" else f"whole numbers [n] from {BASE}"
+    )
+    try:
+        array = np.atleast_1d(np.asarray(given.numpy() if hasattr(given, "numpy") else given))
+        with np.errstate(invalid="ignore", over="ignore"):
+            value = np.ascontiguousarray(array, neutral.dtype)
+        good = array.ndim == 1 and bool(np.isfinite(value).all())
+        if good and control.dtype != "FLOAT":
+            good = np.array_equal(value, array) and bool((value >= BASE).all())
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise LoraportError(f"{control.input}: expected {expected}, got {given}")
+    return value

@@ -227,6 +227,10 @@ def _key(selection: Selection) -> tuple[tuple[str, float], ...]:
         return ()
     if isinstance(selection, str):
         return ((selection, 1.0),)
+    if not isinstance(selection, Mapping):
+        raise LoraportError(
+            f"adapters: expected a name, names with strengths or None, got {selection!r}"
+        )
     for name, strength in selection.items():
         if not _is_finite(strength):
             raise LoraportError(f"strength of {name!r}: expected a finite number, got {strength}")

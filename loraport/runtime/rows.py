@@ -51,6 +51,8 @@ def stack_packed(
             "adapters per row: expected a bundle with adapter_ids, got one without; export it "
             "again with --per-row"
         )
+    if not lanes:
+        return {}  # the graph's defaults: one lane that adds nothing
     stacked: dict[str, np.ndarray] = {}
     for slot in table.slots:
         if slot.kind is ModuleKind.LINEAR:
@@ -157,10 +159,12 @@ class Rows:
 
     def with_ids(self, inputs: Mapping[str, Any], adapters: Sequence[str | None]) -> dict[str, Any]:
         """Return the inputs with ``adapter_ids`` ``[batch]`` among them."""
+        if isinstance(adapters, str):
+            raise LoraportError(f"adapters per row: expected a name per row, got {adapters!r}")
         unknown = [name for name in adapters if name is not None and name not in self._numbers]
         if unknown:
             raise LoraportError(
-                f"adapters per row: expected of {', '.join(self._numbers)}, got "
+                f"adapters per row: expected of {', '.join(self._numbers) or 'none'}, got "
                 f"{', '.join(unknown)}; name them when making the rows"
             )
         batches = {value.shape[0] for value in inputs.values() if isinstance(value, np.ndarray)}

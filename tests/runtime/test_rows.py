@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -208,3 +209,41 @@ def test_errors(runtime, bare_bundle):
         Runtime(bare_bundle).rows([])
     with pytest.raises(LoraportError, match="per-row: expected slots lora, embedding or conv"):
         SlotOptions(("lora", "gain"), per_row=True)
+
+
+def test_no_adapter_is_resident_yet(runtime, net):
+    ids = tokens(2)
+    with torch.no_grad():
+        close(output(runtime.rows([]).run({"ids": ids.numpy()}, [None, None])), net(ids).numpy())
+    with pytest.raises(LoraportError, match="expected of none, got a; name them"):
+        runtime.rows([]).run({"ids": ids.numpy()}, ["a", None])
+
+
+def test_a_text_is_no_name_per_row(runtime):
+    with pytest.raises(LoraportError, match="expected a name per row, got 'ab'"):
+        runtime.rows(["a", "b"]).run({"ids": tokens(2).numpy()}, "ab")
+
+
+@pytest.mark.parametrize(
+    ("control", "value"),
+    [
+        ("adapter_ids", [0.5, 0]),
+        ("adapter_ids", [0, -2]),
+        ("adapter_ids", [[0], [0]]),
+        ("adapter_ids", ["a", "b"]),
+        ("lora_strength", [np.nan]),
+        ("lora_strength", [1e39]),
+        ("lora_strength", "half"),
+    ],
+)
+def test_controls_that_say_nothing_are_refused(runtime, control, value):
+    ids = tokens(2).numpy()
+    if control not in {each.input for each in runtime.manifest.slots.controls}:
+        pytest.skip("this bundle has no such input")
+    with pytest.raises(LoraportError, match=rf"{control}: expected (whole|finite) numbers \[n\]"):
+        runtime.run({"ids": ids, control: value}, "a")
+    plain = output(runtime.run({"ids": ids}, "a"))
+    neutral = np.zeros(2, np.int64) if control == "adapter_ids" else np.ones(1, np.float32)
+    value = onnxruntime.OrtValue.ortvalue_from_numpy(neutral)
+    for good in (neutral, neutral.tolist(), neutral.astype(np.float64), value):
+        close(output(runtime.run({"ids": ids, control: good}, "a")), plain)

@@ -1,0 +1,44 @@
+"""What a run is given: every input of another kind is named; controls that say nothing are told."""
+
+import numpy as np
+import pytest
+
+from loraport.errors import LoraportError
+from loraport.runtime import Runtime
+from loraport.runtime.generation import first_step_inputs, read_decoder
+
+
+@pytest.fixture(scope="module")
+def runtime(bundle):
+    return Runtime(bundle, threads=1)
+
+
+@pytest.fixture
+def inputs(runtime):
+    return first_step_inputs(runtime, read_decoder(runtime.directory), [5, 60, 7])
+
+
+def test_inputs_of_another_type_are_all_named(runtime, inputs):
+    narrow = {name: inputs[name].astype(np.int32) for name in ("input_ids", "attention_mask")}
+    with pytest.raises(LoraportError) as stop:
+        runtime.run(inputs | narrow, "a")
+    assert str(stop.value).splitlines() == [
+        "the model refuses these inputs",
+        "  - input_ids: expected tensor(int64), got tensor(int32)",
+        "  - attention_mask: expected tensor(int64), got tensor(int32)",
+    ]
+
+
+def test_lists_are_named(runtime, inputs):
+    lists = {name: inputs[name].tolist() for name in ("input_ids", "attention_mask")}
+    expected = (
+        r"- input_ids: .* OrtValue, got list\n  - attention_mask: .* array or an OrtValue, got"
+    )
+    with pytest.raises(LoraportError, match=expected):
+        runtime.run(inputs | lists, "a")
+
+
+def test_a_sequence_of_names_is_no_selection(runtime, inputs):
+    for wrong in (["a", "b"], ("a", 0.5)):
+        with pytest.raises(LoraportError, match="adapters: expected a name, names with strengths"):
+            runtime.run(inputs, wrong)
