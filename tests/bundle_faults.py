@@ -191,6 +191,9 @@ FAULTS = {
     "adapter of other modules": Fault(_with_tensors(ADAPTER, _rename), "does not fit"),
     "half a slot": Fault(_with_tensors(ADAPTER, _drop(".lora_B")), "lora_B"),
     "NaN in an adapter": Fault(_with_tensors(ADAPTER, _set(".lora_B", np.nan)), "finite"),
+    "golden case without its adapters": Fault(
+        _with_manifest(lambda document: document["golden"]["blend"].pop("adapters")), "blend"
+    ),
     "infinity in golden outputs": Fault(_with_tensors(GOLDEN, _set("logits", np.inf)), "finite"),
     "no golden outputs": Fault(_with_tensors(GOLDEN, _drop("output.logits")), "outputs"),
     "golden input missing": Fault(_with_tensors(GOLDEN, _drop("input.input_ids")), "input_ids"),

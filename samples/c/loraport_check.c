@@ -829,7 +829,8 @@ static void require_cases(const Bundle *bundle) {
   bool base = false;
   const Json *cases = section(bundle, "golden", OBJECT);
   for (const Json *entry = cases->first; entry != NULL; entry = entry->next) {
-    base = base || need(entry, "adapters", OBJECT, entry->key)->length == 0;
+    const Json *strengths = need(entry, "adapters", OBJECT, entry->key); /* of every case */
+    base = base || strengths->length == 0;
   }
   if (!base) refuse("manifest.json: the base: expected a golden case, got none");
   for (const Json *adapter = section(bundle, "adapters", OBJECT)->first; adapter != NULL;
