@@ -16,6 +16,14 @@ from loraport.naming import slot_a, slot_b, slot_bias, slot_gain
 STRENGTH_INPUT = "lora_strength"
 ADAPTER_IDS_INPUT = "adapter_ids"
 BASE = -1  # the adapter id of a row without adapter
+_MOST = 2**31 - 1  # of one dimension
+
+
+def _size(value: Any) -> int:
+    """Return a dimension of a manifest, or raise ValueError where no tensor has such."""
+    if type(value) is not int or not 1 <= value <= _MOST:  # type(), as True is an int
+        raise ValueError(f"a dimension that is {value!r}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -163,15 +171,15 @@ class Slot:
             raise TypeError("a slot's modules are not a list")
         return cls(
             name=str(entry["name"]),
-            in_features=int(entry["in_features"]),
-            out_features=int(entry["out_features"]),
+            in_features=_size(entry["in_features"]),
+            out_features=_size(entry["out_features"]),
             dtype=str(entry["dtype"]),
             members=tuple(
                 SlotMember(str(member["path"]), int(member["start"]), int(member["stop"]))
                 for member in modules
             ),
             kind=ModuleKind(entry.get("kind", ModuleKind.LINEAR)),
-            kernel=tuple(int(size) for size in entry.get("kernel", ())),
+            kernel=tuple(_size(size) for size in entry.get("kernel", ())),
             gain="gain" in entry["inputs"],
             bias="bias" in entry["inputs"],
         )
@@ -205,7 +213,7 @@ class ReplacementSlot:
         return cls(
             parameter=str(entry["parameter"]),
             input=str(entry["input"]),
-            shape=tuple(int(size) for size in entry["shape"]),
+            shape=tuple(_size(size) for size in entry["shape"]),
             dtype=str(entry["dtype"]),
             transposed=bool(entry["transposed"]),
         )

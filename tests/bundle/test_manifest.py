@@ -120,6 +120,13 @@ def test_an_entry_of_another_kind(document, key, value):
     assert "manifest" in refused(document)
 
 
+@pytest.mark.parametrize("field", ["in_features", "out_features"])
+@pytest.mark.parametrize("value", [0, -1, 2**64, 4.5, True, "8", None, []])
+def test_a_dimension_that_no_tensor_has(document, field, value):
+    document["slots"][0][field] = value
+    assert f"a dimension that is {value!r}" in refused(document)
+
+
 @pytest.mark.parametrize("field", ["file", "tensors"])
 def test_a_path_that_is_no_text(document, field):
     document["adapters"]["a"][field] = 5
