@@ -91,6 +91,21 @@ test('base → A → B → A → base repeats bit for bit, in one session', opti
   assert.notDeepEqual(seen[2], seen[1]);
 });
 
+test('the adapter that was asked for last is set, whichever is read first', options, async () => {
+  await model.setAdapter(null);
+  const base = await logits();
+  model.bundle.unloadAdapter(first);
+  const slow = model.setAdapter(first); // reads a file
+  const quick = model.setAdapter(null); // reads none
+  await Promise.all([slow, quick]);
+  assert.equal(model.adapter, null);
+  assert.deepEqual(await logits(), base);
+  model.bundle.unloadAdapter(first);
+  await Promise.all([model.setAdapter(first), assert.rejects(model.setAdapter('missing'))]);
+  assert.equal(model.adapter, first); // what is refused sets nothing
+  assert.notDeepEqual(await logits(), base);
+});
+
 test('strength 0 is the base, and the effect grows with the strength', options, async () => {
   await model.setAdapter(null);
   const base = await logits();

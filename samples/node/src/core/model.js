@@ -33,6 +33,9 @@ export class Model {
   #current;
   /** @type {Selection} */
   #selection = null;
+  /** How many times an adapter was asked for, and which of these was set last. */
+  #asked = 0;
+  #set = 0;
   #zeros;
   /** A run at a time: a session in a browser takes no second one. @type {Promise<unknown>} */
   #lastRun = Promise.resolve();
@@ -68,11 +71,17 @@ export class Model {
 
   /**
    * Choose what runs from now on: an adapter, a blend, or the base. The session stays open.
+   *
+   * The last call counts, also where an earlier one takes longer to read its files.
    * @param {Selection} selection
    * @throws {LoraportError} if an adapter is unknown, damaged or unfit, or a strength no number
    */
   async setAdapter(selection) {
-    this.#current = await this.feedsFor(selection);
+    const turn = ++this.#asked;
+    const feeds = await this.feedsFor(selection);
+    if (turn < this.#set) return;
+    this.#set = turn;
+    this.#current = feeds;
     this.#selection = selection;
   }
 

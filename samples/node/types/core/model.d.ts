@@ -42,6 +42,8 @@ export class Model {
     get adapter(): Selection;
     /**
      * Choose what runs from now on: an adapter, a blend, or the base. The session stays open.
+     *
+     * The last call counts, also where an earlier one takes longer to read its files.
      * @param {Selection} selection
      * @throws {LoraportError} if an adapter is unknown, damaged or unfit, or a strength no number
      */
