@@ -159,7 +159,14 @@ class Manifest:
                 )
             manifest = cls._from_document(document)
             manifest._refuse_outside_paths()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            ArithmeticError,  # int() of an infinity
+            AttributeError,
+            KeyError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise LoraportError(f"{MANIFEST_FILE}: expected a manifest, got: {error!r}") from error
         return manifest
 

@@ -66,11 +66,11 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    for name, value in (defaults or {}).items():
-        options.add_initializer(name, value)
     settings = {"use_tf32": "0"} if provider == "cuda" and float32_activations else {}
     source: str | bytes = str(model)
     try:
+        for name, value in (defaults or {}).items():
+            options.add_initializer(name, value)
         exact = with_float32_activations(model) if float32_activations else None
         if exact is not None:
             source = exact

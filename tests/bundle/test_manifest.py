@@ -127,6 +127,11 @@ def test_a_dimension_that_no_tensor_has(document, field, value):
     assert f"a dimension that is {value!r}" in refused(document)
 
 
+def test_a_column_that_is_infinite(document):
+    document["slots"][0]["modules"][0]["stop"] = float("inf")
+    assert "infinity" in refused(document)
+
+
 @pytest.mark.parametrize("field", ["file", "tensors"])
 def test_a_path_that_is_no_text(document, field):
     document["adapters"]["a"][field] = 5

@@ -5,6 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from loraport.errors import LoraportError
 from loraport.runtime.session import open_session
 from loraport.runtime.values import as_value
 
@@ -32,3 +33,10 @@ def test_another_default(sum_graph):
     np.testing.assert_array_equal(session.run(None, {"x": x, "added": given})[0], x + given)
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], x + array)
     np.testing.assert_array_equal(open_session(sum_graph).run(None, {"x": x})[0], x + 1)
+
+
+def test_defaults_that_onnx_runtime_refuses(sum_graph):
+    """Names of a damaged manifest: to ONNX Runtime both end before the zero, and are one."""
+    value, _ = as_value(np.zeros(2, np.float32), "cpu")
+    with pytest.raises(LoraportError, match=r"sum\.onnx: ONNX Runtime cannot open it"):
+        open_session(sum_graph, defaults={"a\0b": value, "a\0c": value})
