@@ -59,6 +59,7 @@ class Decoder:
         present: Output names that become the next step's ``past``.
         stop_ids: Tokens that end the text.
         context_length: Most tokens that fit.
+        vocabulary: Number of tokens that there are.
     """
 
     layers: int
@@ -67,6 +68,7 @@ class Decoder:
     present: tuple[str, str]
     stop_ids: frozenset[int]
     context_length: int
+    vocabulary: int
 
 
 def read_decoder(bundle: Path) -> Decoder:
@@ -87,6 +89,7 @@ def read_decoder(bundle: Path) -> Decoder:
             present=(outputs["present_key_names"], outputs["present_value_names"]),
             stop_ids=frozenset([stop] if isinstance(stop, int) else stop),
             context_length=int(model["context_length"]),
+            vocabulary=int(model["vocab_size"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LoraportError(
@@ -128,14 +131,19 @@ def generate(
         sampling: Greedy unless told.
 
     Raises:
-        LoraportError: If the prompt is empty or too long, the bundle is no decoder, or it gives
-            no finite logits.
+        LoraportError: If the prompt is empty, too long or not of tokens, the bundle is no decoder,
+            or it gives no finite logits.
     """
     sampling = sampling or Sampling()
     decoder = read_decoder(runtime.directory)
     if not 0 < len(token_ids) < decoder.context_length:
         raise LoraportError(
             f"prompt: expected 1 to {decoder.context_length - 1} tokens, got {len(token_ids)}"
+        )
+    unknown = next((each for each in token_ids if not 0 <= each < decoder.vocabulary), None)
+    if unknown is not None:
+        raise LoraportError(
+            f"prompt: expected tokens from 0 to {decoder.vocabulary - 1}, got {unknown}"
         )
     lane = runtime.lane(adapter)
     random = np.random.default_rng(sampling.seed)

@@ -143,6 +143,12 @@ class TestLengths:
         with pytest.raises(LoraportError, match="prompt: expected 1 to 255 tokens, got 0"):
             list(generate(runtime, []))
 
+    @pytest.mark.parametrize("token", [-1, 320])
+    def test_tokens_that_do_not_exist_are_refused(self, runtime, token):
+        with pytest.raises(LoraportError, match=f"expected tokens from 0 to 319, got {token}"):
+            list(generate(runtime, [5, token, 7]))
+        list(generate(runtime, [5, 319, 0], sampling=Sampling(max_new_tokens=1)))
+
     def test_the_text_ends_where_the_context_does(self, runtime):
         assert len(list(generate(runtime, [5] * 250, "a", Sampling(max_new_tokens=99)))) <= 6
 

@@ -200,6 +200,15 @@ test('missing and unknown inputs are named together', options, async () => {
   await assert.rejects(model.run({ other: null }), /input_ids: expected a tensor[^]*other: expected one/);
 });
 
+test('tokens that do not exist are refused', options, async () => {
+  const last = config.model.vocab_size - 1;
+  for (const token of [-1, last + 1, 0.5]) {
+    const expected = { name: 'LoraportError', message: `prompt: expected tokens from 0 to ${last}, got ${token}` };
+    await assert.rejects(generate(model, [5, token, 7]).next(), expected);
+  }
+  assert.equal((await generate(model, [5, last, 0]).next()).done, false);
+});
+
 test('an empty prompt is refused', options, async () => {
   await assert.rejects(generate(model, []).next(), /prompt: expected 1 to/);
 });

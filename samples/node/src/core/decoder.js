@@ -10,6 +10,7 @@ const GENAI_CONFIG = 'genai_config.json';
  * @property {[number, number, number, number]} emptyCache its shape before the first token
  * @property {Set<number>} stopIds tokens that end the text
  * @property {number} contextLength most tokens that fit
+ * @property {number} vocabulary number of tokens that there are
  */
 
 /**
@@ -28,7 +29,7 @@ export async function readDecoder(bundle) {
     [inputs?.past_value_names, outputs?.present_value_names],
   ];
   const complete =
-    [...numbers, model?.context_length].every(Number.isInteger) &&
+    [...numbers, model?.context_length, model?.vocab_size].every(Number.isInteger) &&
     names.flat().every((name) => typeof name === 'string');
   if (!complete) {
     throw new LoraportError(
@@ -49,5 +50,6 @@ export async function readDecoder(bundle) {
     emptyCache: [1, heads, 0, headSize],
     stopIds: new Set(Array.isArray(stop) ? stop : [stop]),
     contextLength: model.context_length,
+    vocabulary: model.vocab_size,
   };
 }

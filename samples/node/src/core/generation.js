@@ -27,7 +27,8 @@ import { asFloat32 } from './tensor_types.js';
  * @param {readonly number[]} tokenIds the prompt, at least one token
  * @param {GenerateOptions} [options]
  * @returns {AsyncGenerator<number, void, void>}
- * @throws {LoraportError} if the prompt is empty or too long, or the bundle is no decoder
+ * @throws {LoraportError} if the prompt is empty, too long or not of tokens, or the bundle is no
+ *   decoder
  */
 export async function* generate(model, tokenIds, { adapter, signal, ...given } = {}) {
   const sampling = readSampling(given);
@@ -36,6 +37,11 @@ export async function* generate(model, tokenIds, { adapter, signal, ...given } =
     throw new LoraportError(
       `prompt: expected 1 to ${decoder.contextLength - 1} tokens, got ${tokenIds.length}`,
     );
+  }
+  const last = decoder.vocabulary - 1;
+  const unknown = tokenIds.find((id) => !(Number.isInteger(id) && id >= 0 && id <= last));
+  if (unknown !== undefined) {
+    throw new LoraportError(`prompt: expected tokens from 0 to ${last}, got ${unknown}`);
   }
   const slots = await model.feedsFor(adapter);
   const random = seededRandom(sampling.seed);

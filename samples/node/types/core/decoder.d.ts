@@ -4,6 +4,7 @@
  * @property {[number, number, number, number]} emptyCache its shape before the first token
  * @property {Set<number>} stopIds tokens that end the text
  * @property {number} contextLength most tokens that fit
+ * @property {number} vocabulary number of tokens that there are
  */
 /**
  * Read it from a bundle.
@@ -29,4 +30,8 @@ export type Decoder = {
      * most tokens that fit
      */
     contextLength: number;
+    /**
+     * number of tokens that there are
+     */
+    vocabulary: number;
 };

@@ -18,7 +18,8 @@
  * @param {readonly number[]} tokenIds the prompt, at least one token
  * @param {GenerateOptions} [options]
  * @returns {AsyncGenerator<number, void, void>}
- * @throws {LoraportError} if the prompt is empty or too long, or the bundle is no decoder
+ * @throws {LoraportError} if the prompt is empty, too long or not of tokens, or the bundle is no
+ *   decoder
  */
 export function generate(model: Model, tokenIds: readonly number[], { adapter, signal, ...given }?: GenerateOptions): AsyncGenerator<number, void, void>;
 export type Model = import("./model.js").Model;
