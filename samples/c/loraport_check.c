@@ -628,8 +628,8 @@ static void require_fit(const Bundle *bundle, const Tensor *tensors, const char 
     }
   }
   if (claimed != present) {
-    refuse("%s does not fit this bundle's base: expected slots for all %zu tensors, got %zu", file,
-           present, claimed);
+    refuse("%s does not fit this bundle's base: expected slots for all %zu tensors, got %zu; this "
+           "program takes LoRA on linear layers alone", file, present, claimed);
   }
 }
 

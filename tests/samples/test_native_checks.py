@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from bundle_faults import FAULTS, REFUSED, edit_manifest, flip_byte, rehash
 from native_programs import run_without_python
+from safetensors.numpy import load_file, save_file
 
 
 def test_every_golden_case_passes(check_program, bundle):
@@ -50,6 +52,21 @@ def test_faults_are_answered_with_one_message(check_program, own_bundle, name):
     else:
         assert fault.word in done.stdout
         assert done.stderr == ""
+
+
+def test_what_these_programs_do_not_take_is_said(check_program, own_bundle):
+    """A DoRA gain fits the bundle, only not the program."""
+    tensors = load_file(own_bundle / "adapters" / "a.safetensors")
+    document = json.loads((own_bundle / "manifest.json").read_text())
+    slot = document["slots"][0]
+    gain = f"{slot['name']}.gain"
+    tensors[gain] = np.full(slot["out_features"], 1.5, np.float32)
+    save_file(tensors, own_bundle / "adapters" / "a.safetensors")
+    edit_manifest(own_bundle, lambda entry: entry["slots"][0]["inputs"].update(gain=gain))
+    rehash(own_bundle, "adapters/a.safetensors")
+    done = run_without_python(check_program, own_bundle)
+    assert done.returncode == REFUSED
+    assert "this program takes LoRA on linear layers alone" in done.stderr
 
 
 def test_links_to_the_same_content_are_fine(check_program, own_bundle, tmp_path):

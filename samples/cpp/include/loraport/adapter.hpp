@@ -46,7 +46,8 @@ inline void require_fit(const Tensors& tensors, const std::vector<Slot>& slots,
   }
   if (claimed != tensors.size()) {
     problems.add("its tensors", "slots of this bundle for all " + std::to_string(tensors.size()),
-                 "slots for " + std::to_string(claimed));
+                 "slots for " + std::to_string(claimed),
+                 "this program takes LoRA on linear layers alone");
   }
   problems.raise_if_any(name + " does not fit this bundle's base");
   for (const auto& [tensor_name, tensor] : tensors) {
