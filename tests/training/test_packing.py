@@ -223,6 +223,46 @@ def test_a_recurrent_model_and_a_sliding_window():
     assert model_inputs(mamba, batch)["attention_mask"] is None or not shortcuts(mamba).rows_apart
 
 
+def test_a_state_that_hardly_leaks_and_windows_of_other_names():
+    """RecurrentGemma forgets at position 0, but not at a shared beginning; GPT-Neo looks back 8."""
+    import transformers as t
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "lru_width": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64}
+    local = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 64}
+    kinds = [["global", "local"], 1]
+    torch.manual_seed(0)
+    models = {
+        "end to end": t.RecurrentGemmaForCausalLM(
+            t.RecurrentGemmaConfig(**sizes, **heads, attention_window_size=64)
+        ),
+        "window": t.GPTNeoForCausalLM(
+            t.GPTNeoConfig(
+                **local, attention_types=[kinds], window_size=8, max_position_embeddings=32
+            )
+        ),
+    }
+    rows = chat_rows(4)
+    for model in models.values():
+        model.eval()
+        (batch,) = make_batches(model, rows, 4, 0, None, packing="auto", max_length=64).epoch(0)
+        got = language_model_loss(model, batch).total
+        ones = [torch.tensor([row.tokens]) for row in rows]
+        labels = [torch.tensor(row.labels[1:]) for row in rows]
+        alone = [
+            torch.nn.functional.cross_entropy(
+                model(input_ids=one, use_cache=False).logits[0, :-1], label, reduction="sum"
+            )
+            for one, label in zip(ones, labels, strict=True)
+        ]
+        torch.testing.assert_close(got, sum(alone), rtol=1e-6, atol=0)
+    assert shortcuts(models["window"]).longest == 8
+    laid = language_model_loss(models["end to end"], lay_end_to_end([rows], 0)).total
+    assert not shortcuts(models["end to end"]).rows_apart
+    alone = language_model_loss(models["end to end"], collate(rows, 0)).total
+    assert abs(laid - alone) > 1e-5 * alone
+
+
 @pytest.mark.parametrize("packing", ["auto", "fill", "none"])
 def test_few_lengths_are_at_most_sixteen_for_each_layout(llama, packing):
     """Of rows of 2 to 60 tokens, and what is learned is the same."""
