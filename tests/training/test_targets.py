@@ -2,11 +2,19 @@
 
 import peft
 import pytest
+import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from loraport.errors import LoraportError
-from loraport.training import LoraOptions
+from loraport.training import LoraOptions, attach, detach
 from loraport.training.lora.targets import select_targets
 
 # PEFT asks transformers in a way that is going out of use.
@@ -55,6 +63,29 @@ def test_all_linear_takes_conv1d_and_leaves_the_head():
     selected = set(select_targets(model, LoraOptions()))
     ends = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
     assert selected == {f"transformer.h.0.{end}" for end in ends}
+
+
+def test_routers_that_are_linear_layers_by_name_alone_are_left_alone():
+    """Llama 4's and Phi-MoE's give what experts take; with LoRA beside them nothing ran."""
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 1}
+    more = {"head_dim": 8, "intermediate_size_mlp": 8, "interleave_moe_layer_step": 1}
+    experts = {"num_local_experts": 2}
+    models = (
+        Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, **more, **experts)),
+        PhimoeForCausalLM(PhimoeConfig(**sizes, **heads, **experts)),
+    )
+    for model in models:
+        routers = {p for p, m in model.named_modules() if "Router" in type(m).__name__}
+        assert len(routers) == 1
+        layers = attach(model.eval(), LoraOptions(rank=2))
+        assert not routers & set(layers)
+        assert {path.rpartition(".")[2] for path in layers} >= {"q_proj", "k_proj", "v_proj"}
+        tokens = torch.arange(6)[None]
+        assert model(input_ids=tokens).logits.shape == (1, 6, 32)
+        detach(model)
+        with pytest.raises(LoraportError, match=r"'router': expected a Linear, .*Router"):
+            select_targets(model, LoraOptions(targets=("router",)))
 
 
 def test_layer_ranges(llama):
