@@ -31,6 +31,11 @@ _COUNTS = re.compile(r"(num_|n_)(\w+_)?(layers?|experts?|blocks?|heads?|stages?)
 _MOST = 100_000  # of layers, heads and the like; none has a hundredth as many
 # Of transformers' language models those that also look ahead.
 _BOTH_WAYS = ("XLMWithLMHeadModel", "XLNetLMHeadModel")
+# Their first token has the position after the padding token's number.
+_POSITIONS_AFTER_PADDING = (
+    *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"),
+    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
@@ -162,7 +167,11 @@ def context_length(directory: Path) -> int | None:
 
 def context_of(config: PretrainedConfig) -> int | None:
     """Return how many tokens a model of a configuration takes at most; see `context_length`."""
-    return _positive(getattr(config.get_text_config(), "max_position_embeddings", None))
+    text = config.get_text_config()
+    length = _positive(getattr(text, "max_position_embeddings", None))
+    if length is not None and text.model_type in _POSITIONS_AFTER_PADDING:
+        return _positive(length - 1 - (text.pad_token_id or 0))
+    return length
 
 
 def _positive(length: object) -> int | None:

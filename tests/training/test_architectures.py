@@ -9,7 +9,7 @@ from command_line import command
 from peft import PeftModel
 from tiny_llm import save_base
 
-from loraport.base_model import context_length, is_causal_lm, load_causal_lm
+from loraport.base_model import context_length, context_of, is_causal_lm, load_causal_lm
 from loraport.errors import LoraportError
 from loraport.training import LoopOptions, LoraOptions, TrainOptions, train_language_model
 from loraport.training.data.tokens import read_rows
@@ -83,6 +83,9 @@ def test_gpt2_trains_and_merges_as_peft_has_it(tmp_path, write_jsonl):
         ({"model_type": "gptj", "n_positions": 64}, 64),
         ({"model_type": "gpt_bigcode", "n_positions": 48}, 48),
         ({"model_type": "llama", "max_position_embeddings": 32}, 32),
+        ({"model_type": "roberta", "max_position_embeddings": 34, "pad_token_id": 1}, 32),
+        ({"model_type": "xglm", "max_position_embeddings": 32, "pad_token_id": 1}, 32),
+        ({"model_type": "biogpt", "max_position_embeddings": 32, "pad_token_id": 1}, 32),
         ({"model_type": "mamba"}, None),
         ({"model_type": "xlnet"}, None),  # which says -1
         ({"model_type": "of-the-future", "max_position_embeddings": 16}, 16),
@@ -92,6 +95,23 @@ def test_gpt2_trains_and_merges_as_peft_has_it(tmp_path, write_jsonl):
 def test_the_context_has_many_names(tmp_path, config, length):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert context_length(tmp_path) == length
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "RobertaPreLayerNorm", "XLMRoberta", "Xmod"])
+def test_a_row_is_as_long_as_the_table_of_positions(kind):
+    """Of RoBERTa's, positions begin after the number of the padding token."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 40}
+    more = {"num_attention_heads": 2, "max_position_embeddings": 20, "pad_token_id": 3}
+    languages = {"languages": ["en_XX"], "default_language": "en_XX"} if kind == "Xmod" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        **sizes, **more, **languages, is_decoder=True, bos_token_id=0, eos_token_id=2
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    length = context_of(config)
+    assert length == 16
+    model(input_ids=torch.full((1, length), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, length + 1), 5))
 
 
 def test_rows_are_cut_to_a_context_of_another_name(tmp_path, write_jsonl):
