@@ -273,7 +273,9 @@ class _GroupRun:
         for member, rows in zip(self.running, totals, strict=True):
             value = sum(rows) / count
             if not math.isfinite(value):
-                member.failed = True
+                # As in `loraport.training.run.loop`, early stopping keeps a best there was.
+                best = member.early.best_step if self.options.early_stopping else None
+                member.failed = best is None
                 member.ended = f"step {self.step}: its validation loss was {value}"
                 ended.append(member)
                 continue

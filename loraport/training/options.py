@@ -90,8 +90,8 @@ class LoopOptions:
         save_every: Steps between checkpoints; 0 for none.
         keep: Checkpoints kept.
         validate_every: Steps between validations; 0 for the end of each epoch.
-        early_stopping: Stop after so many validations in a row without a new best, and keep
-            the best; 0 for never.
+        early_stopping: Stop after so many validations in a row without a new best, or after one
+            that is not finite, and keep the best; 0 for never.
         lora_plus_ratio: How many times the learning rate of ``A`` that of ``B`` is: LoRA+
             (Hayou et al. 2024, arXiv:2402.12354).
         shard_base: Spread the frozen base over the processes (FSDP2), instead of a copy in each.

@@ -178,6 +178,34 @@ def spoiled(row, at_call):
     return loss
 
 
+@pytest.mark.parametrize(("patience", "failed"), [(2, False), (0, True)])
+def test_a_validation_loss_that_is_not_finite_ends_one_as_train_would(
+    make_llama, rows, patience, failed
+):
+    """Early stopping keeps the best there was, and others go on."""
+    options = replace(OPTIONS, early_stopping=patience, validate_every=2, steps=8)
+    of_all, batches_each = [], len(batches(rows)[1])
+
+    def loss(model, batch, count):
+        part = grouped_language_model_loss(model, batch, count)
+        if torch.is_grad_enabled():
+            return part
+        of_all.append(count == len(TRIALS))
+        factor = torch.ones(count, 1)
+        if of_all[-1] and sum(of_all) > batches_each:  # after step 4
+            factor[1] = float("nan")
+        return RowLosses(part.totals * factor, part.weights, part.tokens)
+
+    got = together(make_llama().double(), TRIALS, rows, options, loss=loss)
+    spoiled_one, other = got["b"], got["a"]
+    assert spoiled_one.ended == "step 4: its validation loss was nan"
+    assert spoiled_one.failed == failed
+    assert spoiled_one.best[0] == 2
+    assert len(spoiled_one.losses) == 4
+    assert not other.failed
+    assert other.best[0] > 2
+
+
 class Watch(SilentSweep):
     def __init__(self):
         self.endings = {}

@@ -187,16 +187,30 @@ def test_a_validation_loss_that_is_not_finite_leaves_no_result(tmp_path, at, kep
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_early_stopping_outlives_a_validation_loss_that_is_not_finite():
-    losses = iter([9.0, 5.0, math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_early_stopping_ends_where_a_validation_loss_is_not_finite_and_keeps_the_best(value):
+    losses = iter([9.0, 6.0, 5.0, value, 1.0])
 
     def loss(model, batch):
         value = classify(model, batch)
         return value if torch.is_grad_enabled() else value * 0 + next(losses)
 
-    options = LoopOptions(steps=9, validate_every=1, early_stopping=2)
-    result = train(conv_net(), [images()], loss, options, validation=[images()])
-    assert (result.steps, result.kept) == (3, (1, 5.0))
+    class Notes(Silent):
+        def note(self, text):
+            notes.append(text)
+
+    notes: list[str] = []
+    options = LoopOptions(steps=9, validate_every=1, early_stopping=3)
+    model, best = conv_net(), conv_net()
+    result = train(model, [images()], loss, options, validation=[images()], observer=Notes())
+    assert (result.steps, result.kept) == (3, (2, 5.0))
+    ends = f"the validation loss is {value}; training ends, and the adapter of step 2 is kept"
+    assert notes == [f"step 3: {ends}"]
+    losses = iter([9.0, 6.0, 5.0, value])
+    stopped_there = LoopOptions(steps=9, validate_every=1, early_stopping=1)
+    train(best, [images()], loss, stopped_there, validation=[images()])
+    for name, tensor in best.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

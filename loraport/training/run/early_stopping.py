@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -14,7 +15,8 @@ class EarlyStopping:
     The base alone (step 0) is no candidate: it is what the adapter has to beat.
 
     Args:
-        patience: Validations in a row without a new best after which to stop.
+        patience: Validations in a row without a new best after which to stop; one that is not
+            finite uses it up.
         parameters: Name → what is trained.
 
     Attributes:
@@ -60,5 +62,7 @@ class EarlyStopping:
         better = loss < self._loss
         if better:
             self._loss, self.best_step = loss, step
-        self._waited = 0 if better else self._waited + 1
+        # What is NaN or infinite once does not come back.
+        more = self._waited + 1 if math.isfinite(loss) else self._patience
+        self._waited = 0 if better else more
         return better

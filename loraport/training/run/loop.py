@@ -330,6 +330,11 @@ class _Run:
         self.observer.validated(step=self.step, loss=value)
         if self.early is not None:
             self.early.see(self.step, value)
+            if not math.isfinite(value):
+                self.observer.note(
+                    f"step {self.step}: the validation loss is {value}; training ends, and the "
+                    f"adapter of step {self.early.best_step} is kept"
+                )
 
     def _save(self, stream: BatchStream, log: MetricsLog) -> Path:
         assert self.work is not None
