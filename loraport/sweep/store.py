@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint
@@ -17,6 +18,8 @@ from loraport.peft_layout.write import peft_contents, save_contents
 from loraport.sweep.trial import Outcome, Trial
 from loraport.sweep.worker import Trained
 from loraport.training.run.checkpoints import load_state, require_same_run, save_state
+
+T = TypeVar("T", bool, int, float, str)
 
 _IDENTITY, _OUTCOME, _CANDIDATES = "sweep.json", "outcome.json", "candidates"
 
@@ -145,20 +148,52 @@ def _key(trial: Trial) -> str:
 def _outcome(path: Path, trial: Trial) -> Outcome:
     try:
         document = json.loads((path / _OUTCOME).read_bytes())
-        return Outcome(
+        best = document["best"]
+        outcome = Outcome(
             name=trial.name,
-            losses=tuple((step, loss) for step, loss in document["losses"]),
-            validations=tuple((step, loss) for step, loss in document["validations"]),
-            best=None if document["best"] is None else (document["best"][0], document["best"][1]),
-            row_losses=tuple(document["row_losses"]),
-            row_weights=tuple(document["row_weights"]),
-            ended=document["ended"],
-            failed=document["failed"],
-            steps=document["steps"],
-            paused=document["paused"],
+            losses=_by_step(document["losses"]),
+            validations=_by_step(document["validations"]),
+            best=None if best is None else _by_step([best])[0],
+            row_losses=tuple(_of(float, each) for each in document["row_losses"]),
+            row_weights=tuple(_of(int, each) for each in document["row_weights"]),
+            ended=_of(str, document["ended"]),
+            failed=_of(bool, document["failed"]),
+            steps=_of(int, document["steps"]),
+            paused=_of(bool, document["paused"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        if outcome.best is not None and outcome.best not in outcome.validations:
+            raise ValueError(f"a best {best} that is none of the validations")
+        if len(outcome.row_losses) != len(outcome.row_weights):
+            rows, weights = len(outcome.row_losses), len(outcome.row_weights)
+            raise ValueError(f"losses of {rows} rows and weights of {weights}")
+        return outcome
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LoraportError(
             f"{path}: expected what loraport wrote, got {error!r}; remove this directory to train "
             "the candidate again"
         ) from error
+
+
+def _by_step(entries: Any) -> tuple[tuple[int, float], ...]:
+    """Read pairs of a step and a loss.
+
+    Raises:
+        ValueError: If something else is there, or the steps do not rise.
+        TypeError: The same.
+    """
+    pairs = tuple((_of(int, step), _of(float, loss)) for step, loss in entries)
+    if any(step >= after for (step, _), (after, _) in pairwise(pairs)):
+        raise ValueError(f"steps {[step for step, _ in pairs]}"[:80])
+    return pairs
+
+
+def _of(kind: type[T], value: Any) -> T:
+    """Return a value of a kind; whole numbers are of both kinds of numbers, truth values of none.
+
+    Raises:
+        TypeError: If it is of another.
+    """
+    given = float if kind is float and type(value) is int else type(value)
+    if given is not kind:
+        raise TypeError(f"{str(value)[:40]} in place of a {kind.__name__}")
+    return cast(T, value)

@@ -261,3 +261,53 @@ def test_a_damaged_identity_is_named(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(LoraportError, match=r"sweep.json: expected what .* start anew with --for"):
         Store(tmp_path, {"seed": 0})
+
+
+SOUND = {
+    "losses": [[1, 2.0], [2, 1]],
+    "validations": [[0, 3.0], [2, 2.5]],
+    "best": [2, 2.5],
+    "row_losses": [4.0, 1.0],
+    "row_weights": [1, 1],
+    "ended": "",
+    "failed": False,
+    "steps": 2,
+    "paused": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("losses", [["1", 2.0]]),
+        ("losses", [[1, None]]),
+        ("losses", [[2, 1.0], [1, 2.0]]),
+        ("validations", [[0, "3"], [2, 2.5]]),
+        ("best", [1, 2.5]),
+        ("best", []),
+        ("row_losses", [4.0, "x"]),
+        ("row_losses", [4.0]),
+        ("row_weights", [1, 1.5]),
+        ("ended", None),
+        ("failed", "no"),
+        ("steps", True),
+        ("paused", 0),
+        (None, [SOUND]),
+    ],
+)
+def test_a_damaged_outcome_is_named(tmp_path, key, value):
+    """Control: the same, sound."""
+    from loraport.sweep.store import Store
+    from loraport.sweep.trial import Outcome, Trial
+    from loraport.sweep.worker import Trained
+    from loraport.training import LoraOptions
+
+    trial = Trial("r2", LoraOptions(rank=2), 1e-3)
+    store = Store(tmp_path, {"seed": 0})
+    store.add([Trained(trial, Outcome("r2"), None)])
+    (path,) = tmp_path.glob("candidates/*/outcome.json")
+    path.write_text(json.dumps(SOUND))
+    assert store.outcomes([trial])["r2"].best == (2, 2.5)
+    path.write_text(json.dumps(value if key is None else SOUND | {key: value}))
+    with pytest.raises(LoraportError, match=r"expected what loraport wrote, got .* remove this"):
+        store.outcomes([trial])
