@@ -342,13 +342,21 @@ def _base_identity(fingerprint: BaseFingerprint) -> dict[str, str]:
 
 def _finished_before(out: Path, work: Path, identity: dict[str, Any]) -> TrainingSummary:
     """Return what a finished run wrote; only the removal of its checkpoints may be missing."""
+    path = out / SUMMARY_FILE
     try:
-        document = json.loads((out / SUMMARY_FILE).read_bytes())
-        stored, summary = dict(document["identity"]), TrainingSummary(**document["summary"])
-    except (OSError, ValueError, KeyError, TypeError):
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
         raise LoraportError(
             f"{out} already exists and is not a training's result; choose another output or pass "
             "--force"
+        ) from None
+    try:
+        stored, summary = dict(document["identity"]), TrainingSummary(**document["summary"])
+    except (KeyError, TypeError, ValueError):
+        raise LoraportError(
+            f"{path}: expected what this version of loraport writes when a run is finished, got "
+            "another version's or something else; nothing is left to resume there: use the "
+            "adapter as it is, or choose another output or pass --force to train again"
         ) from None
     require_same_run(out, stored, identity)
     shutil.rmtree(work, ignore_errors=True)

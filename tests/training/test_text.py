@@ -265,6 +265,19 @@ def test_resuming_what_is_finished_with_other_options_or_another_base_is_refused
     with pytest.raises(LoraportError, match="base weights: expected") as raised:
         train_language_model(str(other_base), chat_data, out, OPTIONS, resume=True)
     assert str(raised.value).count("expected") == 1
+    document = json.loads((out / SUMMARY_FILE).read_bytes())
+    other_fields = document["summary"] | {"of_another_version": 1}
+    for other in (document["summary"], [], document | {"summary": other_fields}):
+        (out / SUMMARY_FILE).write_text(json.dumps(other))
+        with pytest.raises(LoraportError, match=r"got another version's .* use the adapter as it"):
+            train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+    document["identity"]["of the future"] = document["identity"].pop("packing")
+    (out / SUMMARY_FILE).write_text(json.dumps(document))
+    with pytest.raises(LoraportError) as raised:
+        train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+    none = "none (of another version of loraport)"
+    assert f"of the future: expected 'auto', got {none}" in str(raised.value)
+    assert f"packing: expected {none}, got 'auto'" in str(raised.value)
     (out / SUMMARY_FILE).unlink()
     with pytest.raises(LoraportError, match="is not a training's result"):
         train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)

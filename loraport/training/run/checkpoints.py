@@ -200,12 +200,16 @@ def require_same_run(path: Path, stored: Mapping[str, Any], present: Mapping[str
     # As JSON has it: tuples become lists.
     present = json.loads(json.dumps(present))
     for name in sorted(stored.keys() | present.keys()):
-        if stored.get(name) != present.get(name):
-            problems.add(name, f"{stored.get(name)!r}", f"{present.get(name)!r}")
+        if name not in stored or name not in present or stored[name] != present[name]:
+            problems.add(name, *(_told(facts, name) for facts in (stored, present)))
     problems.raise_if_any(
         f"cannot resume from {path}: the run was started differently; "
         "resume with the same options and data, or start anew with --force"
     )
+
+
+def _told(facts: Mapping[str, Any], name: str) -> str:
+    return repr(facts[name]) if name in facts else "none (of another version of loraport)"
 
 
 def restore_adapter(layers: Mapping[str, LoraLayer], adapter: Adapter, path: Path) -> None:
