@@ -60,6 +60,32 @@ def test_of_a_chat_that_an_assistant_begins_its_text_alone_is_learned(
     assert learned(rows[0], tokenizer) == f"{text}<|end|>fg<|end|>"
 
 
+def test_tools_reach_the_chat_template(write_jsonl, make_tokenizer):
+    """What a template writes of them is context, as transformers renders it, and not learned."""
+    template = (
+        "{% if tools %}<s>tools: {% for t in tools %}{{ t['function']['name'] }} {% endfor %}</s>"
+        "{% endif %}{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    tokenizer = make_tokenizer(template)
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ahoy"}]
+    tools = [{"type": "function", "function": {"name": "tide", "parameters": {}}}]
+    path = write_jsonl([{"messages": chat, "tools": given} for given in (tools, [], None)])
+    told, *others = read_rows(path, tokenizer, 99).rows
+    whole = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False)
+    assert tokenizer.decode(told.tokens) == whole
+    assert "tools: tide" in whole
+    learned = [[label for label in row.labels if label != IGNORED] for row in (told, *others)]
+    assert learned[0] == learned[1] == learned[2]
+    assert others[0] == others[1]
+    assert len(told.tokens) > len(others[0].tokens)
+    bad = write_jsonl([{"messages": chat, "tools": given} for given in ({}, ["tide"])])
+    with pytest.raises(LoraportError) as raised:
+        read_rows(bad, tokenizer, 99)
+    assert '1: "tools": expected a list of objects, got an object' in str(raised.value)
+    assert "2: tools[0]: expected an object, got a string" in str(raised.value)
+
+
 def test_a_boundary_that_melts_into_one_token_is_kept_apart(write_jsonl):
     """At inference the prompt is tokenized alone."""
     from tokenizers import Tokenizer, models, pre_tokenizers

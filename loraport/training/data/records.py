@@ -25,6 +25,7 @@ class Record:
         prompt: What comes before the completion.
         completion: What is learned, in the ``prompt``/``completion`` format; else ``None``.
         messages: A chat, of which the assistant's turns are learned; else empty.
+        tools: What the assistant can call, for the chat template, as transformers has it.
     """
 
     line: int
@@ -32,6 +33,7 @@ class Record:
     prompt: str = ""
     completion: str | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 class BadLines:
@@ -115,7 +117,8 @@ def _record(number: int, line: bytes) -> Record:
             raise _BadLineError(f'"prompt": expected a string, got {_kind(prompt)}')
         return Record(number, prompt=prompt, completion=_filled(value, "completion"))
     if present == ["messages"]:
-        return Record(number, messages=_messages(value["messages"]))
+        tools = _tools(value.get("tools"))
+        return Record(number, messages=_messages(value["messages"]), tools=tools)
     got = ", ".join(present) or f"keys {', '.join(sorted(value))[:60] or '(none)'}"
     raise _BadLineError(f"expected {_FORMATS}, got {got}")
 
@@ -158,6 +161,18 @@ def _messages(value: Any) -> tuple[Mapping[str, Any], ...]:
             )
     if not any(turn["role"] == "assistant" for turn in value):
         raise _BadLineError("messages: expected an assistant turn to learn, got none")
+    return tuple(value)
+
+
+def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+    _require_whole_characters(value, "tools")
+    if value is None or value == []:
+        return ()
+    if not isinstance(value, list):
+        raise _BadLineError(f'"tools": expected a list of objects, got {_kind(value)}')
+    for index, tool in enumerate(value):
+        if not isinstance(tool, dict):
+            raise _BadLineError(f"tools[{index}]: expected an object, got {_kind(tool)}")
     return tuple(value)
 
 

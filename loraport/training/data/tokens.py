@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -90,7 +90,7 @@ class _UnusableError(Exception):
 
 def _row(record: Record, tokenizer: PreTrainedTokenizerBase) -> Row:
     if record.messages:
-        return _chat_row(record.messages, tokenizer)
+        return _chat_row(record.messages, record.tools, tokenizer)
     if record.completion is not None:
         return _completion_row(record.prompt, record.completion, tokenizer)
     tokens = _ended(_encode(tokenizer, record.text, special=True), tokenizer)
@@ -111,17 +111,21 @@ def _completion_row(prompt: str, completion: str, tokenizer: PreTrainedTokenizer
     return Row(tuple(tokens), (IGNORED,) * len(before) + tuple(tokens[len(before) :]))
 
 
-def _chat_row(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Row:
-    whole = _render(messages, tokenizer)
+def _chat_row(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Row:
+    def render(turns: Sequence[Mapping[str, Any]], *, prompt: bool = False) -> str:
+        return _render(turns, tools, tokenizer, prompt=prompt)
+
+    whole = render(messages)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        end = _render(messages[: index + 1], tokenizer)
-        if index:
-            start = _render(messages[:index], tokenizer, prompt=True)
-        else:
-            start = _opening(end, tokenizer)
+        end = render(messages[: index + 1])
+        start = render(messages[:index], prompt=True) if index else _opening(end, render)
         if not (whole.startswith(end) and end.startswith(start)):
             raise _UnusableError(
                 f"messages[{index}]: expected a chat template that only appends turns, got one "
@@ -144,27 +148,31 @@ def _chat_row(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeni
     return Row(tuple(tokens), tuple(labels))
 
 
-def _opening(first_turn: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _opening(first_turn: str, render: Callable[[Sequence[Mapping[str, Any]]], str]) -> str:
     """Return what a template writes before the text of a turn that begins a chat.
 
     Many templates refuse a chat of no turns, so it is what turns of other texts have, too.
     """
-    others = [_render([{"role": "assistant", "content": text}], tokenizer) for text in "ab"]
+    others = [render([{"role": "assistant", "content": text}]) for text in "ab"]
     together = zip(first_turn, *others, strict=False)
     return "".join(letters[0] for letters in takewhile(lambda each: len(set(each)) == 1, together))
 
 
 def _render(
     messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    prompt: bool = False,
+    prompt: bool,
 ) -> str:
     from jinja2 import TemplateError
 
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=prompt
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise _UnusableError(f"the chat template refuses it: {error}") from error
