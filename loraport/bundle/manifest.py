@@ -218,8 +218,10 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         text = (directory / MANIFEST_FILE).read_bytes()
     except OSError as error:
+        remedy = "; 'loraport bundle unpack' makes one of a packed bundle"
         raise LoraportError(
-            f"bundle {directory}: expected a directory with {MANIFEST_FILE}, got: {error.strerror}"
+            f"bundle {directory}: expected a directory with {MANIFEST_FILE}, "
+            f"got: {error.strerror}{remedy if directory.is_file() else ''}"
         ) from error
     return Manifest.from_json(text)
 

@@ -46,13 +46,14 @@ class Lane:
         Args:
             inputs: Every input of the model, as array or ``OrtValue``; controls of the bundle
                 (``lora_strength``, ``adapter_ids``) where they are wanted.
-            outputs: Names of the outputs wanted; all unless told.
+            outputs: Name or names of the outputs wanted; all unless told.
 
         Returns:
             Output name → ``OrtValue``.
 
         Raises:
-            LoraportError: If an input is missing, unknown or refused by the model.
+            LoraportError: If an input is missing, unknown or refused by the model, or it has no
+                such output.
         """
         return self._run(inputs, outputs, self._device)
 
@@ -71,7 +72,7 @@ class Lane:
     ) -> dict[str, Any]:
         self._check_inputs(inputs)
         binding = self._binding
-        names = list(outputs) if outputs is not None else self._outputs
+        names = self._wanted(outputs)
         binding.clear_binding_outputs()
         controls = self._bind_controls(inputs)
         given = []  # lives until the run has ended
@@ -94,6 +95,19 @@ class Lane:
         # A resting lane keeps no outputs; the caller's values live on their own.
         binding.clear_binding_outputs()
         return results
+
+    def _wanted(self, outputs: Iterable[str] | None) -> list[str]:
+        if outputs is None:
+            return self._outputs
+        names = [outputs] if isinstance(outputs, str) else list(outputs)
+        problems = Problems()
+        for name in names:
+            if name not in self._outputs:
+                problems.add(
+                    str(name), f"one of the outputs {', '.join(self._outputs[:8])}", "another"
+                )
+        problems.raise_if_any("the model's outputs and those wanted differ")
+        return names
 
     def _bind_controls(self, inputs: Mapping[str, Any]) -> set[str]:
         """Bind the controls among the inputs; return their names.

@@ -192,10 +192,10 @@ class Runtime:
         Args:
             inputs: Every input of the model by name, without the slots.
             adapter: A name, names with strengths, or ``None`` for the base.
-            outputs: Names of the outputs wanted; all unless told.
+            outputs: Name or names of the outputs wanted; all unless told.
 
         Raises:
-            LoraportError: If the adapter is unknown or the inputs do not fit.
+            LoraportError: If the adapter or an output is unknown, or the inputs do not fit.
         """
         return self._lane_of_this_thread(adapter).run(inputs, outputs)
 

@@ -141,6 +141,9 @@ def test_a_path_that_is_no_text(document, field):
 def test_no_such_bundle(tmp_path):
     with pytest.raises(LoraportError, match=r"expected a directory with manifest\.json, got: No "):
         read_manifest(tmp_path / "nowhere")
+    (tmp_path / "packed.zip").touch()
+    with pytest.raises(LoraportError, match=r"got: Not a directory; 'loraport bundle unpack' mak"):
+        read_manifest(tmp_path / "packed.zip")
 
 
 def test_every_file_is_listed_with_its_hash(bundle):

@@ -42,3 +42,20 @@ def test_a_sequence_of_names_is_no_selection(runtime, inputs):
     for wrong in (["a", "b"], ("a", 0.5)):
         with pytest.raises(LoraportError, match="adapters: expected a name, names with strengths"):
             runtime.run(inputs, wrong)
+
+
+def test_outputs_are_wanted_by_their_names(runtime, inputs):
+    whole = runtime.run(inputs, "a")
+    for wanted in ("logits", ["logits"]):
+        got = runtime.run(inputs, "a", wanted)
+        assert got.keys() == {"logits"} < whole.keys()
+        assert np.array_equal(got["logits"], whole["logits"])
+    with pytest.raises(LoraportError) as stop:
+        runtime.run(inputs, "a", ["logits", "logit", "hidden"])
+    told = str(stop.value).splitlines()
+    assert told[0] == "the model's outputs and those wanted differ"
+    expected = [
+        "  - logit: expected one of the outputs logits, ",
+        "  - hidden: expected one of the",
+    ]
+    assert [line[: len(start)] for line, start in zip(told[1:], expected, strict=True)] == expected

@@ -336,7 +336,9 @@ class TestRefusals:
         assert np.isfinite(logits(runtime, prompts[0])).all()
 
     def test_an_unknown_output(self, runtime, prompts):
-        with pytest.raises(LoraportError, match=r"the model refuses .* nope"):
+        with pytest.raises(
+            LoraportError, match=r"differ\n  - nope: expected one of the outputs logits"
+        ):
             runtime.run(inputs_of(runtime, prompts[0]), outputs=["logits", "nope"])
 
     def test_an_unknown_provider(self, bundle):
