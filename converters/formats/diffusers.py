@@ -2,7 +2,7 @@
 
 Keys read ``unet.<module path>.lora_A.weight``; the configuration stands in the metadata of the
 safetensors file, each key with the component's name before it. Files without it (older ones)
-have alpha equal to the rank.
+may have a tensor ``alpha`` beside a module's matrices; else alpha equals the rank.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from converters.formats.format import AdapterFormat, FormatContext
 from converters.formats.json_object import parse_json_object
 from loraport.adapter import Adapter, LoraModule
 from loraport.checkpoint import Checkpoint, read_header
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, Problems
 from loraport.naming import PEFT_PREFIX, Part, parse_peft_key
+from loraport.naming.diffusers import COMPONENTS, parse_diffusers_key
 from loraport.naming.original_diffusion import is_transformer_path
 from loraport.output import new_directory
 from loraport.peft_layout.config import parse_config
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 _CONFIG_KEY = "lora_adapter_metadata"
-_COMPONENTS = ("transformer", "unet", "text_encoder", "text_encoder_2")
 _HOLDS = frozenset({Feature.CONV, Feature.DORA, Feature.LORA_BIAS, Feature.ZERO_SCALING})
 
 
@@ -49,7 +49,8 @@ def detect(path: Path) -> bool:
         tensors, _ = read_header(file)
     except LoraportError:
         return path.is_dir()  # damaged: reading it says how
-    return any(_component(name) and ".lora_A." in name for name in tensors)
+    parsed = map(parse_diffusers_key, tensors)
+    return any(found is not None and ".lora_A." in found[1] for found in parsed)
 
 
 def read(path: Path, context: FormatContext) -> Adapter:  # noqa: ARG001  one signature for all
@@ -62,22 +63,14 @@ def read(path: Path, context: FormatContext) -> Adapter:  # noqa: ARG001  one si
     """
     file = _file(path)
     checkpoint = Checkpoint(file)
-    components = {_component(name) for name in checkpoint}
-    if not components or None in components:
-        foreign = [name for name in checkpoint if _component(name) is None]
-        raise LoraportError(
-            f"adapter {file}: expected keys of {', '.join(_COMPONENTS)}, got "
-            f"{', '.join(foreign[:3]) or 'none'}"
-        )
     text = checkpoint.metadata.get(_CONFIG_KEY)
     found = {}
-    for component in sorted(map(str, components)):
-        tensors = {
-            _peft(name, component): checkpoint.load(name)
-            for name in checkpoint
-            if _component(name) == component
-        }
-        config = _ranks_as_alphas(tensors) if text is None else _config(text, component, str(file))
+    for component, (tensors, alphas) in sorted(_components(checkpoint, file, text).items()):
+        config = (
+            _config_of_tensors(tensors, alphas)
+            if text is None
+            else _config(text, component, str(file))
+        )
         settings = parse_config(config, str(file))
         found[component] = adapter_of_contents(settings, tensors, None, file)
     carried = read_carried(checkpoint.metadata.get(CARRIED_KEY), str(file))
@@ -113,6 +106,57 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
         write_safetensors(renamed, partial / WEIGHTS_FILE, metadata)
 
 
+def _components(
+    checkpoint: Checkpoint, file: Path, text: str | None
+) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]]:
+    """Return each component's tensors by PEFT's key, and the alphas beside them by module path."""
+    parsed = {name: parse_diffusers_key(name) for name in checkpoint}
+    foreign = [name for name, found in parsed.items() if found is None]
+    if foreign or not parsed:
+        raise LoraportError(
+            f"adapter {file}: expected keys of {', '.join(COMPONENTS)}, got "
+            f"{', '.join(foreign[:3]) or 'none'}"
+        )
+    problems = Problems()
+    tensors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    alphas: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, found in parsed.items():
+        assert found is not None
+        component, rest = found
+        path, _, leaf = rest.rpartition(".")
+        key, tensor = PEFT_PREFIX + rest, checkpoint.load(name)
+        if leaf == "alpha":
+            if tensor.numel() != 1 or not tensor.isfinite().all() or not tensor.any():
+                got = str(tensor.flatten()[:3].tolist())
+                problems.add(name, "one finite number, not 0", got)
+            elif text is not None:
+                problems.add(name, "one place for alpha", f"{_CONFIG_KEY!r} in the metadata, too")
+            else:
+                alphas[component][path] = float(tensor)
+            continue
+        if key in tensors[component]:
+            problems.add(name, "one tensor for this matrix", "a second one under another name")
+        peft = parse_peft_key(key)
+        if peft is None or (peft.part is None and leaf not in ("weight", "bias")):
+            got = f"a tensor {list(tensor.shape)}"
+            remedy = "other LyCORIS kinds must be merged with their own tools"
+            problems.add(name, "lora_A, lora_B, alpha or a magnitude of a module", got, remedy)
+        tensors[component][key] = tensor
+    for component, found_alphas in alphas.items():
+        modules = {
+            parsed_key.module_path: key
+            for key in tensors[component]
+            if (parsed_key := parse_peft_key(key)) and parsed_key.part is Part.LORA_A
+        }
+        for path in sorted(found_alphas.keys() - modules.keys()):
+            problems.add(f"{component}.{path}.alpha", "lora_A and lora_B beside it", "none")
+        for path in sorted(modules.keys() - found_alphas.keys()):
+            name = f"{component}.{path}.{Part.LORA_A.value}"
+            problems.add(name, "an alpha beside it, as other modules have", "none", "add the rank")
+    problems.raise_if_any(f"adapter {file} cannot be read")
+    return {component: (found, alphas[component]) for component, found in tensors.items()}
+
+
 def _joined(found: Mapping[str, Adapter]) -> Adapter:
     modules = {
         f"{component}.{path}": module
@@ -143,13 +187,9 @@ def _file(path: Path) -> Path:
     return path / WEIGHTS_FILE if path.is_dir() else path
 
 
-def _component(name: str) -> str | None:
-    head = name.partition(".")[0]
-    return head if head in _COMPONENTS else None
-
-
-def _peft(name: str, component: str) -> str:
-    return PEFT_PREFIX + name.removeprefix(f"{component}.")
+def _component(path: str) -> str | None:
+    head = path.partition(".")[0]
+    return head if head in COMPONENTS else None
 
 
 def _config(text: str, component: str, source: str) -> dict[str, Any]:
@@ -160,9 +200,12 @@ def _config(text: str, component: str, source: str) -> dict[str, Any]:
     }
 
 
-def _ranks_as_alphas(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return the configuration that a file without one means: every alpha is its rank."""
+def _config_of_tensors(
+    tensors: Mapping[str, torch.Tensor], alphas: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return the configuration that a file without one means: an alpha is its own or the rank."""
     ranks: dict[str, int] = {}
+    scales: dict[str, float] = {}
     parts = set()
     for key, tensor in tensors.items():
         parsed = parse_peft_key(key)
@@ -170,19 +213,20 @@ def _ranks_as_alphas(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
             continue
         parts.add(parsed.part)
         if parsed.part is Part.LORA_A and tensor.dim() > 1:
-            ranks[re.escape(parsed.module_path)] = int(tensor.shape[0])
-    pattern = dict(_longest_first(ranks.items()))
+            pattern = re.escape(parsed.module_path)
+            ranks[pattern] = int(tensor.shape[0])
+            scales[pattern] = alphas.get(parsed.module_path, ranks[pattern])
     return {
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
+        "rank_pattern": dict(_longest_first(ranks.items())),
+        "alpha_pattern": dict(_longest_first(scales.items())),
         "use_dora": Part.MAGNITUDE in parts,
         "lora_bias": Part.LORA_B_BIAS in parts,
     }
 
 
-def _longest_first(ranks: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+def _longest_first(values: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
     """Order patterns so that none is caught by a shorter one that ends alike."""
-    return sorted(ranks, key=lambda entry: -len(entry[0]))
+    return sorted(values, key=lambda entry: -len(entry[0]))
 
 
 def _component_of_base(adapter: Adapter, context: FormatContext) -> str:
