@@ -288,6 +288,9 @@ def _shards(path: Path) -> list[Path]:
 def _index_file(path: Path) -> Path | None:
     if path.name.endswith(INDEX_SUFFIX):
         return path
+    # With both, transformers loads the one file and diffusers the shards.
+    if (path / f"{_STEMS[0]}.safetensors").is_file():
+        return None
     found = [path / f"{stem}{INDEX_SUFFIX}" for stem in _STEMS]
     return next((file for file in found if file.is_file()), None)
 

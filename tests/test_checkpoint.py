@@ -55,6 +55,19 @@ def test_reads_shards(tmp_path):
         assert sorted(Checkpoint(path)) == ["a", "b"]
 
 
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+def test_one_file_beside_shards_is_read_where_the_model_s_library_reads_it(stem, tmp_path):
+    """transformers takes the file, diffusers the shards; PEFT trains on what they load."""
+    sharded(tmp_path)
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / f"{stem}.safetensors.index.json")
+    save_file({"a": torch.zeros(2), "c": torch.zeros(1)}, tmp_path / f"{stem}.safetensors")
+    names = {"model": ["a", "c"], "diffusion_pytorch_model": ["a", "b"]}[stem]
+    checkpoint = Checkpoint(tmp_path)
+    assert sorted(checkpoint) == names
+    assert torch.equal(checkpoint.load("a"), torch.zeros(2)) == (stem == "model")
+    assert sorted(Checkpoint(tmp_path / f"{stem}.safetensors.index.json")) == ["a", "b"]
+
+
 def test_missing_shards_are_all_named(tmp_path):
     sharded(tmp_path)
     (tmp_path / "model-1.safetensors").unlink()
