@@ -39,18 +39,37 @@ def detect_format(path: Path) -> AdapterFormat:
     """Return the format of the adapter at ``path``, judged by its content.
 
     Raises:
-        LoraportError: If there is nothing at ``path``, or it is in no known format.
+        LoraportError: If there is nothing at ``path``, it is in no known format, or the adapter
+            lies beside or below it; then it is said where.
     """
     if not path.exists():
         raise LoraportError(f"adapter {path}: expected a file or directory, got none there")
-    for candidate in adapter_formats().values():
-        if candidate.detect(path):
-            return candidate
+    found = _detected(path)
+    if found is not None:
+        return found
+    inside = (
+        sorted(p for p in path.iterdir() if p.is_dir() and _detected(p)) if path.is_dir() else []
+    )
+    if inside:
+        raise LoraportError(
+            f"adapter {path}: expected one adapter, got a directory of adapters; name one of "
+            f"{', '.join(map(str, inside))}"
+        )
+    around = None if path.is_dir() else _detected(path.parent)
+    if around is not None:
+        raise LoraportError(
+            f"adapter {path}: expected an adapter, got a file of one that {around.name} keeps in a "
+            f"directory; give {path.parent}"
+        )
     known = "; ".join(f"{name}: {known.summary}" for name, known in adapter_formats().items())
     raise LoraportError(
         f"adapter {path}: expected one of the known formats ({known}), got none of them; "
         "check the path, and that the files are whole"
     )
+
+
+def _detected(path: Path) -> AdapterFormat | None:
+    return next((each for each in adapter_formats().values() if each.detect(path)), None)
 
 
 def read_adapter(
