@@ -146,7 +146,12 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         loaded = torch.load(pickled, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise LoraportError(f"{pickled}: expected plain tensors, got: {error}") from error
+        # torch's own text advises to load it without this check.
+        raise LoraportError(
+            f"{pickled}: expected tensors and nothing else, got a file that is damaged or holds "
+            "other objects, whose code is not run here; fetch it again, or save the adapter as "
+            f"{WEIGHTS_FILE}"
+        ) from error
     if not isinstance(loaded, dict) or not all(
         isinstance(value, torch.Tensor) for value in loaded.values()
     ):

@@ -87,6 +87,33 @@ def test_hostile_adapters_end_in_one_error(tensors, config, message, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+class _Code:
+    """Something that a pickle would run when it is loaded."""
+
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+@pytest.mark.parametrize("content", ["code", "nothing", "tensors"])
+def test_pickled_adapters_are_plain_tensors_or_refused(content, tmp_path, capsys):
+    write_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    pickled = tmp_path / "adapter" / "adapter_model.bin"
+    tensors = {KEY.format("A"): A, KEY.format("B"): B}
+    torch.save(tensors | ({"x": _Code()} if content == "code" else {}), pickled)
+    if content == "tensors":
+        assert torch.equal(read_peft(tmp_path / "adapter").modules["fc"].lora_B, B)
+        return
+    if content == "nothing":
+        pickled.write_bytes(b"")
+    with pytest.raises(
+        LoraportError, match="expected tensors and nothing else, got a file"
+    ) as told:
+        read_peft(tmp_path / "adapter")
+    assert "weights_only" not in str(told.value)
+    assert "this ran" not in capsys.readouterr().out
+
+
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_adapters_are_errors_or_adapters(data, tmp_path):
