@@ -132,14 +132,21 @@ def _reading(archive: Path) -> Iterator[None]:
 def _read_manifest(source: zipfile.ZipFile, archive: Path) -> Manifest:
     with _reading(archive):
         try:
-            size = source.getinfo(MANIFEST_FILE).file_size
+            entry = source.getinfo(MANIFEST_FILE)
         except KeyError:
             raise LoraportError(
                 f"archive {archive}: expected {MANIFEST_FILE} in it, got none; "
                 "it was not made by loraport bundle pack"
             ) from None
-        if size > _LARGEST_MANIFEST:
-            raise LoraportError(f"archive {archive}: {MANIFEST_FILE} of {size} bytes is absurd")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise LoraportError(
+                f"archive {archive}: expected {MANIFEST_FILE} stored as it is, got it compressed; "
+                "pack the bundle with loraport bundle pack"
+            )
+        if entry.file_size > _LARGEST_MANIFEST:
+            raise LoraportError(
+                f"archive {archive}: {MANIFEST_FILE} of {entry.file_size} bytes is absurd"
+            )
         text = source.read(MANIFEST_FILE)
     return Manifest.from_json(text)
 

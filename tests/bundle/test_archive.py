@@ -176,6 +176,20 @@ def test_a_compressed_bomb_is_refused(tmp_path):
         unpack_bundle(tmp_path / "bomb.zip", tmp_path / "out")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compressed_manifest_is_refused_before_it_is_read(method, tmp_path):
+    """Where damaged, each method fails in a way of its own."""
+    bundle = make_bundle(tmp_path / "bundle", {"a": b"adapter a"})
+    with zipfile.ZipFile(tmp_path / "b.zip", "w", method) as archive:
+        archive.write(bundle / "manifest.json", "manifest.json")
+    content = bytearray((tmp_path / "b.zip").read_bytes())
+    content[80:90] = b"\xff" * 10
+    (tmp_path / "b.zip").write_bytes(content)
+    with pytest.raises(LoraportError, match=r"manifest\.json stored as it is, got it compressed"):
+        unpack_bundle(tmp_path / "b.zip", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("keep", [0, 1, 30, 200, -1, -30])
 def test_a_truncated_archive_is_refused(tmp_path, keep):
     bundle = make_bundle(tmp_path / "bundle", {"a": b"adapter a"})
