@@ -72,7 +72,8 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
         progress: Told how many more bytes of the base were compared, and of how many.
 
     Raises:
-        LoraportError: If the checkpoints cannot be read or are not of the same model.
+        LoraportError: If the checkpoints cannot be read, are not of the same model, or what
+            changed is not finite.
     """
     if (options.rank is None) == (options.energy is None):
         raise LoraportError("extract: expected either a rank or an energy")
@@ -111,6 +112,7 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
                     "got one that transformers takes apart or puts together when it loads it; "
                     "save both models with transformers first"
                 )
+            _require_finite(parameter, old, new)
             path, _, leaf = parameter.rpartition(".")
             if leaf != "weight" or old.dim() < 2 or path in layout.grouped:
                 replacements[parameter] = Replacement(new)
@@ -172,6 +174,7 @@ def _experts(
     for expert in range(before.experts):
         delta = after.read_expert(expert, files).double()
         delta -= before.read_expert(expert, files).double()
+        _require_finite(f"{parameter}, expert {expert}", delta)
         matrix = delta.T if parameter in layout.transposed else delta
         factors = factor_matrix(matrix, options.rank, options.energy)
         norm = float(matrix.square().sum())
@@ -190,6 +193,14 @@ def _experts(
         experts=before.experts,
     )
     return module, math.sqrt(missed / whole)
+
+
+def _require_finite(subject: str, *tensors: torch.Tensor) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise LoraportError(
+            f"{subject}: expected finite values in both models, got NaN or infinity; the training "
+            "diverged; train again"
+        )
 
 
 def _check_same_model(

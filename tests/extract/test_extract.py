@@ -171,3 +171,24 @@ def test_what_cannot_be_extracted(tmp_path):
         run("base", "other", rank=2)
     with pytest.raises(LoraportError, match="--energy"):
         run("base", "base", energy=1.5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("make_model", "name"),
+    [
+        (llama, "model.layers.0.self_attn.q_proj.weight"),
+        (llama, "model.norm.weight"),
+        (mixtral, "model.layers.0.mlp.experts.down_proj"),
+    ],
+)
+def test_a_model_that_diverged_is_named(make_model, name, value, tmp_path):
+    torch.manual_seed(0)
+    model = make_model()
+    save_base(model, tmp_path / "base")
+    with torch.no_grad():
+        model.get_parameter(name).flatten()[3] = value
+    save_base(model, tmp_path / "tuned")
+    options = ExtractOptions(str(tmp_path / "base"), str(tmp_path / "tuned"), rank=2)
+    with pytest.raises(LoraportError, match=f"{name}.*: expected finite values in both models"):
+        extract(options, lambda *_: None)
