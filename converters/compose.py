@@ -46,8 +46,11 @@ def compose(
 
     Raises:
         LoraportError: For what does not add up: DoRA, replaced parameters, fused experts,
-            modules that differ in shape, adapters of different bases.
+            modules that differ in shape, adapters of different bases, sums beyond float32; for an
+            energy that is no share.
     """
+    if energy is not None and not 0 < energy <= 1:
+        raise LoraportError(f"--energy: expected a share above 0 and up to 1, got {energy}")
     problems = Problems()
     _check(weighted, problems)
     paths = list(dict.fromkeys(path for _, adapter, _ in weighted for path in adapter.modules))
@@ -110,6 +113,8 @@ def _concatenated(parts: Sequence[tuple[LoraModule, float]]) -> LoraModule:
         for module, strength in parts
         if module.lora_B_bias is not None
     ]
+    if not all(tensor.float().isfinite().all() for tensor in (*scaled, *biases)):
+        raise LoraportError("numbers beyond what float32 holds; use smaller weights")
     rank = sum(module.rank for module, _ in parts)
     return replace(
         first,

@@ -1,6 +1,7 @@
 """A weighted sum of adapters is one adapter that computes the sum of the updates."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -108,3 +109,13 @@ def test_what_does_not_add_up_is_refused_by_name(name, message, tmp_path):
     adapter = read_peft(make(name, tmp_path / "a").path)
     with pytest.raises(LoraportError, match=message):
         compose([("a", adapter, 1.0), ("b", adapter, 1.0)])
+
+
+def test_shares_and_weights_that_mean_nothing_are_refused(pair):
+    adapters = [plain(made.path) for made in pair]
+    weighted = [("a", adapters[0], 1.0), ("b", adapters[1], 1.0)]
+    for energy in (math.nan, 0.0, 1.5):
+        with pytest.raises(LoraportError, match=f"--energy: expected a share .* got {energy}"):
+            compose(weighted, energy=energy)
+    with pytest.raises(LoraportError, match=r"q_proj: .* got numbers beyond what float32 holds"):
+        compose([("a", adapters[0], 1e300)])
