@@ -39,8 +39,12 @@ class Description:
         return {"kind": self.kind, "facts": document["facts"], "rows": rows}
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path, base: str | None = None) -> Description:
     """Find out what a path is.
+
+    Args:
+        path: A file or directory.
+        base: The base model, for adapter formats that need its names.
 
     Raises:
         LoraportError: If there is nothing, or it is nothing loraport knows.
@@ -65,13 +69,13 @@ def describe(path: Path) -> Description:
                 f"{path}: expected an adapter, a checkpoint, an .onnx file or a bundle\n"
                 f"  - {no_adapter}\n  - {no_checkpoint}"
             ) from None
-    return _adapter(path)
+    return _adapter(path, base)
 
 
-def _adapter(path: Path) -> Description:
+def _adapter(path: Path, base: str | None) -> Description:
     from converters.formats.registry import detect_format, read_adapter
 
-    adapter = read_adapter(path)
+    adapter = read_adapter(path, base=base)
     facts: dict[str, Any] = {
         "format": detect_format(path).name,
         "base model": adapter.base_model or "not recorded",

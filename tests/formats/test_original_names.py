@@ -136,6 +136,21 @@ def test_sdxl_merged_into_diffusers_own_directory(sdxl, tmp_path) -> None:
         torch.testing.assert_close(output(merged), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_sdxl_is_inspected_with_its_base(sdxl) -> None:
+    made, directory = sdxl
+    command = ["inspect", str(directory / "x.safetensors"), "--json"]
+    bare = CliRunner().invoke(cli, command)
+    assert isinstance(bare.exception, LoraportError)
+    assert "got none; give --base" in str(bare.exception)
+    result = CliRunner().invoke(cli, [*command, "--base", str(directory / "unet")])
+    assert result.exit_code == 0, result.exception
+    rows = json.loads(result.stdout)["rows"]
+    trained = read_adapter(made.path).modules
+    assert {row["module"]: row["scaling"] for row in rows} == {
+        path: f"{module.scaling:g}" for path, module in trained.items()
+    }
+
+
 def test_sdxl_names_as_sd_scripts_lists_them() -> None:
     expected = {
         "input_blocks_3_0_op": "down_blocks_0_downsamplers_0_conv",
