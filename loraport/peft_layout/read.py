@@ -22,6 +22,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
 FINGERPRINT_KEY = "loraport.base_fingerprint"
+_ATTENTION_OUTPUT = ".base_layer.out_proj"  # inside PEFT's wrapper of an attention of torch's
 
 
 def is_peft(path: Path) -> bool:
@@ -83,6 +84,13 @@ def adapter_of_contents(
             _replace(replacements, name, Replacement(tensor, rows), key, problems)
         else:
             parts[parsed.module_path][parsed.part] = tensor
+    for module_path in [path for path in parts if path.endswith(_ATTENTION_OUTPUT)]:
+        problems.add(
+            module_path.removesuffix(_ATTENTION_OUTPUT),
+            "a module with one weight",
+            "a torch.nn.MultiheadAttention, whose output projection PEFT 0.21 updates twice",
+            "merge it with PEFT",
+        )
     modules = {}
     parameters = parameters_of_keys(
         parts, settings.target_parameters, settings.training.get("target_modules"), problems

@@ -3,8 +3,19 @@
 import pytest
 import torch
 from merge_bases import load_merged, save_base
-from peft_cases import CASES, UNMERGEABLE, load_with_peft, logits, make, merge_with_peft
+from peft_cases import (
+    CASES,
+    UNMERGEABLE,
+    Case,
+    load_with_peft,
+    logits,
+    make,
+    make_case,
+    merge_with_peft,
+)
+from safetensors.torch import load_file, save_file
 
+from converters.formats.registry import read_adapter
 from loraport.errors import LoraportError
 
 # PEFT merges into the one tensor of a tied pair, which changes the other one's use of it too,
@@ -34,6 +45,37 @@ def test_merged_is_the_adapter(name, tmp_path, merge_into):
     if name not in PEFT_MERGES_WRONGLY:
         peft = logits(merge_with_peft(made))
         assert torch.allclose(got, peft, rtol=0, atol=1e-5 * scale)
+
+
+class Attention(torch.nn.Module):
+    """torch's own attention, whose three projections are one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = torch.nn.MultiheadAttention(12, 2, batch_first=True)
+        self.fc = torch.nn.Linear(12, 5)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.self_attn(hidden, hidden, hidden, need_weights=False)[0])
+
+
+def test_torch_s_own_attention_is_left_to_peft(tmp_path, merge_into):
+    """Its projections are one parameter, and PEFT adds the update of the output's twice."""
+    options = {"target_modules": ["self_attn", "fc"], "r": 3, "lora_alpha": 5}
+    made = make_case(Case(Attention, options), tmp_path / "adapter")
+    tensors = load_file(made.path / "adapter_model.safetensors")
+    key = "base_model.model.self_attn.base_layer.out_proj.lora_{}.weight"
+    update = 5 / 3 * tensors[key.format("B")] @ tensors[key.format("A")]
+    name = "self_attn.out_proj.weight"
+    change = merge_with_peft(made).state_dict()[name] - made.base.state_dict()[name]
+    torch.testing.assert_close(change, 2 * update, rtol=1e-5, atol=1e-6)
+    (tmp_path / "base").mkdir()
+    save_file(made.base.state_dict(), tmp_path / "base" / "model.safetensors")
+    message = r"self_attn: expected.*torch\.nn\.MultiheadAttention.*merge it with PEFT"
+    with pytest.raises(LoraportError, match=message):
+        merge_into(tmp_path / "base", tmp_path / "merged", made.path)
+    with pytest.raises(LoraportError, match=message):
+        read_adapter(made.path)  # nor can it be converted
 
 
 def test_grouped_convolution_is_refused_by_name(tmp_path, merge_into):
