@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from loraport.adapter import Adapter
     from loraport.bundle.manifest import Manifest
+    from loraport.parity import Verification
 
 
 @click.command()
@@ -57,8 +58,18 @@ def verify(
         click.echo(json.dumps(report.to_json(), indent=1))
     else:
         print_verification(report)
-    log.print("parity holds" if report.passed else "[red]parity fails[/red]")
+    log.print("parity holds" if report.passed else f"[red]parity fails[/red]{_cause(report)}")
     sys.exit(0 if report.passed else 1)
+
+
+def _cause(report: Verification) -> str:
+    if not report.calibrated:
+        return ""
+    return (
+        " by the graph's own calibrated quantization alone, which cuts off what an adapter makes "
+        "larger: calibrate it anew with inputs and ranges that leave room, or export it in another "
+        "precision"
+    )
 
 
 def _adapter_sources(

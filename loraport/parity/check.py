@@ -16,9 +16,11 @@ class Check:
         passed: The verdict.
         detail: Why it failed, or what was seen.
         comparison: The numbers, where the check has any.
+        calibrated: It failed by the graph's own calibrated quantization alone.
     """
 
     name: str
     passed: bool
     detail: str = ""
     comparison: Comparison | None = None
+    calibrated: bool = False

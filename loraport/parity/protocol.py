@@ -11,12 +11,15 @@
 7. as shipped: both files of an adapter hold the same bits, ``model.required.onnx`` computes what
    ``model.onnx`` does, and the golden cases are reproduced;
 8. as deployed: where a quantized kernel rounds its activations, how far that takes the outputs.
+
+Where outputs are too far from PyTorch's and the graph has calibrated ranges, it is run without
+them, too, to tell whether they are the cause; see `loraport.parity.calibration`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -24,9 +27,10 @@ from torch import nn
 from loraport.adapter import Adapter
 from loraport.bundle.manifest import check_files
 from loraport.errors import LoraportError
+from loraport.parity.calibration import Calibration
 from loraport.parity.changes import Changes, Original, changes_of
 from loraport.parity.check import Check
-from loraport.parity.metrics import compare, worst
+from loraport.parity.metrics import Comparison, compare, worst
 from loraport.parity.packed import differences
 from loraport.parity.placement import placement
 from loraport.parity.reference import adapted, merged, next_token_logits, torch_outputs
@@ -58,6 +62,9 @@ class Sample:
     token_ids: Sequence[int] = ()
 
 
+Run = Callable[[Sample], Sequence[np.ndarray]]  # gives the outputs in order
+
+
 class Protocol:
     """Runs the checks of one bundle against one PyTorch model.
 
@@ -86,6 +93,7 @@ class Protocol:
     ) -> None:
         self._runtime = runtime
         self._deployed = deployed
+        self._calibration = Calibration(runtime)
         self._model = model
         self._original = original or model.get_parameter
         self._adapters = adapters
@@ -196,17 +204,44 @@ class Protocol:
         )
 
     def _parity(self, title: str, selection: Selection, changes: Changes) -> Check:
+        found = self._compared(changes, lambda sample: self._session(sample, selection))
+        if isinstance(found, str):
+            return Check(title, False, found)
+        check = Check(title, found.within(self._tolerance), "", found)
+        return check if check.passed else self._with_cause(check, selection, changes)
+
+    def _compared(self, changes: Changes, run: Run) -> Comparison | str:
+        """Compare what a run gives with torch, or tell why it cannot be compared."""
         comparisons = []
         for sample in self._samples:
             with adapted(self._model, changes):
                 expected = torch_outputs(self._model, sample.torch)
-            got = self._session(sample, selection)
+            got = run(sample)
             if len(expected) != len(got):
-                detail = f"torch has {len(expected)} outputs, the bundle {len(got)}"
-                return Check(title, False, detail)
+                return f"torch has {len(expected)} outputs, the bundle {len(got)}"
             comparisons += [compare(e, g) for e, g in zip(expected, got, strict=True)]
-        found = worst(comparisons)
-        return Check(title, found.within(self._tolerance), "", found)
+        return worst(comparisons)
+
+    def _with_cause(self, failed: Check, selection: Selection, changes: Changes) -> Check:
+        """Say of a difference whether it is the graph's calibrated quantization, if it has one."""
+        calibration = self._calibration
+        if calibration.in_integers:
+            operators = ", ".join(calibration.in_integers)
+            detail = f"calibrated ranges may be the cause: {operators} cannot be run without theirs"
+            return replace(failed, detail=detail)
+        if not calibration.removable:
+            return failed
+        found = self._compared(
+            changes, lambda sample: calibration.run(sample.session, selection, self._outputs)
+        )
+        assert isinstance(found, Comparison)  # there are as many outputs as before
+        own = found.within(self._tolerance)
+        says = "the cause" if own else "not the only cause"
+        detail = (
+            f"the graph's calibrated ranges are {says}: without them max abs is "
+            f"{found.max_abs:.2e}, relative {found.relative:.2e}"
+        )
+        return replace(failed, detail=detail, calibrated=own)
 
     def _differs(self, name: str) -> Check:
         """The negative control: an adapter that changes nothing proves nothing."""

@@ -51,6 +51,11 @@ class Verification:
         """Tell whether every check passed; no checks prove nothing."""
         return bool(self.checks) and all(check.passed for check in self.checks)
 
+    @property
+    def calibrated(self) -> bool:
+        """Tell whether parity fails by the graph's own calibrated quantization alone."""
+        return not self.passed and all(check.passed or check.calibrated for check in self.checks)
+
     def to_json(self) -> dict[str, Any]:
         """Return the report as an object for ``--json``; a number that is none becomes null."""
         return {

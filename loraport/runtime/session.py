@@ -29,6 +29,7 @@ def open_session(
     defaults: Mapping[str, Any] | None = None,
     profile: Path | None = None,
     precision: str = "fp32",
+    graph: bytes | None = None,
 ) -> Any:
     """Open an ``onnxruntime.InferenceSession``.
 
@@ -42,6 +43,7 @@ def open_session(
             long as the session.
         profile: Write a profile to a file that begins so, when ``end_profiling`` is called.
         precision: How the graph's weights are stored.
+        graph: A graph over the model's data file, to be opened in place of the model's own.
 
     Raises:
         LoraportError: If the model cannot be opened or the provider is not to be had; a
@@ -71,9 +73,10 @@ def open_session(
     try:
         for name, value in (defaults or {}).items():
             options.add_initializer(name, value)
-        exact = with_float32_activations(model) if float32_activations else None
-        if exact is not None:
-            source = exact
+        if graph is None and float32_activations:
+            graph = with_float32_activations(model)
+        if graph is not None:
+            source = graph
             options.add_session_config_entry(_DATA_DIRECTORY, str(model.parent))
         session = onnxruntime.InferenceSession(
             source,

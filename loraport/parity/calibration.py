@@ -1,0 +1,112 @@
+"""Tell a graph's own calibrated quantization from other differences.
+
+A static int8 graph rounds activations to 8 bits of ranges that were measured beforehand and cuts
+off what lies outside of them, as an adapter's changes may. No slot can help that. Where the
+rounding stands beside the operators (``QuantizeLinear`` and ``DequantizeLinear``), the graph can
+be run without it: what is as far from PyTorch then has another cause.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraport.bundle.manifest import MODEL_FILE
+from loraport.runtime import Lane, Runtime, Selection
+from loraport.runtime.session import open_session
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    from onnx import GraphProto
+
+# Read integers of calibrated ranges and write such; what they compute has no other form.
+_IN_INTEGERS = ("QLinear", "QGemm")
+
+
+def without_calibrated_ranges(file: Path) -> bytes | None:
+    """Return a graph whose activations stay what they are where it would round and cut them off.
+
+    Weights stay rounded.
+
+    Args:
+        file: The ``.onnx`` file; its data file is not read.
+
+    Returns:
+        The graph serialized, or ``None`` if nothing in it does that.
+    """
+    import onnx
+
+    model = onnx.load(str(file), load_external_data=False)
+    computed = _computed(model.graph)
+    quantized = {
+        node.output[0]: node.input[0]
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] in computed
+    }
+    changed = False
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in quantized:
+            source = quantized[node.input[0]]
+            node.op_type, node.domain = "Identity", ""
+            del node.input[:], node.attribute[:]
+            node.input.append(source)
+            changed = True
+    return model.SerializeToString() if changed else None
+
+
+def _computed(graph: GraphProto) -> set[str]:
+    """Return the values that depend on the model's inputs: no weights, and nothing made of them."""
+    constants = {tensor.name for tensor in graph.initializer}
+    found = {value.name for value in graph.input} - constants
+    for node in graph.node:
+        if any(name in found for name in node.input):
+            found.update(node.output)
+    return found
+
+
+class Calibration:
+    """Runs a bundle's graph without its calibrated ranges; nothing is opened before that.
+
+    Args:
+        runtime: The bundle.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._file = runtime.directory / MODEL_FILE
+
+    @cached_property
+    def in_integers(self) -> list[str]:
+        """What computes within calibrated ranges and so cannot be run without, by its names."""
+        import onnx
+
+        nodes = onnx.load(str(self._file), load_external_data=False).graph.node
+        return sorted({node.op_type for node in nodes if node.op_type.startswith(_IN_INTEGERS)})
+
+    @property
+    def removable(self) -> bool:
+        """Whether the graph has calibrated ranges and runs without them."""
+        return not self.in_integers and self._session is not None
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], selection: Selection, outputs: Sequence[str]
+    ) -> list[np.ndarray]:
+        """Run the graph without its calibrated ranges, where they are `removable`."""
+        runtime = self._runtime
+        controls = runtime.manifest.slots.controls
+        lane = Lane(self._session, runtime.load(selection), runtime.provider, controls)
+        found = lane.run(inputs, outputs)
+        return [found[name] for name in outputs]
+
+    @cached_property
+    def _session(self) -> Any:
+        graph = without_calibrated_ranges(self._file)
+        if graph is None:
+            return None
+        precision = self._runtime.manifest.precision
+        return open_session(
+            self._file, graph=graph, provider=self._runtime.provider, precision=precision
+        )
