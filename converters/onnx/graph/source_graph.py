@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from converters.onnx.graph.functions import inlined
+from converters.onnx.graph.loops import read_carried_constants_outside
 from loraport.errors import LoraportError, Problems
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class MappedTensor(ir.ExternalTensor):
 
 
 def read_graph(file: Path) -> ir.Model:
-    """Read an ``.onnx`` file without its weights.
+    """Read an ``.onnx`` file without its weights; functions are inlined, see also `loops`.
 
     Raises:
         LoraportError: If it is no ONNX model, or its data files are missing, too short or
@@ -88,6 +89,7 @@ def read_graph(file: Path) -> ir.Model:
     if not len(model.graph) and not model.graph.outputs:
         raise LoraportError(f"{file}: expected an ONNX model, got an empty graph")
     _map_external(model, file)
+    read_carried_constants_outside(model)
     return model
 
 

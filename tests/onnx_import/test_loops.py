@@ -1,0 +1,101 @@
+"""Weights that a loop only carries take slots in its body, as tf2onnx writes recurrent layers."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx_graphs import DOMAINS, session
+
+from converters.onnx.importing import import_model
+from loraport.bundle.manifest import read_manifest
+from loraport.bundle.replay import replay_golden
+
+FEATURES, STEPS = 5, 4
+FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+info = helper.make_tensor_value_info
+
+
+def body(kind, changed):
+    """``h' = tanh(h W)``; ``W`` is handed on, through an ``Identity`` or changed."""
+    h, w = info("h", FLOAT, None), info("w", FLOAT, None)
+    nodes = [
+        helper.make_node("MatMul", ["h", "w"], ["p"], name="/step/MatMul"),
+        helper.make_node("Tanh", ["p"], ["h_next"]),
+        helper.make_node(*(("Neg" if changed else "Identity"), ["w"], ["w_next"])),
+    ]
+    ends = [info("h_next", FLOAT, None), info("w_next", FLOAT, None)]
+    if kind == "Scan":
+        nodes.append(helper.make_node("Add", ["x_t", "h_next"], ["y_t"]))
+        rows = info("x_t", FLOAT, None)
+        return helper.make_graph(nodes, "body", [h, w, rows], [*ends, info("y_t", FLOAT, None)])
+    nodes.append(helper.make_node("Identity", ["go"], ["go_next"]))
+    given = [info("i", INT64, []), info("go", BOOL, []), h, w]
+    return helper.make_graph(nodes, "body", given, [info("go_next", BOOL, []), *ends])
+
+
+def model(kind, changed=False, used_outside=True):
+    """The first step outside of the loop, with the same weight, or none."""
+    weight = np.random.default_rng(0).standard_normal((FEATURES, FEATURES)).astype(np.float32)
+    constants = {"W": weight, "steps": np.array(STEPS), "true": np.array(True)}
+    nodes = [helper.make_node("Identity", ["x"], ["first"])]
+    if used_outside:
+        nodes = [helper.make_node("MatMul", ["x", "W"], ["first"], name="/step/MatMul_0")]
+    inputs = [info("x", FLOAT, ["rows", FEATURES])]
+    if kind == "Loop":
+        given, made = ["steps", "true", "first", "W"], ["y", "carried"]
+    else:
+        given, made = ["first", "W", "xs"], ["y", "carried", "all"]
+        inputs.append(info("xs", FLOAT, [STEPS, "rows", FEATURES]))
+    attributes = {"num_scan_inputs": 1} if kind == "Scan" else {}
+    nodes.append(helper.make_node(kind, given, made, body=body(kind, changed), **attributes))
+    stored = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    outputs = [info("y", FLOAT, ["rows", FEATURES]), info("carried", FLOAT, [FEATURES, FEATURES])]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, stored)
+    return helper.make_model(graph, opset_imports=DOMAINS[:1], ir_version=10), weight
+
+
+def expected(x, weight, *, outside):
+    """Return the last state, in float64."""
+    h = x.astype(np.float64) @ weight if outside else x.astype(np.float64)
+    for _ in range(STEPS):
+        h = np.tanh(h @ weight)
+    return h
+
+
+@pytest.mark.parametrize("kind", ["Loop", "Scan"])
+@pytest.mark.parametrize("outside", [False, True])
+def test_an_adapter_changes_every_step(tmp_path, kind, outside):
+    made, weight = model(kind, used_outside=outside)
+    onnx.save(made, tmp_path / "model.onnx")
+    import_model(tmp_path / "model.onnx", tmp_path / "out")
+    (slot,) = read_manifest(tmp_path / "out").slots.slots
+    assert all(result.passed for result in replay_golden(tmp_path / "out"))
+    random = np.random.default_rng(1)
+    inputs = {"x": random.standard_normal((3, FEATURES)).astype(np.float32)}
+    if kind == "Scan":
+        inputs["xs"] = np.zeros((STEPS, 3, FEATURES), np.float32)
+    a, b = (random.standard_normal(shape).astype(np.float32) for shape in ((5, 2), (2, 5)))
+    adapter = {slot.input_a: a, slot.input_b: b}
+    for name in ("model.onnx", "model.required.onnx"):
+        file = tmp_path / "out" / name
+        onnx.checker.check_model(str(file), full_check=True)
+        y, carried = session(str(file)).run(None, {**inputs, **adapter})
+        merged = weight + a.astype(np.float64) @ b
+        np.testing.assert_allclose(y, expected(inputs["x"], merged, outside=outside), atol=1e-5)
+        np.testing.assert_array_equal(carried, weight)
+    base = session(str(tmp_path / "out" / "model.onnx")).run(None, inputs)[0]
+    np.testing.assert_allclose(base, expected(inputs["x"], weight, outside=outside), atol=1e-5)
+    assert np.abs(y - base).max() > 0.1
+
+
+def test_what_a_step_changes_is_no_weight(tmp_path):
+    made, weight = model("Loop", changed=True)
+    onnx.save(made, tmp_path / "model.onnx")
+    import_model(tmp_path / "model.onnx", tmp_path / "out")
+    x = np.random.default_rng(1).standard_normal((3, FEATURES)).astype(np.float32)
+    y, carried = session(str(tmp_path / "out" / "model.onnx")).run(None, {"x": x})
+    h = x.astype(np.float64) @ weight
+    for step in range(STEPS):
+        h = np.tanh(h @ weight * (-1) ** step)
+    np.testing.assert_allclose(y, h, atol=1e-5)
+    np.testing.assert_array_equal(carried, weight * (-1) ** STEPS)
