@@ -95,6 +95,8 @@ _LEARNED = frozenset(
     ]
 )
 _MULTIPLYING = frozenset(("Conv", "Gemm", "MatMul"))
+# Whatever computes their weights: exporters put those of gates together, or normalize them.
+_NEVER = frozenset(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM", "ConvTranspose"))
 _INSIDE = (
     "cannot be taken out: its mask's shape is unknown or of a kind of its own, or it rotates or "
     "shares its cache; export without attention fusion"
@@ -138,7 +140,7 @@ def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
             )
             continue
         least = 1 if node.op_type == "MatMul" else 2
-        if any(len(shape) >= least for shape in shapes):
+        if node.op_type in _NEVER or any(len(shape) >= least for shape in shapes):
             found[name] = _reason(node, shapes)
         elif node.op_type in _MULTIPLYING:
             weight = node.inputs[1]

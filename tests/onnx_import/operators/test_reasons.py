@@ -101,3 +101,33 @@ def test_weights_in_attributes_are_listed(slotted):
     model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
     why = "ai.onnx.ml.LinearRegressor: its weights are attributes, not constants of the graph"
     assert slotted(model, "lora").unslotted == {"regressor": why}
+
+
+def test_recurrent_layers_and_transposed_convolutions_whose_weights_are_computed(slotted):
+    """PyTorch puts the gates of an ``LSTM`` together from slices; weight norm scales kernels."""
+    random = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="/linear/MatMul"),
+        helper.make_node("Unsqueeze", ["a", "zero"], ["sequence"]),
+        helper.make_node("Concat", ["gates", "gates"], ["W"], axis=1),
+        helper.make_node("Concat", ["again", "again"], ["R"], axis=1),
+        helper.make_node(
+            "LSTM", ["sequence", "W", "R"], ["", "h"], name="/rnn/LSTM", hidden_size=4
+        ),
+        helper.make_node("Mul", ["kernel", "scale"], ["normed"]),
+        helper.make_node("Transpose", ["h"], ["channels"], perm=[1, 2, 0]),
+        helper.make_node("ConvTranspose", ["channels", "normed"], ["up"], name="/up/ConvTranspose"),
+        helper.make_node("Squeeze", ["up", "two"], ["y"]),
+    ]
+    shapes = {"w": (4, 4), "gates": (1, 8, 4), "again": (1, 8, 4), "kernel": (4, 3, 1)}
+    constants = {
+        name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
+    constants |= {"zero": np.array([0]), "two": np.array([2]), "scale": np.float32([[[2.0]]])}
+    inputs = [("x", TensorProto.FLOAT, ["n", 4])]
+    made = slotted(graph_of(nodes, inputs, constants), "lora")
+    assert made.unslotted == {
+        "/rnn/LSTM": "LSTM: a recurrent layer's projections are inside the operator",
+        "/up/ConvTranspose": "ConvTranspose: transposed convolutions have no slots",
+    }
+    assert [slot.name for slot in made.slots] == ["linear"]
