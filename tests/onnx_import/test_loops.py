@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import DOMAINS, session
 
-from converters.onnx.importing import import_model
+from converters.onnx.importing import ImportOptions, import_model
 from loraport.bundle.manifest import read_manifest
 from loraport.bundle.replay import replay_golden
 
@@ -99,3 +99,43 @@ def test_what_a_step_changes_is_no_weight(tmp_path):
         h = np.tanh(h @ weight * (-1) ** step)
     np.testing.assert_allclose(y, h, atol=1e-5)
     np.testing.assert_array_equal(carried, weight * (-1) ** STEPS)
+
+
+def two_loops():
+    """Two recurrent layers, whose bodies have the same names inside, as tf2onnx writes them."""
+    random = np.random.default_rng(2)
+    weights = [random.standard_normal((FEATURES, FEATURES)).astype(np.float32) for _ in range(2)]
+    constants = {"steps": np.array(STEPS), "true": np.array(True)}
+    nodes, last = [], "x"
+    for number, weight in enumerate(weights):
+        constants[f"layer{number}/kernel"] = weight
+        given = ["steps", "true", last, f"layer{number}/kernel"]
+        last = f"h{number}"
+        nodes.append(
+            helper.make_node("Loop", given, [last, f"w{number}"], body=body("Loop", False))
+        )
+    stored = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    ends = [info("x", FLOAT, ["rows", FEATURES])], [info(last, FLOAT, ["rows", FEATURES])]
+    graph = helper.make_graph(nodes, "g", *ends, stored)
+    return helper.make_model(graph, opset_imports=DOMAINS[:1], ir_version=10), weights
+
+
+@pytest.mark.parametrize(("precision", "atol"), [(None, 1e-5), ("fp16", 1e-2)])
+def test_loops_with_the_same_names_inside_keep_their_modules(tmp_path, precision, atol):
+    made, weights = two_loops()
+    onnx.save(made, tmp_path / "model.onnx")
+    import_model(tmp_path / "model.onnx", tmp_path / "out", ImportOptions(precision=precision))
+    slots = read_manifest(tmp_path / "out").slots.slots
+    assert [slot.name for slot in slots] == ["step.MatMul", "step.MatMul_1"]
+    random = np.random.default_rng(1)
+    x = random.standard_normal((3, FEATURES)).astype(np.float32)
+    dtype = np.float32 if precision is None else np.float16
+    adapter, wanted = {}, x
+    for slot, weight in zip(slots, weights, strict=True):
+        a, b = (random.standard_normal(shape).astype(dtype) for shape in ((5, 2), (2, 5)))
+        adapter |= {slot.input_a: a, slot.input_b: b}
+        wanted = expected(wanted, weight + a.astype(np.float64) @ b, outside=False)
+    running = session(str(tmp_path / "out" / "model.onnx"))
+    got = running.run(None, {"x": x, **adapter})[0]
+    np.testing.assert_allclose(got, wanted, atol=atol)
+    assert np.abs(got - running.run(None, {"x": x})[0]).max() > 10 * atol

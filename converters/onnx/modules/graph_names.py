@@ -100,21 +100,24 @@ def keep_names(before: Sequence[NamedSite], after: Iterable[Site]) -> None:
         after: Those of what it made of it. Both are told by what their outputs are called, which
             quantizers keep, else by what their weights are.
     """
-    outputs = {entry.site.y.name: entry.path for entry in before}
-    paths: dict[tuple[str, ModuleKind], set[str]] = defaultdict(set)
+    named: dict[str | None, set[str]] = defaultdict(set)  # subgraphs have values of one name
     for entry in before:
-        paths[_stored_name(entry.site), entry.site.kind].add(entry.path)
+        named[entry.site.y.name].add(entry.path)
+    outputs = {name: next(iter(paths)) for name, paths in named.items() if len(paths) == 1}
+    stored: dict[tuple[str, ModuleKind], set[str]] = defaultdict(set)
+    for entry in before:
+        stored[_stored_name(entry.site), entry.site.kind].add(entry.path)
     left = []
     for site in after:
         if site.y.name in outputs:
             path = site.node.metadata_props[_MODULE] = outputs[site.y.name]
-            others = paths[_stored_name(site), site.kind] - {path}
+            others = stored[_stored_name(site), site.kind] - {path}
             if others:  # with such a weight, too: what is left is theirs
-                paths[_stored_name(site), site.kind] = others
+                stored[_stored_name(site), site.kind] = others
         else:
             left.append(site)
     for site in left:
-        found = paths[_stored_name(site), site.kind]
+        found = stored[_stored_name(site), site.kind]
         if len(found) == 1 and weight_of(site) is not None:
             site.node.metadata_props[_MODULE] = next(iter(found))
 
