@@ -175,9 +175,26 @@ def export_torch_module(
 
 
 def encoder_inputs(base: str, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return example inputs of an encoder: two tokenized sentences."""
+    """Return example inputs of an encoder: two tokenized sentences.
+
+    Raises:
+        LoraportError: If its tokenizer knows no tokens.
+    """
     tokenizer = load_tokenizer(base)
-    encoded = tokenizer(list(_ENCODER_TEXTS), padding=True, return_tensors="pt")
+    pads = tokenizer.pad_token is not None  # GPT-2's cannot
+    rows = [tokenizer(text)["input_ids"] for text in _ENCODER_TEXTS]
+    if not all(rows):
+        raise LoraportError(
+            f"base {base}: expected a tokenizer that makes tokens of text, got one that knows "
+            "none; put the tokenizer's files beside the weights"
+        )
+    encoded = tokenizer(
+        list(_ENCODER_TEXTS),
+        padding=pads,
+        truncation=not pads,
+        max_length=None if pads else min(map(len, rows)),
+        return_tensors="pt",
+    )
     accepted = _forward_arguments(model)
     return {name: tensor for name, tensor in encoded.items() if name in accepted}
 

@@ -9,7 +9,9 @@ from torch import nn
 
 from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters, export_base
+from loraport.base_model import load_model
 from loraport.bundle.manifest import read_manifest
+from loraport.errors import LoraportError
 from loraport.parity import verify_bundle
 from loraport.runtime import Runtime
 
@@ -27,8 +29,6 @@ def encoder_base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(encoder_base, tmp_path_factory):
-    from loraport.base_model import load_model
-
     options = {"target_modules": ["query", "value", "dense"], "r": 4, "use_rslora": True}
     out = tmp_path_factory.mktemp("bert") / "a"
     return make_case(Case(bert, options), out, base=load_model(str(encoder_base)))
@@ -106,3 +106,38 @@ def test_what_torch_does_not_export_as_it_is(make, targets, tmp_path):
     got = next(iter(runtime.run(arrays, "a").values()))
     np.testing.assert_allclose(got, adapted, atol=1e-4)
     assert np.abs(adapted - base).max() > 0.05
+
+
+@pytest.fixture
+def gpt2_classifier(tmp_path):
+    """A base whose tokenizer cannot pad, as GPT-2's; its ``Conv1D`` stores weights turned."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "n_embd": 32, "n_layer": 1, "n_head": 4, "num_labels": 3}
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = GPT2Config(**sizes, **ends, initializer_range=0.2)
+    save_base(tmp_path / "base", GPT2ForSequenceClassification(config).eval())
+    unpadded = tokenizer()
+    unpadded.pad_token = None
+    unpadded.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_tokenizer_that_cannot_pad(gpt2_classifier, tmp_path):
+    export_base(str(gpt2_classifier), tmp_path / "out")
+    encoded = [tokenizer()(text) for text in ("One longer text, 東京.", "Two")]
+    model = load_model(str(gpt2_classifier))
+    for entry in encoded:  # the length is free, though both examples have the same
+        arrays = {name: np.array([entry[name]]) for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            expected = model(**{name: torch.from_numpy(a) for name, a in arrays.items()}).logits
+        got = Runtime(tmp_path / "out").run(arrays)["logits"]
+        np.testing.assert_allclose(got, expected.numpy(), atol=1e-5)
+
+
+def test_a_base_without_its_tokenizer(gpt2_classifier, tmp_path):
+    for file in gpt2_classifier.glob("token*"):
+        file.unlink()
+    with pytest.raises(LoraportError, match="put the tokenizer's files beside the weights"):
+        export_base(str(gpt2_classifier), tmp_path / "out")
