@@ -8,7 +8,8 @@ from tiny_llm import save_base, tokenizer
 from torch import nn
 
 from converters.formats.registry import read_adapter
-from converters.onnx import add_adapters, export_base
+from converters.onnx import ExportOptions, add_adapters, export_base
+from converters.onnx.modules.graph_weights import load_graph_weights
 from loraport.base_model import load_model
 from loraport.bundle.manifest import read_manifest
 from loraport.errors import LoraportError
@@ -141,3 +142,17 @@ def test_a_base_without_its_tokenizer(gpt2_classifier, tmp_path):
         file.unlink()
     with pytest.raises(LoraportError, match="put the tokenizer's files beside the weights"):
         export_base(str(gpt2_classifier), tmp_path / "out")
+
+
+def test_verify_reads_the_weights_that_a_base_stores_turned(gpt2_classifier, tmp_path):
+    export_base(str(gpt2_classifier), tmp_path / "out", ExportOptions(precision="int8"))
+    model, exact = load_model(str(gpt2_classifier)), load_model(str(gpt2_classifier))
+    replaced = load_graph_weights(tmp_path / "out" / "model.onnx", model)
+    names = [f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc")]
+    assert set(names) < set(replaced)
+    for name in names:  # c_proj is square: it would fit the wrong way round, too
+        own, rounded = (m.get_submodule(name).weight.detach() for m in (exact, model))
+        assert 0 < (rounded - own).norm() < 0.01 * own.norm()
+        if own.shape[0] == own.shape[1]:
+            assert (rounded - own.T).norm() > own.norm()
+    assert verify_bundle(tmp_path / "out", model, {}).passed

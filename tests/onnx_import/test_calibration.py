@@ -7,11 +7,13 @@ import warnings
 import numpy as np
 import onnx
 import pytest
+import torch
 from command_line import command
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import DOMAINS, session
 from safetensors.torch import load_file, save_file
 
+from converters.onnx.modules.graph_weights import load_graph_weights
 from converters.onnx.packing.adding import write_onnx_adapter
 from loraport.bundle.manifest import read_manifest, write_manifest
 from loraport.parity.calibration import without_calibrated_ranges
@@ -137,3 +139,21 @@ def test_activations_stay_what_they_are_and_weights_rounded(tmp_path):
     assert np.abs(x @ rounded - x @ weight).max() > 0.1
     cut = session(str(tmp_path / "model.onnx")).run(None, {"x": x})[0]
     assert np.abs(cut).max() < 6.5 < np.abs(x @ rounded).max()
+
+
+def test_the_reference_has_the_rounded_embeddings_too(calibrated, made_bert, tmp_path):
+    bundle = exported(calibrated, "QDQ", tmp_path / "out")
+    model = made_bert.fresh_base().eval()
+    own = model.get_input_embeddings().weight.detach().clone()
+    replaced = load_graph_weights(bundle / "model.onnx", model)
+    assert "bert.embeddings.word_embeddings" in replaced
+    assert 0 < (model.get_input_embeddings().weight - own).abs().max() < 0.02
+    inputs = next(Calibration().left)
+    running = session(without_calibrated_ranges(calibrated / "QDQ.onnx"))
+    with torch.no_grad():
+        arguments = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        expected = model(**arguments).logits.numpy()
+        exact = made_bert.fresh_base().eval()(**arguments).logits.numpy()
+    got = running.run(None, inputs)[0]
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert np.abs(got - exact).max() > 5e-3

@@ -16,14 +16,15 @@ from torch import nn
 from converters.onnx.graph.site import Site
 from converters.onnx.graph.source_graph import read_graph
 from converters.onnx.modules.matching import Matcher, Unmatched
-from converters.onnx.modules.slottable import linear_modules, slottable_modules, tied_modules
+from converters.onnx.modules.slottable import slottable_modules, tied_modules
 from converters.onnx.operators import find_site
 from loraport.adapter import ModuleKind
 from loraport.parity.changes import untie
+from loraport.storage import stores_in_out
 
 
 def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:
-    """Copy every linear weight of an exported graph into the model, in place.
+    """Copy every linear weight and rounded embedding of an exported graph into the model, in place.
 
     An embedding that is tied to the output head gets the graph's own rows: quantizers round both
     where they are one tensor of the graph, and else the head alone.
@@ -35,35 +36,47 @@ def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:
     Returns:
         The paths of the modules whose weights were replaced.
     """
-    modules = linear_modules(model)
-    matcher = Matcher(modules)
     sites = [s for s in map(find_site, read_graph(graph).graph.all_nodes()) if s is not None]
-    _load_tied_embedding(sites, model)
+    modules = slottable_modules(model)
+    tied = _load_tied_embedding(sites, model)
+    matcher = Matcher({path: module for path, module in modules.items() if path not in tied})
     replaced = []
     for site in sites:
+        if site.kind is ModuleKind.CONV or (
+            site.kind is ModuleKind.EMBEDDING and not site.quantized
+        ):
+            continue
         matched = matcher.match(site)
         if isinstance(matched, Unmatched):
             continue
-        weight = torch.from_numpy(np.ascontiguousarray(site.weight().T).astype(np.float32))
+        weight = torch.from_numpy(np.ascontiguousarray(site.weight()).astype(np.float32))
         start = 0
-        for module in matched:
-            rows = weight[start : start + module.out_features]
+        for found in matched:
+            columns = weight[:, start : start + found.out_features]  # [in, out]
+            module = model.get_submodule(found.path)
             with torch.no_grad():
-                model.get_submodule(module.path).weight.copy_(rows)  # type: ignore[operator]
-            replaced.append(module.path)
-            start += module.out_features
+                own = module.get_parameter("weight")
+                own.copy_(columns if stores_in_out(module) else columns.T)
+            replaced.append(found.path)
+            start += found.out_features
     return replaced
 
 
 @torch.no_grad()
-def _load_tied_embedding(sites: Sequence[Site], model: nn.Module) -> None:
-    """Give the input embedding the graph's rows, and heads that share its weight their own."""
+def _load_tied_embedding(sites: Sequence[Site], model: nn.Module) -> set[str]:
+    """Give the input embedding the graph's rows, and heads that share its weight their own.
+
+    Returns:
+        The paths of such embeddings.
+    """
+    found: set[str] = set()
     tables = [site for site in sites if site.kind is ModuleKind.EMBEDDING]
     for group in tied_modules(slottable_modules(model)):
         embeddings = [p for p in group if isinstance(model.get_submodule(p), nn.Embedding)]
         heads = [path for path in group if path not in embeddings]
         if len(embeddings) != 1 or not heads:
             continue
+        found.update(embeddings)
         own = model.get_submodule(embeddings[0]).get_parameter("weight")  # [rows, out]
         rows = [
             torch.from_numpy(np.ascontiguousarray(site.weight()).astype(np.float32))
@@ -75,3 +88,4 @@ def _load_tied_embedding(sites: Sequence[Site], model: nn.Module) -> None:
         for path in heads:
             untie(model, path)
         own.copy_(min(rows, key=lambda each: float((each - own.float()).norm())))
+    return found
