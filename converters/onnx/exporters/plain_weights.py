@@ -1,7 +1,7 @@
 """Weights as ONNX Runtime's quantizers look for them: initializers, right at the product.
 
-What is an input of the graph, a ``Constant`` or behind a ``Transpose`` they leave as it is, and say
-nothing; the one for 4 bits does so with ``Gemm``, too.
+What is an input of the graph, a ``Constant`` or behind ``Transpose`` or ``Identity`` they leave as
+it is, and say nothing; the one for 4 bits does so with ``Gemm``, too.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def make_weights_plain(model: ModelProto, *, gemms: bool = False) -> None:
     """
     fix_inputs(model)
     lift_constants(model)
+    drop_identities(model)
     if gemms:
         split_gemms(model)
     fold_transposes(model)
@@ -52,6 +53,23 @@ def lift_constants(model: ModelProto) -> None:
             graph.initializer.add().CopyFrom(value)
             graph.initializer[-1].name = node.output[0]
             graph.node.remove(node)
+
+
+def drop_identities(model: ModelProto) -> None:
+    """Let operators read stored values that they read through ``Identity``, in place.
+
+    So PyTorch's exporter writes what several layers share; quantizers see the first alone.
+    """
+    graph = model.graph
+    fixed = {value.name for value in (*graph.input, *graph.output)}
+    known = {weight.name: weight.name for weight in graph.initializer if weight.name not in fixed}
+    for node in list(graph.node):
+        if node.op_type == "Identity" and node.input[0] in known and node.output[0] not in fixed:
+            known[node.output[0]] = known[node.input[0]]
+            graph.node.remove(node)
+    for node in nodes_of(graph.node):
+        for index, name in enumerate(node.input):
+            node.input[index] = known.get(name, name)
 
 
 def split_gemms(model: ModelProto) -> None:
