@@ -265,17 +265,21 @@ class Protocol:
         Logits that are ``apart`` may exchange tokens that are not further from each other than
         twice that: such a token agrees. After one, both go on from it, or nothing would agree.
         """
+        title = f"adapter {name}: greedy tokens"
         agreed, total = 0, 0
         for sample in self._samples[:_GREEDY_PROMPTS]:
             sampling = Sampling(max_new_tokens=_GREEDY_TOKENS)
-            got = list(generate(self._runtime, sample.token_ids, name, sampling))
+            try:
+                got = list(generate(self._runtime, sample.token_ids, name, sampling))
+            except LoraportError as error:  # its logits are no numbers
+                return Check(title, False, str(error))
             with adapted(self._model, changes):
                 logits = next_token_logits(self._model, sample.token_ids, got)
             behind = logits.max(-1) - logits[np.arange(len(got)), got]
             agreed += int((behind <= 2 * apart).sum())
             total += len(got)
         passed = agreed >= self._tolerance.top1 * total
-        return Check(f"adapter {name}: greedy tokens", passed, f"{agreed} of {total} agree")
+        return Check(title, passed, f"{agreed} of {total} agree")
 
     def _blend(self, first: str, second: str) -> Check:
         strengths = {first: 0.75, second: 0.5}
