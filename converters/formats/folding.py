@@ -6,17 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from converters.rounded_factors import lesser_size, rounded_factors
 from loraport.adapter import LoraModule
 from loraport.errors import Problems
 from loraport.scaling import alpha_for
 
-if TYPE_CHECKING:
-    import torch
-
 _SAME = 1e-11  # alpha / r * r / r may be a few units in the last place off alpha / r
-_ROOM = 16  # elements down to this part of B's largest keep all digits
 
 
 def most_common(values: Iterable[float]) -> float:
@@ -44,19 +40,16 @@ def fold_to(path: str, module: LoraModule, scaling: float, problems: Problems) -
     if math.isclose(module.scaling, scaling, rel_tol=_SAME):
         return replace(module, alpha=alpha, use_rslora=False)
     factor = module.scaling / scaling
-    smallest_normal = torch.finfo(module.lora_B.dtype).tiny
-    pair = module.lora_A, (module.lora_B.double() * factor).to(module.lora_B.dtype)
-    if not _ROOM * smallest_normal <= _largest(pair[1]) < math.inf:
-        before = module.lora_A, module.lora_B
-        if all(math.isfinite(_largest(tensor)) for tensor in before):  # else readers refuse it
-            pair = max(pair, _balanced(*before, factor), key=_lesser)
-        if _lesser(pair) < min(smallest_normal, _lesser(before) / 2):
-            problems.add(
-                path,
-                f"B times {factor:g} to fit {module.lora_B.dtype}",
-                "an underflow" if abs(factor) < 1 else "an overflow",
-                "convert the adapter to float32 first",
-            )
+    dtype = module.lora_B.dtype
+    pair = rounded_factors(module.lora_A, module.lora_B.double() * factor, dtype)
+    before = lesser_size((module.lora_A, module.lora_B))  # below 0, readers refuse it
+    if before >= 0 and lesser_size(pair) < min(torch.finfo(dtype).tiny, before / 2):
+        problems.add(
+            path,
+            f"B times {factor:g} to fit {dtype}",
+            "an underflow" if abs(factor) < 1 else "an overflow",
+            "convert the adapter to float32 first",
+        )
     bias = module.lora_B_bias
     if bias is not None:
         bias = (bias.double() * factor).to(bias.dtype)
@@ -68,23 +61,3 @@ def fold_to(path: str, module: LoraModule, scaling: float, problems: Problems) -
         alpha=alpha,
         use_rslora=False,
     )
-
-
-def _balanced(a: torch.Tensor, b: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and ``B * factor``, a power of two moved between them to make them equally large."""
-    wide = b.double() * factor
-    size_a, size_b = _largest(a), _largest(wide)
-    if not size_a or not size_b:
-        return a, wide.to(b.dtype)
-    shift = 2.0 ** round((math.log2(size_b) - math.log2(size_a)) / 2)
-    return (a.double() * shift).to(a.dtype), (wide / shift).to(b.dtype)
-
-
-def _largest(tensor: torch.Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
-
-
-def _lesser(pair: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """Return the largest element of that matrix where it is smaller; -1 if one overflowed."""
-    sizes = [_largest(tensor) for tensor in pair]
-    return min(sizes) if max(sizes) < math.inf else -1.0

@@ -85,6 +85,39 @@ def test_half_precision_slots_round_once(dtype, relative):
     assert np.linalg.norm(got - expected) <= relative * np.linalg.norm(expected)
 
 
+def _spread(shape, size, seed):
+    """Elements of both signs between size / 2 and size, so that bounds hold for each."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return size * signs * (torch.rand(shape, generator=generator) / 2 + 0.5)
+
+
+# Where alpha / r times B, or A as it is, leaves what float16 holds in full, below or above.
+@pytest.mark.parametrize(
+    ("size_a", "size_b", "alpha"),
+    [(0.5, 1e-5, 0.25), (0.5, 2e-5, -0.5), (1e-2, 3.0, 1e6), (1e-6, 200.0, 2.0), (1e5, 1e-2, 2.0)],
+)
+def test_float16_slots_keep_the_precision_of_small_and_large_factors(size_a, size_b, alpha):
+    modules = {
+        Q: LoraModule(
+            ModuleKind.LINEAR, _spread((2, 6), size_a, 0), _spread((8, 2), size_b, 1), alpha
+        ),
+        V: module(3, IN, 5),  # beside it in the slot, and as it was
+    }
+    packed = pack(Adapter(modules), table("FLOAT16"), {})
+    name = "h.0.q_proj+k_proj+v_proj"
+    a, b = packed.tensors[f"{name}.lora_A"], packed.tensors[f"{name}.lora_B"]
+    assert a.dtype == b.dtype == torch.float16
+    assert torch.equal(a[:, 2:], modules[V].lora_A.T.half())
+    assert torch.equal(b[2:, 12:], (modules[V].lora_B * (5 / 3)).T.half())
+    wide_a, wide_b = modules[Q].lora_A.double().T, modules[Q].lora_B.double().T * alpha / 2
+    got, expected = a[:, :2].double() @ b[:2, :8].double(), wide_a @ wide_b
+    room = (wide_a.abs() @ wide_b.abs()) * 2**-9  # A and B, rounded to 11 bits each, and float32
+    assert ((got - expected).abs() <= room).all()
+    alone = wide_a.half().double() @ wide_b.half().double()
+    assert not ((alone - expected).abs() <= room).all()
+
+
 def test_scalings_are_reported_per_module():
     packed = pack(Adapter(qkv(Q, V)), table(), {})
     assert packed.scalings == {Q: 5 / 2, V: pytest.approx(5 / 3**0.5)}

@@ -3,7 +3,7 @@
 The updates of a slot's modules are laid side by side: ``A`` parts are concatenated along the
 rank, ``B`` is block-diagonal, so each module sees only its own part. The scaling (and the gain,
 so that updates of several adapters can be added up) is folded into ``B`` in float32, then all is
-rounded once to the slot's element type.
+rounded once to the slot's element type; see `rounded_factors` for what leaves its range.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 import torch
 
+from converters.rounded_factors import rounded_factors
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot
 from loraport.errors import Problems
@@ -38,20 +39,24 @@ def slot_tensors(slot: Slot, updates: Mapping[str, LowRankUpdate]) -> dict[str, 
         for member in slot.members
         if member.module_path in updates
     ]
+    dtype = TORCH_DTYPES[ir.DataType[slot.dtype].name]
     rank = sum(update.rank for _, update in present)
-    a = torch.cat([update.a.float() for _, update in present])  # [r, in]
-    b = torch.zeros(slot.out_features, rank)
+    parts = []  # of A, [r, in] each
+    b = torch.zeros(slot.out_features, rank, dtype=dtype)
     gain, bias = torch.ones(slot.out_features), torch.zeros(slot.out_features)
     start = 0
     for member, update in present:
         rows, columns = slice(member.start, member.stop), slice(start, start + update.rank)
-        b[rows, columns] = update.b.float() * update.scaling
+        scaled = update.b.float() * update.scaling
         if update.gain is not None:
             gain[rows] = update.gain.float()
-            b[rows, columns] *= update.gain.float()[:, None]
+            scaled *= update.gain.float()[:, None]
+        part, b[rows, columns] = rounded_factors(update.a.float(), scaled, dtype)
+        parts.append(part)
         if update.bias is not None:
             bias[rows] = update.bias.float()
         start = columns.stop
+    a = torch.cat(parts)
     if slot.kind is ModuleKind.CONV:
         a = a.reshape(rank, slot.in_features, *slot.kernel)
         b = b.reshape(slot.out_features, rank, *(1 for _ in slot.kernel))
@@ -62,7 +67,6 @@ def slot_tensors(slot: Slot, updates: Mapping[str, LowRankUpdate]) -> dict[str, 
         filled[slot.input_gain] = gain
     if any(update.bias is not None for _, update in present):
         filled[slot.input_bias] = bias
-    dtype = TORCH_DTYPES[ir.DataType[slot.dtype].name]
     return {name: tensor.to(dtype).contiguous() for name, tensor in filled.items()}
 
 
