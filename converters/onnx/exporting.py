@@ -178,8 +178,13 @@ def encoder_inputs(base: str, model: nn.Module) -> dict[str, torch.Tensor]:
     """Return example inputs of an encoder: two tokenized sentences.
 
     Raises:
-        LoraportError: If its tokenizer knows no tokens.
+        LoraportError: If the model takes something else, or its tokenizer knows no tokens.
     """
+    expected = f"base {base}: expected a model that takes tokens alone, got {type(model).__name__}"
+    remedy = "export it from Python with converters.onnx.export_torch_module, or as an .onnx file"
+    main_input = getattr(model, "main_input_name", "input_ids")
+    if main_input != "input_ids":
+        raise LoraportError(f"{expected}, which takes {main_input}; {remedy}")
     tokenizer = load_tokenizer(base)
     pads = tokenizer.pad_token is not None  # GPT-2's cannot
     rows = [tokenizer(text)["input_ids"] for text in _ENCODER_TEXTS]
@@ -196,7 +201,14 @@ def encoder_inputs(base: str, model: nn.Module) -> dict[str, torch.Tensor]:
         return_tensors="pt",
     )
     accepted = _forward_arguments(model)
-    return {name: tensor for name, tensor in encoded.items() if name in accepted}
+    inputs = {name: tensor for name, tensor in encoded.items() if name in accepted}
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:  # whatever the model's own code raises where an input lacks
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LoraportError(f"{expected}, which fails with them: {first}; {remedy}") from error
+    return inputs
 
 
 def _export_encoder(

@@ -156,3 +156,44 @@ def test_verify_reads_the_weights_that_a_base_stores_turned(gpt2_classifier, tmp
         if own.shape[0] == own.shape[1]:
             assert (rounded - own.T).norm() > own.norm()
     assert verify_bundle(tmp_path / "out", model, {}).passed
+
+
+VISION = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def vit():
+    from transformers import ViTConfig, ViTModel
+
+    return ViTModel(ViTConfig(**VISION, hidden_size=24, intermediate_size=32))
+
+
+def clip():
+    from transformers import CLIPConfig, CLIPModel
+
+    text = {"vocab_size": 320, "num_hidden_layers": 1, "eos_token_id": 1}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=VISION))
+
+
+def t5_whole():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 320, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1}
+    return T5ForConditionalGeneration(T5Config(**sizes, num_heads=4, decoder_start_token_id=0))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (vit, "ViTModel, which takes pixel_values"),
+        (clip, "CLIPModel, which fails with them: "),
+        (t5_whole, "T5ForConditionalGeneration, which fails with them: "),
+    ],
+)
+def test_what_takes_more_than_tokens_is_refused_with_where_to_export_it(make, reason, tmp_path):
+    save_base(tmp_path / "base", make())
+    with pytest.raises(
+        LoraportError, match=f"expected a model that takes tokens alone, got {reason}"
+    ) as refused:
+        export_base(str(tmp_path / "base"), tmp_path / "bundle")
+    assert "converters.onnx.export_torch_module, or as an .onnx file" in str(refused.value)
+    assert not (tmp_path / "bundle").exists()
