@@ -36,6 +36,7 @@ _POSITIONS_AFTER_PADDING = (
     *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"),
     *("xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
+_FEWEST_WORDS = 2  # T5's empty tokenizer has one: the space
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
@@ -256,15 +257,23 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
         base: See `resolve_base`; or any directory that holds a tokenizer.
 
     Raises:
-        LoraportError: If it has none.
+        LoraportError: If it has none, or one without any words: where the files are missing,
+            transformers makes that of many kinds of models, and every text is unknown to it.
     """
     from transformers import AutoTokenizer
 
     directory = Path(base) if Path(base).is_dir() else resolve_base(base)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+        words = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
+    except Exception as error:  # the library that reads its files raises plain ones, too
         raise LoraportError(f"base {base}: its tokenizer cannot be loaded: {error}") from error
+    if len(words) < _FEWEST_WORDS:
+        raise LoraportError(
+            f"base {base}: its tokenizer cannot be loaded: expected its vocabulary in the "
+            f"directory, got {len(words)} words beside special tokens; copy the tokenizer's files "
+            "(tokenizer.json, vocab.txt and the like) from where the base came from"
+        )
     return tokenizer
 
 
