@@ -277,8 +277,9 @@ def _shards(path: Path) -> list[Path]:
     names = sorted(set(_indexed(path).values()))
     problems = Problems()
     for name in names:
-        if Path(name).name != name:
-            problems.add(name, "a file name without a directory", "a path", "repair the index")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            inside = f"a path inside {index.parent}"
+            problems.add(name, inside, "one that leads out of it", "repair the index")
         elif not (index.parent / name).is_file():
             problems.add(name, f"the shard in {index.parent}", "no such file", "fetch it again")
     problems.raise_if_any(f"checkpoint {path}: shards are missing")

@@ -96,6 +96,15 @@ def test_shard_names_cannot_leave_the_directory(name, tmp_path):
         Checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../out.safetensors", "sub/../../out.safetensors", None])
+def test_a_shard_that_is_there_but_outside_is_refused(name, tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "out.safetensors")
+    (tmp_path / "model" / "sub").mkdir(parents=True)
+    sharded(tmp_path / "model", {"a": name or str(tmp_path / "out.safetensors")})
+    with pytest.raises(LoraportError, match=r"expected a path inside .*got one that leads out"):
+        Checkpoint(tmp_path / "model")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_broken_index(text, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(text)

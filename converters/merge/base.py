@@ -20,8 +20,8 @@ class BaseCheckpoint:
 
     Attributes:
         directory: Where its other files lie.
-        shards: Shard file → its tensors in the order of their bytes; dequantized ones
-            stand in the place of their quantized parts.
+        shards: Shard file, as seen from there → its tensors in the order of their bytes;
+            dequantized ones stand in the place of their quantized parts.
         metadata: What the shards' headers say beside their tensors.
         config: Its ``config.json``, empty if it has none.
         quantized: How it was quantized, or ``None``.
@@ -90,7 +90,8 @@ def open_base(base: str) -> BaseCheckpoint:
             f"base {base}: expected float weights, bitsandbytes 4-bit or GGUF, got weights "
             f"quantized by {quantized!r}; merge into the float model it was made from"
         )
-    return BaseCheckpoint(directory, found, checkpoint.metadata, config, quantized)
+    inside = {file.relative_to(directory): tensors for file, tensors in found.items()}
+    return BaseCheckpoint(directory, inside, checkpoint.metadata, config, quantized)
 
 
 def _method(config: Mapping[str, Any]) -> str | None:

@@ -281,7 +281,7 @@ class PlanBuilder:
         for file, tensors in self.base.shards.items():
             ordered: list[str] = list(tensors)
             ordered += [name for holder in tensors for name in behind.get(holder, ())]
-            result[file.name] = tuple(
+            result[file.as_posix()] = tuple(
                 TensorPlan(
                     name=name,
                     source=self.sources[name],

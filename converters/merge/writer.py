@@ -51,6 +51,7 @@ def write_shards(plan: MergePlan, directory: Path, progress: Progress, threads: 
     try:
         with open_files() as files, ThreadPoolExecutor(workers) as pool:
             for name, tensors in plan.shards.items():
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 _write_shard(
                     directory / name, tensors, plan.base.metadata, files, pool, workers, progress
                 )

@@ -52,6 +52,33 @@ def test_shards_stay_and_untouched_tensors_keep_every_byte(tmp_path, merge_into)
     assert index["metadata"]["total_size"] == sum(len(data) for *_, data in after.values())
 
 
+def test_shards_in_directories_of_their_own(tmp_path, merge_into):
+    """transformers reads them, also where two of them have one name."""
+    from transformers import AutoModelForCausalLM
+
+    made = make_case(Case(llama, PLAIN), tmp_path / "adapter")
+    base = tmp_path / "base"
+    save_base(made.base, base, max_shard_size="25KB")
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    moved = {}
+    for number, file in enumerate(sorted(base.glob("*.safetensors"))):
+        (base / "parts" / str(number)).mkdir(parents=True)
+        moved[file.name] = f"parts/{number}/weights.safetensors"
+        file.rename(base / moved[file.name])
+    assert len(moved) > 2
+    index["weight_map"] = {name: moved[file] for name, file in index["weight_map"].items()}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    merge_into(base, tmp_path / "merged", made.path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = made.peft_model.merge_and_unload().state_dict()
+    bare = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    assert merged.state_dict().keys() == expected.keys()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
+    changed = {name for name, tensor in bare.items() if not tensor.equal(expected[name])}
+    assert changed == {f"{path}.weight" for path in read_peft(made.path).modules}
+
+
 def test_prefix_of_a_bare_checkpoint(tmp_path, merge_into):
     """GPT-2's own files say ``h.0`` where the module path is ``transformer.h.0``."""
     options = {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True}
