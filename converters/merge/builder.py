@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converters.merge.arithmetic import Change
@@ -212,10 +212,15 @@ class PlanBuilder:
             alone = sum(each.part in (None, one.part) for each in entries) == 1
             try:
                 require_float(pieces, self.sources)
-                if is_of_pieces(one) and one.part is None and one.replacement is not None:
-                    raise LoraportError("LoRA on a parameter that is saved in full as well")
                 own = next((piece for piece in pieces if is_part(piece, one.part)), None)
                 matrix = pieces[0].whole and len(self.sources[pieces[0].tensor].shape) == 2
+                if is_of_pieces(one) and one.part is None and one.replacement is not None:
+                    if not matrix:
+                        raise LoraportError("LoRA on a parameter that is saved in full as well")
+                    # As PEFT stores embeddings beside their LoRA; the update comes on top.
+                    stored = replace(one, module=None)
+                    self._change_whole(pieces[0].tensor, parameter, stored, alone=alone)
+                    one = replace(one, replacement=None)
                 if matrix and not is_of_pieces(one):
                     # Another adapter names the module where one names its weight.
                     self.columns[pieces[0].tensor] = self.sources[pieces[0].tensor].shape[1]

@@ -101,6 +101,7 @@ def touched_parameters(
     seen = set()
     for path, module in modules.items():
         if module.kind is ModuleKind.EXPERTS:
+            seen.add(path)
             yield path
             continue
         seen.add(weight_name(path))

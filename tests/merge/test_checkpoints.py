@@ -219,6 +219,34 @@ def test_a_pair_that_was_tied_in_training_stays_tied(tmp_path, merge_into):
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
 
 
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_the_copy_beside_an_update_of_a_bare_embedding(tie, strength, tmp_path, merge_into):
+    """PEFT saves the embedding and the head beside LoRA on either, ``target_parameters`` too."""
+    options = {"target_modules": ["lm_head"], "target_parameters": ["embed_tokens.weight"], "r": 3}
+    made = make_case(Case(lambda: llama(tie=tie), options), tmp_path / "a")
+    copy = made.path / "adapter_model.safetensors"
+    tensors = load_file(copy)
+    prefix = "base_model.model.model.embed_tokens"
+    # Away from the base's own, so that it shows.
+    tensors[f"{prefix}.base_layer.weight"] = tensors[f"{prefix}.base_layer.weight"] + 0.25
+    save_file(tensors, copy)
+    save_base(made.base, tmp_path / "base")
+    merge_into(tmp_path / "base", tmp_path / "merged", (made.path, strength))
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    base = {name: weight.double() for name, weight in made.base.state_dict().items()}
+    scaling = 8 / 3
+    for name in ("lm_head", "model.embed_tokens"):
+        a, b, stored = (
+            tensors[f"base_model.model.{name}.{part}.weight"].double()
+            for part in ("lora_A", "lora_B", "base_layer")
+        )
+        weight = base[f"{name}.weight"]
+        expected = weight + strength * (stored - weight + scaling * b @ a)
+        torch.testing.assert_close(merged[f"{name}.weight"], expected.float(), rtol=0, atol=1e-6)
+        assert (expected - weight).abs().max() > 0.1
+
+
 def roberta():
     from transformers import RobertaConfig, RobertaForMaskedLM
 
