@@ -9,6 +9,7 @@ dead processes are swept away by the next writer of the same output.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -20,19 +21,27 @@ from loraport.errors import LoraportError
 # Some writers create files that only their owner may read; outputs get the usual mode.
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PARTIAL = re.compile(r"^\.(?P<name>.+)\.partial-(?P<pid>\d+)$")
 
 
 def require_name(path: Path) -> None:
-    """Refuse an output with nothing to call it by: beside it there is no place to write.
+    """Refuse an output with nothing to call it by, or below a file: there is no place to write.
 
     Raises:
-        LoraportError: If it is the folder one is in, one above that, or a whole disk.
+        LoraportError: If it is the folder one is in, one above that, or a whole disk, or what it
+            is to lie in is no directory.
     """
     if path.name in ("", ".."):
         raise LoraportError(
             f"output {str(path)!r}: expected the name of something new, got a folder that is in "
             "use; name one inside it, such as adapter"
+        )
+    place = next(above for above in path.absolute().parents if os.path.lexists(above))
+    if not place.is_dir():
+        raise LoraportError(
+            f"output {path}: expected a directory to write it in, got {place}, which is a file; "
+            "choose another output"
         )
 
 
@@ -68,13 +77,15 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
 
     Raises:
         LoraportError: If ``path`` exists and ``force`` is false.
+        OSError: If the disk is full; it names a file, ``path`` where the system names none.
     """
     refuse_existing(path, force=force)
     if path.is_dir():
         raise LoraportError(f"{path} is a directory; a file is to be written there")
     partial = _partial_name(path)
     try:
-        yield partial
+        with _naming(path):
+            yield partial
         _finish(partial)
         # Looked at again: another process may have written it meanwhile.
         refuse_existing(path, force=force)
@@ -93,6 +104,7 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
 
     Raises:
         LoraportError: If ``path`` exists and ``force`` is false, or is not a directory.
+        OSError: If the disk is full; it names a file, ``path`` where the system names none.
     """
     refuse_existing(path, force=force)
     if path.exists() and not path.is_dir():
@@ -100,7 +112,8 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
     partial = _partial_name(path)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with _naming(path):
+            yield partial
         for entry in partial.rglob("*"):
             if entry.is_file():
                 _finish(entry)
@@ -142,6 +155,17 @@ def cached_directory(path: Path, fill: Callable[[Path], None]) -> Path:
             if not path.is_dir():
                 raise
     return path
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the output in the error of a full disk, which a write to an open file does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _partial_name(path: Path) -> Path:

@@ -126,6 +126,28 @@ def test_write_that_the_system_refuses_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("writer", [new_file, new_directory])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_full_disk_is_told_with_the_output(writer, number, tmp_path):
+    """The system names no file where a write to an open one fails."""
+    with pytest.raises(OSError, match=os.strerror(number)) as caught, writer(tmp_path / "out"):
+        raise OSError(number, os.strerror(number))
+    assert (caught.value.filename == str(tmp_path / "out")) is (number == errno.ENOSPC)
+    with pytest.raises(OSError, match="No space") as caught, writer(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space", "elsewhere")
+    assert caught.value.filename == "elsewhere"
+
+
+@pytest.mark.parametrize("writer", [new_file, new_directory])
+@pytest.mark.parametrize("name", ["file/out", "file/deeper/out"])
+def test_an_output_below_a_file_is_refused(writer, name, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    expected = r"expected a directory to write it in, got .*file, which is a file"
+    with pytest.raises(LoraportError, match=expected), writer(tmp_path / name):
+        pytest.fail("the block must not run")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("writer", [new_file, new_directory])
 def test_nothing_is_overwritten_without_force(writer, tmp_path):
     target = tmp_path / "out"
     target.mkdir() if writer is new_directory else target.write_text("old")

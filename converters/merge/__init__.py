@@ -99,6 +99,6 @@ def _require_room(output: Path, nbytes: int) -> None:
     free = shutil.disk_usage(place).free
     if free < nbytes:
         raise LoraportError(
-            f"{output}: expected {nbytes / 1e9:.1f} GB of room for the merged model, "
-            f"got {free / 1e9:.1f} GB free on {place}"
+            f"{output}: expected {nbytes:,} bytes of room for the merged model, "
+            f"got {free:,} free on {place}; free some, or choose another disk"
         )
