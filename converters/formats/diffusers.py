@@ -20,11 +20,12 @@ from converters.formats.carried import CARRIED_KEY, carried_json, read_carried, 
 from converters.formats.features import Feature, cannot_hold
 from converters.formats.format import AdapterFormat, FormatContext
 from converters.formats.json_object import parse_json_object
+from converters.formats.original_names import is_original_path, named_as_in_base
 from loraport.adapter import Adapter, LoraModule
 from loraport.checkpoint import Checkpoint, read_header
 from loraport.errors import LoraportError, Problems
 from loraport.naming import PEFT_PREFIX, Part, parse_peft_key
-from loraport.naming.diffusers import COMPONENTS, parse_diffusers_key
+from loraport.naming.diffusers import COMPONENTS, ORIGINAL_MODEL, parse_diffusers_key
 from loraport.naming.original_diffusion import is_transformer_path
 from loraport.output import new_directory
 from loraport.peft_layout.config import parse_config
@@ -53,10 +54,11 @@ def detect(path: Path) -> bool:
     return any(found is not None and ".lora_A." in found[1] for found in parsed)
 
 
-def read(path: Path, context: FormatContext) -> Adapter:  # noqa: ARG001  one signature for all
-    """Read a directory or file of diffusers.
+def read(path: Path, context: FormatContext) -> Adapter:
+    """Read a directory or file of diffusers, or a file of the kind that ComfyUI reads.
 
-    Where it is for several components of a pipeline, module paths begin with theirs.
+    Where it is for several components of a pipeline, module paths begin with theirs. ComfyUI's
+    names are those of the model as published; with its base in diffusers' layout they become its.
 
     Raises:
         LoraportError: All problems of the file at once.
@@ -73,6 +75,8 @@ def read(path: Path, context: FormatContext) -> Adapter:  # noqa: ARG001  one si
         )
         settings = parse_config(config, str(file))
         found[component] = adapter_of_contents(settings, tensors, None, file)
+        if component == ORIGINAL_MODEL:
+            found[component] = named_as_in_base(found[component], context, str(file))
     carried = read_carried(checkpoint.metadata.get(CARRIED_KEY), str(file))
     return restore(next(iter(found.values())) if len(found) == 1 else _joined(found), carried)
 
@@ -87,6 +91,13 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
     problems = cannot_hold(adapter, _HOLDS, FORMAT.name)
     if not adapter.modules:
         problems.add("the adapter", "LoRA modules", "none")
+    for module_path in filter(is_original_path, adapter.modules):
+        problems.add(
+            module_path,
+            "a module of diffusers' transformer",
+            "one of Flux as it was published",
+            "give --base with the transformer in diffusers' layout",
+        )
     problems.raise_if_any(f"{FORMAT.name} cannot hold this adapter")
     settings: dict[str, Any] = {}
     renamed: dict[str, torch.Tensor] = {}

@@ -114,17 +114,32 @@ def known_modules(
             )
             for component in components
         }
-    known = {}
-    for component in components:
-        name, directory = _directory(component, context)
-        rows = module_rows(directory)
-        known[component] = KnownModules(
-            flattened(rows),
-            rows,
-            layers_per_block(directory) if component == "unet" else None,
-            f"{name}." if several else "",
-        )
-    return known
+    return {
+        component: modules_of_base(component, context, several=several) for component in components
+    }
+
+
+def modules_of_base(
+    component: str, context: FormatContext, *, several: bool = False
+) -> KnownModules:
+    """Return the modules that one component has in the base.
+
+    Args:
+        component: Its name; that of the UNet is a transformer's, too.
+        context: Names the base.
+        several: Paths begin with the component's name.
+
+    Raises:
+        LoraportError: If the base cannot be read.
+    """
+    name, directory = _directory(component, context)
+    rows = module_rows(directory)
+    return KnownModules(
+        flattened(rows),
+        rows,
+        layers_per_block(directory) if component == "unet" else None,
+        f"{name}." if several else "",
+    )
 
 
 def find_targets(name: str, known: Mapping[str, KnownModules]) -> list[Target]:

@@ -1,10 +1,14 @@
-"""diffusers' names: ``unet.<module path>.lora_A.weight``, and those that older versions wrote."""
+"""diffusers' names: ``unet.<module path>.lora_A.weight``, and those that older versions wrote.
+
+ComfyUI's are the same but for the model's name, ``diffusion_model``, and the paths in it.
+"""
 
 from __future__ import annotations
 
 import re
 
 COMPONENTS = ("transformer", "unet", "text_encoder", "text_encoder_2")
+ORIGINAL_MODEL = "diffusion_model"  # the model as published, in the files that ComfyUI reads
 _UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks")  # a file of a UNet alone begins so
 _OLDER = re.compile(
     r"(.+)\.(?:to_([qkv]|out)_lora\.|lora_linear_layer\.|lora[._])(up|down)\.weight"
@@ -24,7 +28,7 @@ def parse_diffusers_key(key: str) -> tuple[str, str] | None:
     head, _, rest = key.partition(".")
     if head in _UNET_BLOCKS:
         head, rest = "unet", key
-    if head not in COMPONENTS:
+    if head not in (*COMPONENTS, ORIGINAL_MODEL):
         return None
     older = _OLDER.fullmatch(rest.replace(".processor.", "."))
     if older is None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import warnings
 
 import pytest
@@ -304,3 +305,67 @@ def test_a_pipeline_s_components(tmp_path) -> None:
     for path, module in back.modules.items():
         assert torch.equal(again.modules[path].lora_B, module.lora_B)
         assert again.modules[path].scaling == module.scaling
+
+
+def comfy_name(name):
+    """What ComfyUI's files call a module that sd-scripts has another name for."""
+    path = name.removeprefix("lora_unet_")
+    for words in ("double_blocks", "single_blocks", "img_attn", "txt_attn", "img_mlp", "img_mod"):
+        path = path.replace(f"{words}_", f"{words}.")
+    path = re.sub(r"(blocks\.\d+)_", r"\1.", path)
+    path = path.replace("modulation_lin", "modulation.lin").replace("layer_adaLN", "layer.adaLN")
+    return f"diffusion_model.{re.sub(r'modulation_1$', 'modulation.1', path)}"
+
+
+@pytest.mark.parametrize("ends", [("lora_down", "lora_up"), ("lora_A", "lora_B")])
+@pytest.mark.parametrize("alphas", [False, True])
+def test_flux_in_comfyui_s_file_is_what_it_is_in_sd_scripts_s(ends, alphas, tmp_path) -> None:
+    base = flux_base(tmp_path / "transformer", 4)
+    named = {
+        name: tensor
+        for name, tensor in flux_file(tmp_path / "x.safetensors", 4).items()
+        if alphas or not name.endswith("alpha")
+    }
+    save_file(named, tmp_path / "x.safetensors")
+    comfy = {}
+    for name, tensor in named.items():
+        module, _, end = name.partition(".")
+        end = end.replace("lora_down", ends[0]).replace("lora_up", ends[1])
+        comfy[f"{comfy_name(module)}.{end}"] = tensor
+    assert f"diffusion_model.final_layer.adaLN_modulation.1.{ends[0]}.weight" in comfy
+    save_file(comfy, tmp_path / "y.safetensors")
+    expected = read_adapter(tmp_path / "x.safetensors", base=str(base)).modules
+    got = read_adapter(tmp_path / "y.safetensors", base=str(base)).modules
+    assert got.keys() == expected.keys()
+    for path, module in got.items():
+        assert torch.equal(module.lora_A, expected[path].lora_A)
+        assert torch.equal(module.lora_B, expected[path].lora_B)
+        assert module.scaling == expected[path].scaling == (0.5 if alphas else 1.0) or (
+            path == "norm_out.linear"  # its alpha is its rank
+        )
+    other = flux_base(tmp_path / "other", 5)
+    with pytest.raises(LoraportError, match=r"linear1: expected lora_B of 35 rows, got \[28, 2\]"):
+        read_adapter(tmp_path / "y.safetensors", base=str(other))
+
+
+def test_comfyui_s_file_without_a_base_has_the_published_names(tmp_path) -> None:
+    """Merged into the published weights, in float64; diffusers' layout asks for its base."""
+    torch.manual_seed(0)
+    path = "double_blocks.0.img_attn.qkv"
+    a, b, weight = torch.randn(2, 5), torch.randn(12, 2), torch.randn(12, 5)
+    ends = {"lora_down.weight": a, "lora_up.weight": b, "alpha": torch.tensor(3.0)}
+    save_file(
+        {f"diffusion_model.{path}.{end}": tensor for end, tensor in ends.items()},
+        tmp_path / "x.safetensors",
+    )
+    save_file({f"{path}.weight": weight, "other": weight + 1}, tmp_path / "flux.safetensors")
+    command = ["merge", str(tmp_path / "flux.safetensors"), str(tmp_path / "x.safetensors"), "-o"]
+    result = CliRunner().invoke(cli, [*command, str(tmp_path / "merged")])
+    assert result.exit_code == 0, result.exception
+    merged = load_file(next((tmp_path / "merged").glob("*.safetensors")))
+    expected = weight.double() + 3 / 2 * b.double() @ a.double()
+    torch.testing.assert_close(merged[f"{path}.weight"], expected.float(), rtol=0, atol=1e-6)
+    assert torch.equal(merged["other"], weight + 1)
+    adapter = read_adapter(tmp_path / "x.safetensors")
+    with pytest.raises(LoraportError, match=r"got one of Flux as it was published; give --base"):
+        write_adapter(adapter, tmp_path / "y", "diffusers")
