@@ -15,6 +15,7 @@ from pathlib import Path
 import converters.formats
 from converters.formats.base_copies import without_base_copies
 from converters.formats.features import Feature
+from converters.formats.foreign import foreign_adapter
 from converters.formats.format import AdapterFormat, FormatContext
 from loraport.adapter import Adapter
 from loraport.errors import LoraportError, Problems
@@ -39,8 +40,9 @@ def detect_format(path: Path) -> AdapterFormat:
     """Return the format of the adapter at ``path``, judged by its content.
 
     Raises:
-        LoraportError: If there is nothing at ``path``, it is in no known format, or the adapter
-            lies beside or below it; then it is said where.
+        LoraportError: If there is nothing at ``path``, it is in no known format (what it
+            is, is said where its names tell), or the adapter lies beside or below it; then it is
+            said where.
     """
     if not path.exists():
         raise LoraportError(f"adapter {path}: expected a file or directory, got none there")
@@ -60,6 +62,12 @@ def detect_format(path: Path) -> AdapterFormat:
         raise LoraportError(
             f"adapter {path}: expected an adapter, got a file of one that {around.name} keeps in a "
             f"directory; give {path.parent}"
+        )
+    foreign = foreign_adapter(path)
+    if foreign is not None:
+        kind, remedy = foreign
+        raise LoraportError(
+            f"adapter {path}: expected one of the known formats, got {kind}; {remedy}"
         )
     known = "; ".join(f"{name}: {known.summary}" for name, known in adapter_formats().items())
     raise LoraportError(

@@ -57,11 +57,14 @@ def describe(path: Path, base: str | None = None) -> Description:
         return _bundle(path)
     if path.suffix == ".onnx":
         return _onnx(path)
+    from converters.formats.foreign import foreign_adapter
     from converters.formats.registry import detect_format
 
     try:
         detect_format(path)
     except LoraportError as no_adapter:
+        if foreign_adapter(path) is not None:
+            raise
         try:
             return _checkpoint(path)
         except LoraportError as no_checkpoint:

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from safetensors.torch import save_file
 
 from converters.formats.registry import adapter_formats, read_adapter, write_adapter
 from loraport.adapter import Adapter
+from loraport.cli.descriptions import describe
 from loraport.errors import LoraportError
 
 
@@ -45,3 +47,38 @@ def test_where_the_adapter_lies_is_told(tmp_path: Path) -> None:
 def test_an_unknown_target_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoraportError, match=r"expected one of .*peft"):
         write_adapter(Adapter(modules={}), tmp_path / "out", "zip")
+
+
+_FOREIGN = {
+    "diffusion_model.layers.0.attention.to_q.lokr_w1": "LyCORIS's kind LoKr",
+    "lora_unet_x.hada_w1_a": "LyCORIS's kind LoHa",
+    "lora_unet_x.oft_blocks": "an OFT adapter",
+    "diffusion_model.img_in.diff": "whole differences of weights",
+    "double_blocks.0.processor.qkv_lora1.down.weight": "xlabs' LoRA for Flux",
+    "lora_transformer_single_transformer_blocks_0_attn_to_k.lora_down.weight": "OneTrainer's",
+    "lycoris_transformer_blocks_0_attn_to_q.lora_down.weight": "a LyCORIS file",
+    "base_model.model.fc.lora_A.weight": "without its configuration",
+    "blocks.0.attn.lora_A.weight": "named in a way of its own",
+}
+
+
+@pytest.mark.parametrize("name", _FOREIGN)
+def test_adapters_of_other_tools_are_told_by_name(name, tmp_path: Path) -> None:
+    """Of all commands alike; ``inspect`` would else call them checkpoints."""
+    file = tmp_path / "x.safetensors"
+    save_file({name: torch.ones(2, 3)}, file)
+    expected = f"expected one of the known formats, got .*{_FOREIGN[name]}.*{re.escape(name)}.*; "
+    for read in (read_adapter, describe):
+        with pytest.raises(LoraportError, match=expected) as refused:
+            read(file)
+        assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_checkpoint_is_no_adapter_of_another_tool(tmp_path: Path) -> None:
+    names = ("model.layers.0.q_proj.weight", "explora.weight", "lora", "a.diffusion.weight")
+    injected = ("q_proj.base_layer.weight", "q_proj.lora_A.default.weight")
+    for each in (injected, names):
+        save_file({name: torch.ones(2, 3) for name in each}, tmp_path / "x.safetensors")
+        assert describe(tmp_path / "x.safetensors").kind == "checkpoint"
+    with pytest.raises(LoraportError, match="peft"):
+        read_adapter(tmp_path / "x.safetensors")
