@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from converters.low_rank import Factors, factor_matrix
@@ -120,6 +120,10 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
             modules[path], factors = _module(path, old, new, layout, options)
             errors[path] = factors.error
             hashes[path] = hash_weight(old)
+            for other in _tied_to(parameter, before, layout):
+                looked_up = f"{other}.weight" in layout.input_embeddings
+                modules[other] = modules[path] if looked_up else _mirrored(modules[path])
+                errors[other] = factors.error
     if not modules and not replacements:
         raise LoraportError(f"{options.tuned} does not differ from {options.base}")
     adapter = Adapter(
@@ -154,6 +158,33 @@ def _module(
             fan_in_fan_out=path in layout.conv1d,
         ),
         factors,
+    )
+
+
+def _tied_to(
+    parameter: str, stored: Mapping[str, StoredParameter], layout: BaseLayout
+) -> list[str]:
+    """Return the modules whose weights are the embedding that a checkpoint stores once."""
+    if parameter not in layout.input_embeddings:
+        return []
+    return [
+        member.removesuffix(".weight")
+        for members in layout.tied
+        for member in members
+        if parameter in members and member not in stored and member.endswith(".weight")
+    ]
+
+
+def _mirrored(embedding: LoraModule) -> LoraModule:
+    """Return what changes a tied head as the embedding is changed; PEFT changes one alone.
+
+    It is the pair that PEFT's ``ensure_weight_tying`` makes; merged, both stay one tensor.
+    """
+    return replace(
+        embedding,
+        kind=ModuleKind.LINEAR,
+        lora_A=embedding.lora_B.T.contiguous(),
+        lora_B=embedding.lora_A.T.contiguous(),
     )
 
 

@@ -70,13 +70,19 @@ def replacement_change(replacement: Replacement, strength: float) -> Change:
 
 
 def mirrored(first: LoraModule, second: LoraModule) -> bool:
-    """Tell whether an embedding's and a head's update are one and the same.
+    """Tell whether an embedding's and a head's, or another embedding's, update are the same.
 
     PEFT's ``ensure_weight_tying`` makes such pairs: A of one is B of the other, transposed.
     """
-    if {first.kind, second.kind} != {ModuleKind.EMBEDDING, ModuleKind.LINEAR}:
-        return False
     if first.magnitude is not None or second.magnitude is not None:
+        return False
+    if first.kind is second.kind is ModuleKind.EMBEDDING:
+        return (
+            first.scaling == second.scaling
+            and first.lora_A.equal(second.lora_A)
+            and first.lora_B.equal(second.lora_B)
+        )
+    if {first.kind, second.kind} != {ModuleKind.EMBEDDING, ModuleKind.LINEAR}:
         return False
     return (
         first.scaling == second.scaling

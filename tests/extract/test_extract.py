@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from peft_cases import (
     logits,
     mixtral,
     qwen_moe,
+    t5,
 )
+from safetensors.torch import load_file
 
 from converters.extract import ExtractOptions, extract
 from loraport.cli import cli
@@ -53,8 +56,7 @@ def test_low_rank_fine_tune_is_found_again(make_model, tmp_path):
         write_peft(extracted.adapter, tmp_path / "adapter")
         got = logits(load_with_peft(copy.deepcopy(base), tmp_path / "adapter"))
         expected = logits(tuned)
-        if make_model is not gpt2:  # its head is tied: PEFT's embedding alone is adapted
-            assert torch.allclose(got, expected, rtol=0, atol=1e-4 * expected.abs().max())
+        assert torch.allclose(got, expected, rtol=0, atol=1e-4 * expected.abs().max())
     # The difference was computed in float32: that is the noise below the three values.
     assert max(extracted.errors.values()) < 1e-4
     # Merged, it is the fine-tune to a rounding.
@@ -65,6 +67,39 @@ def test_low_rank_fine_tune_is_found_again(make_model, tmp_path):
     )
     if make_model is not ConvNet:
         assert run.exit_code == 0, run.exception
+
+
+@pytest.mark.parametrize("make_model", [lambda: llama(tie=True), gpt2, t5])
+def test_a_tied_head_learns_what_its_embedding_learns(make_model, tmp_path):
+    """In PEFT, where each has a module of its own, and merged, where both stay one tensor."""
+    torch.manual_seed(0)
+    base = make_model().eval()
+    tuned = tune(base)
+    save_base(base, tmp_path / "base")
+    save_base(tuned, tmp_path / "tuned")
+    options = ExtractOptions(str(tmp_path / "base"), str(tmp_path / "tuned"), rank=3)
+    extracted = extract(options, lambda *_: None)
+    assert extracted.errors.keys() == extracted.adapter.modules.keys()
+    write_peft(extracted.adapter, tmp_path / "adapter")
+    expected = logits(tuned)
+    close = {"rtol": 0, "atol": 1e-4 * expected.abs().max()}
+    got = logits(load_with_peft(copy.deepcopy(base), tmp_path / "adapter"))
+    assert torch.allclose(got, expected, **close)
+    command = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), "-o"]
+    result = CliRunner().invoke(cli, [*command, str(tmp_path / "merged")])
+    assert result.exit_code == 0, result.exception
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    wanted = load_file(tmp_path / "tuned" / "model.safetensors")
+    assert merged.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.allclose(merged[name], tensor, rtol=0, atol=1e-5), name
+    # The embedding alone, is another model.
+    head = {path for path in extracted.adapter.modules if path.endswith("lm_head")}
+    assert head
+    alone = {p: m for p, m in extracted.adapter.modules.items() if p not in head}
+    write_peft(replace(extracted.adapter, modules=alone), tmp_path / "alone")
+    other = logits(load_with_peft(copy.deepcopy(base), tmp_path / "alone"))
+    assert (other - expected).abs().max() > 100 * close["atol"]
 
 
 def test_errors_are_reported_and_energy_chooses_ranks(tmp_path):
