@@ -150,11 +150,11 @@ def _write_rows(path: Path, report: Evaluation, *, force: bool) -> None:
 
     with new_file(path, force=force) as partial, partial.open("w", encoding="utf-8") as file:
         for scores in report.scores:
-            answers = {answer.line: answer for answer in scores.answers}
-            for row in scores.rows:
+            answers = {answer.row: answer for answer in scores.answers}
+            for place, row in enumerate(scores.rows):
                 facts = {key: _plain(value) for key, value in asdict(row).items()}
                 line = {"model": scores.name, **facts}
-                answer = answers.get(row.line)
+                answer = answers.get(place)
                 if answer is not None:
                     line |= {"expected": answer.expected, "answer": answer.got}
                     line["exact"] = answer.exact

@@ -35,11 +35,13 @@ class Answer:
         line: The row's line in its file.
         expected: What the row says.
         got: What the model says.
+        row: The row's place among all, from 0: a line can be several rows.
     """
 
     line: int
     expected: str
     got: str
+    row: int
 
     @property
     def exact(self) -> bool:
@@ -160,15 +162,17 @@ def _score(
     scores = score_rows(model, rows, batch_size, pad, model.device)
     neutral = score_rows(model, held_out, batch_size, pad, model.device)
     answers = []
-    for row in rows[:generations]:
+    for place, row in enumerate(rows[:generations]):
         parts = question_and_answer(row)
         if parts is None:
             continue
         question, expected = parts
         end: Any = tokenizer.eos_token_id
         got = greedy_answer(model, question, len(expected), end, model.device)
-        texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (expected, got)]
-        answers.append(Answer(row.line, *texts))
+        said, wanted = (
+            str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (got, expected)
+        )
+        answers.append(Answer(row.line, wanted, said, place))
     loss = _mean_loss(scores)
     return Scores(
         name=name,

@@ -1,6 +1,7 @@
 """Scores against transformers' own loss and PEFT's own model."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -250,6 +251,28 @@ def test_the_command(tiny_base, adapter_a, data, tmp_path):
     assert "line 1, expected: To the harbour." in done.stdout
     again = CliRunner().invoke(eval_command, [*arguments, "--per-example", str(per_example)])
     assert isinstance(again.exception, LoraportError)
+
+
+def test_each_row_of_a_divided_chat_has_its_own_answer(tiny_base, tmp_path):
+    """A template that hides earlier answers makes two rows of one line."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    hides = (
+        "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content + ' ' }}"
+        "{% endif %}{% endfor %}"
+    )
+    (base / "chat_template.jinja").write_text(hides)
+    turns = [("user", "a"), ("assistant", "ship"), ("user", "and"), ("assistant", "light")]
+    data, out = tmp_path / "chat.jsonl", tmp_path / "rows_out.jsonl"
+    chat = [{"role": role, "content": content} for role, content in turns]
+    data.write_text(json.dumps({"messages": chat}) + "\n")
+    arguments = [str(base), str(data), "--device", "cpu", "--per-example", str(out)]
+    done = CliRunner().invoke(eval_command, arguments)
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["line"], line["expected"].strip()) for line in lines] == [
+        (1, "ship"),
+        (1, "light"),
+    ]
 
 
 def test_rows_cut_and_left_out_are_told(tiny_base, tmp_path, tokenizer):

@@ -100,17 +100,94 @@ def test_a_boundary_that_melts_into_one_token_is_kept_apart(write_jsonl):
     assert row == Row((0, 1, 3), (IGNORED, 1, 3))
 
 
-def test_a_template_that_rewrites_earlier_turns_is_noticed(write_jsonl, make_tokenizer):
+HIDES_EARLIER = (
+    "{% for m in messages %}{% if loop.last or m.role != 'assistant' %}"
+    "{{ m.role + ':' + m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+# As Qwen3's: an answer has thoughts, if only empty ones, until the user speaks again.
+THINKS = (
+    "{% set ns = namespace(user=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|start|>' + m.role + ':' }}{% if m.role == 'assistant' and "
+    "loop.index0 > ns.user and (loop.last or m.thoughts) %}<think>{{ m.thoughts }}</think>"
+    "{% endif %}{{ m.content + '<|end|>,' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant:{% endif %}"
+)
+TURNS = [("user", "a"), ("assistant", "b"), ("tool", "c"), ("assistant", "d"), ("user", "e")]
+
+
+@pytest.mark.parametrize(
+    ("template", "answers"),
+    [
+        (HIDES_EARLIER, [["b<|end|>"], ["d<|end|>"], ["f<|end|>"]]),
+        (
+            THINKS,
+            [["<think></think>b<|end|>"], ["<think></think>d<|end|>"], ["<think></think>f<|end|>"]],
+        ),
+        (None, [["b<|end|>", "d<|end|>", "f<|end|>"]]),
+    ],
+)
+def test_each_answer_is_learned_after_what_the_model_is_asked_with(
+    write_jsonl, make_tokenizer, template, answers
+):
+    """Also where a template writes an answer otherwise once other turns follow."""
+    tokenizer = make_tokenizer(template) if template else make_tokenizer()
+    messages = [{"role": role, "content": text} for role, text in [*TURNS, ("assistant", "f")]]
+    path = write_jsonl([{"messages": messages}])
+    read = read_rows(path, tokenizer, 999)
+    assert [row.line for row in read.rows] == [1] * len(answers)
+    asked = iter([index for index, m in enumerate(messages) if m["role"] == "assistant"])
+    for row, expected in zip(read.rows, answers, strict=True):
+        assert learned(row, tokenizer) == "".join(expected)
+        for answer in expected:
+            question = tokenizer.apply_chat_template(
+                messages[: next(asked)], tokenize=False, add_generation_prompt=True
+            )
+            start = len(tokenizer(question)["input_ids"])
+            wanted = tokenizer(answer)["input_ids"]
+            assert list(row.tokens[:start]) == tokenizer(question)["input_ids"]
+            assert row.labels[start - 1] == IGNORED
+            assert list(row.labels[start : start + len(wanted)]) == wanted
+    told = " ".join(read.notes(path, 999))
+    assert ("1 chats are several rows each" in told) is bool(template)
+
+
+def test_turns_that_stay_as_they_are_share_a_row(write_jsonl, make_tokenizer):
+    """Qwen3 keeps thoughts that the row has, until the user speaks again."""
+    tokenizer = make_tokenizer(THINKS)
+    messages = [{"role": role, "content": text} for role, text in [*TURNS, ("assistant", "f")]]
+    messages[1]["thoughts"] = "hm"
+    rows = read_rows(write_jsonl([{"messages": messages}]), tokenizer, 999).rows
+    assert [learned(row, tokenizer) for row in rows] == [
+        "<think>hm</think>b<|end|><think></think>d<|end|>",
+        "<think></think>f<|end|>",
+    ]
+
+
+def test_a_prompt_that_the_turn_does_not_begin_with_is_told(write_jsonl, make_tokenizer):
+    """As DeepSeek-R1's: the answer begins within thoughts that no turn is written with."""
     template = (
-        "{% for m in messages %}{% if loop.last or m.role != 'assistant' %}"
-        "{{ m.role + ':' + m.content }}<|end|>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
+        "{% for m in messages %}<|start|>{{ m.role }}:{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant:<think>\n{% endif %}"
     )
-    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    path = write_jsonl([{"messages": messages[:2]}, {"messages": messages}])
-    with pytest.raises(LoraportError, match=r"data.jsonl:2: messages\[1\]: expected a chat temp"):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "ahoy"}]
+    path = write_jsonl([{"messages": messages}])
+    with pytest.raises(LoraportError) as raised:
         read_rows(path, make_tokenizer(template), 99)
+    assert f"{path}:1: messages[1]: expected a chat template that writes a turn after the" in str(
+        raised.value
+    )
+    assert "whose prompt ends with '<think>\\n' where it writes 'ahoy<|end|>'" in str(raised.value)
+
+
+def test_rows_of_one_chat_are_held_out_together():
+    rows = [Row((line, turn), (line, turn), line) for line in range(1, 9) for turn in range(3)]
+    train, held_out = split_rows(rows, 0.25, seed=3)
+    assert {row.line for row in train}.isdisjoint(row.line for row in held_out)
+    assert (len(train), len(held_out)) == (18, 6)
+    # As the first rows alone are split.
+    assert split_rows(rows[::3], 0.25, seed=3) == (train[::3], held_out[::3])
 
 
 def test_a_template_that_refuses_a_row_is_quoted(write_jsonl, make_tokenizer):

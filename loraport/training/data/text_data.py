@@ -105,18 +105,24 @@ def split_rows(
 ) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     """Split rows into training and validation, the latter at least one row.
 
+    The rows of one chat stay together: what is validated with is not learned.
+
     Raises:
         LoraportError: If there is nothing left to train on.
     """
-    count = max(1, round(len(rows) * share))
-    if count >= len(rows):
+    owners = [(row.line, 0) if row.line else (0, index) for index, row in enumerate(rows)]
+    whole = list(dict.fromkeys(owners))
+    count = max(1, round(len(whole) * share))
+    if count >= len(whole):
         raise LoraportError(
             f"the data: expected more than {count} rows, of which {share:g} are held out for "
-            f"validation, got {len(rows)}; give more rows or --validation-share 0"
+            f"validation, got {len(whole)}; give more rows or --validation-share 0"
         )
-    held_out = set(random.Random(f"split {seed}").sample(range(len(rows)), count))
-    train_rows = tuple(row for index, row in enumerate(rows) if index not in held_out)
-    return train_rows, tuple(rows[index] for index in sorted(held_out))
+    held_out = set(random.Random(f"split {seed}").sample(whole, count))
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for row, owner in zip(rows, owners, strict=True):
+        parts[owner in held_out].append(row)
+    return tuple(parts[0]), tuple(parts[1])
 
 
 def digest(rows: Sequence[Row]) -> str:

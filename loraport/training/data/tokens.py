@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loraport.errors import LoraportError
 from loraport.training.data.batches import IGNORED, Row
+from loraport.training.data.chat import UnusableError, chat_rows
 from loraport.training.data.records import BadLines, Record, read_records
 
 if TYPE_CHECKING:
@@ -24,11 +24,13 @@ class Rows:
         rows: What can be learned from.
         truncated: Rows that were cut to the largest length.
         dropped: Line numbers of rows left out because nothing to be learned was left of them.
+        divided: Chats that are several rows each, as the chat template writes them.
     """
 
     rows: tuple[Row, ...]
     truncated: int
     dropped: tuple[int, ...]
+    divided: int = 0
 
     def notes(self, path: Path, length: int) -> Iterator[str]:
         """Say what was cut and left out, if anything.
@@ -37,10 +39,17 @@ class Rows:
             path: The file.
             length: The largest length.
         """
+        if self.divided:
+            yield (
+                f"{path}: {self.divided} chats are several rows each, since the chat template "
+                "writes an answer otherwise once other turns follow; each answer is learned as it "
+                "is asked for"
+            )
         if self.truncated:
             yield f"{path}: {self.truncated} rows were cut to {length} tokens"
         if self.dropped:
-            lines = ", ".join(map(str, self.dropped[:10])) + (" ..." if self.dropped[10:] else "")
+            first = tuple(dict.fromkeys(self.dropped))
+            lines = ", ".join(map(str, first[:10])) + (" ..." if first[10:] else "")
             yield (
                 f"{path}: {len(self.dropped)} rows were left out, since nothing of their answer is "
                 f"within {length} tokens (lines {lines})"
@@ -60,41 +69,39 @@ def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -
     """
     bad = BadLines(path)
     rows: list[Row] = []
-    truncated, dropped = 0, []
+    truncated, dropped, divided = 0, [], 0
     records = read_records(path, bad)
     if any(record.messages for record in records):
         _require_chat(tokenizer)
     for record in records:
         try:
-            row = _row(record, tokenizer)
-        except _UnusableError as error:
+            made = _rows(record, tokenizer)
+        except UnusableError as error:
             bad.add(record.line, str(error))
             continue
-        truncated += len(row.tokens) > max_length
-        row = Row(row.tokens[:max_length], row.labels[:max_length], record.line)
-        # The first token is never predicted: there is nothing before it.
-        if all(label == IGNORED for label in row.labels[1:]):
-            dropped.append(record.line)
-        else:
-            rows.append(row)
+        divided += len(made) > 1
+        for row in made:
+            truncated += len(row.tokens) > max_length
+            cut = Row(row.tokens[:max_length], row.labels[:max_length], record.line)
+            # The first token is never predicted: there is nothing before it.
+            if all(label == IGNORED for label in cut.labels[1:]):
+                dropped.append(record.line)
+            else:
+                rows.append(cut)
     bad.raise_if_any()
     if not rows:
         reason = f"{len(dropped)} rows whose answer is cut off at {max_length} tokens; raise it"
         raise LoraportError(f"{path}: expected rows to learn, got {reason if dropped else 'none'}")
-    return Rows(tuple(rows), truncated, tuple(dropped))
+    return Rows(tuple(rows), truncated, tuple(dropped), divided)
 
 
-class _UnusableError(Exception):
-    """Why a record cannot be tokenized."""
-
-
-def _row(record: Record, tokenizer: PreTrainedTokenizerBase) -> Row:
+def _rows(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     if record.messages:
-        return _chat_row(record.messages, record.tools, tokenizer)
+        return chat_rows(record.messages, record.tools, tokenizer)
     if record.completion is not None:
-        return _completion_row(record.prompt, record.completion, tokenizer)
+        return [_completion_row(record.prompt, record.completion, tokenizer)]
     tokens = _ended(_encode(tokenizer, record.text, special=True), tokenizer)
-    return Row(tuple(tokens), tuple(tokens))
+    return [Row(tuple(tokens), tuple(tokens))]
 
 
 def _completion_row(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Row:
@@ -109,74 +116,6 @@ def _completion_row(prompt: str, completion: str, tokenizer: PreTrainedTokenizer
         tokens = before + _encode(tokenizer, completion, special=False)
     tokens = _ended(tokens, tokenizer)
     return Row(tuple(tokens), (IGNORED,) * len(before) + tuple(tokens[len(before) :]))
-
-
-def _chat_row(
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-) -> Row:
-    def render(turns: Sequence[Mapping[str, Any]], *, prompt: bool = False) -> str:
-        return _render(turns, tools, tokenizer, prompt=prompt)
-
-    whole = render(messages)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        end = render(messages[: index + 1])
-        start = render(messages[:index], prompt=True) if index else _opening(end, render)
-        if not (whole.startswith(end) and end.startswith(start)):
-            raise _UnusableError(
-                f"messages[{index}]: expected a chat template that only appends turns, got one "
-                "that rewrites what came before; end the row at this turn, or use "
-                '"prompt" with "completion"'
-            )
-        spans.append((len(start), len(end)))
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    labels = [IGNORED] * len(tokens)
-    for start_at, end_at in spans:
-        inside = [
-            i for i, (first, last) in enumerate(offsets) if first < end_at and last > start_at
-        ]
-        # What a template writes after the end-of-turn token is never generated.
-        ends = [i for i in inside if tokens[i] == tokenizer.eos_token_id]
-        for i in inside:
-            if not ends or i <= ends[-1]:
-                labels[i] = tokens[i]
-    return Row(tuple(tokens), tuple(labels))
-
-
-def _opening(first_turn: str, render: Callable[[Sequence[Mapping[str, Any]]], str]) -> str:
-    """Return what a template writes before the text of a turn that begins a chat.
-
-    Many templates refuse a chat of no turns, so it is what turns of other texts have, too.
-    """
-    others = [render([{"role": "assistant", "content": text}]) for text in "ab"]
-    together = zip(first_turn, *others, strict=False)
-    return "".join(letters[0] for letters in takewhile(lambda each: len(set(each)) == 1, together))
-
-
-def _render(
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prompt: bool,
-) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=[dict(tool) for tool in tools] or None,
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise _UnusableError(f"the chat template refuses it: {error}") from error
-    return str(text)
 
 
 def _require_chat(tokenizer: PreTrainedTokenizerBase) -> None:

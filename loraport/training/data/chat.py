@@ -1,0 +1,129 @@
+"""Chats as rows of tokens: what the model is asked after, and what it is to answer there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from loraport.training.data.batches import IGNORED, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SHOWN = 40  # letters of a rendered chat in an error
+
+
+class UnusableError(Exception):
+    """Why a record cannot be tokenized."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An assistant's turn: the chat rendered up to its end, and where its text begins in it."""
+
+    text: str
+    start: int
+
+
+def chat_rows(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Row]:
+    """Return the rows of a chat, in which each assistant's turn is learned once.
+
+    It is learned after exactly what the model is given when it is asked for it. With most
+    templates the whole chat is one row. Some write a turn otherwise once others follow (Qwen3
+    leaves out its thoughts): such a turn ends a row of its own.
+
+    Args:
+        messages: The turns, one of the assistant's at least.
+        tools: What the assistant can call.
+        tokenizer: A fast one, with a chat template.
+
+    Raises:
+        UnusableError: If the template refuses the chat, or a turn does not begin with the prompt
+            that asks for it.
+    """
+
+    def render(turns: Sequence[Mapping[str, Any]], *, prompt: bool = False) -> str:
+        return _render(turns, tools, tokenizer, prompt=prompt)
+
+    answers: list[_Answer] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        text = render(messages[: index + 1])
+        asked = render(messages[:index], prompt=True) if index else _opening(text, render)
+        if not text.startswith(asked):
+            same = len(_beginning(text, asked))
+            raise UnusableError(
+                f"messages[{index}]: expected a chat template that writes a turn after the prompt "
+                f"that asks for it, got one whose prompt ends with {asked[same:][-_SHOWN:]!r} "
+                f"where it writes {text[same:][:_SHOWN]!r}; what follows that prompt is not in "
+                'the row: use "prompt" with "completion"'
+            )
+        answers.append(_Answer(text, len(asked)))
+    rows = []
+    whole = render(messages)
+    while answers:
+        learned = [answer for answer in answers if whole.startswith(answer.text)]
+        if learned:
+            rows.append(_row(whole, [(each.start, len(each.text)) for each in learned], tokenizer))
+        answers = [answer for answer in answers if answer not in learned]
+        whole = answers[-1].text if answers else whole
+    return rows[::-1]
+
+
+def _row(whole: str, spans: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Row:
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    labels = [IGNORED] * len(tokens)
+    for start_at, end_at in spans:
+        inside = [
+            i for i, (first, last) in enumerate(offsets) if first < end_at and last > start_at
+        ]
+        # What a template writes after the end-of-turn token is never generated.
+        ends = [i for i in inside if tokens[i] == tokenizer.eos_token_id]
+        for i in inside:
+            if not ends or i <= ends[-1]:
+                labels[i] = tokens[i]
+    return Row(tuple(tokens), tuple(labels))
+
+
+def _opening(first_turn: str, render: Callable[[Sequence[Mapping[str, Any]]], str]) -> str:
+    """Return what a template writes before the text of a turn that begins a chat.
+
+    Many templates refuse a chat of no turns, so it is what turns of other texts have, too.
+    """
+    others = [render([{"role": "assistant", "content": text}]) for text in "ab"]
+    return _beginning(first_turn, *others)
+
+
+def _beginning(*texts: str) -> str:
+    """Return what all texts begin with."""
+    together = zip(*texts, strict=False)
+    return "".join(letters[0] for letters in takewhile(lambda each: len(set(each)) == 1, together))
+
+
+def _render(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt: bool,
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            tokenize=False,
+            add_generation_prompt=prompt,
+        )
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise UnusableError(f"the chat template refuses it: {error}") from error
+    return str(text)
