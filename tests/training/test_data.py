@@ -1,6 +1,9 @@
 """What becomes of a JSONL file, and what is said about a bad one."""
 
+import json
+
 import pytest
+import tokenizers
 
 from loraport.errors import LoraportError
 from loraport.training.data.batches import IGNORED, Row, RowBatches, collate
@@ -98,6 +101,43 @@ def test_a_boundary_that_melts_into_one_token_is_kept_apart(write_jsonl):
     assert melting("ab")["input_ids"] == [2]
     row = read_rows(write_jsonl([{"prompt": "a", "completion": "b"}]), melting, 9).rows[0]
     assert row == Row((0, 1, 3), (IGNORED, 1, 3))
+
+
+@pytest.mark.parametrize("answer", ["\nahoy", "ahoy\n", "ahoy"])
+def test_bounds_of_an_answer_that_melt_into_one_token_are_kept_apart(
+    write_jsonl, make_tokenizer, answer
+):
+    """The prompt is tokenized alone when the model is asked; two line feeds are one token."""
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ m.role + ':\\n' + m.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+    )
+    inner = json.loads(tokenizer.backend_tokenizer.to_str())
+    inner["pre_tokenizer"]["use_regex"] = False
+    inner["model"]["vocab"]["ĊĊ"] = 300
+    inner["model"]["merges"] = [["Ċ", "Ċ"]]
+    tokenizer = type(tokenizer)(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(inner)),
+        eos_token="<|end|>",
+        chat_template=tokenizer.chat_template,
+    )
+    turns = [("user", "a"), ("assistant", answer), ("user", "b"), ("assistant", answer)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    row = read_rows(write_jsonl([{"messages": messages}]), tokenizer, 99).rows[0]
+    asked = [
+        tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=True)
+        for count in (1, 3)
+    ]
+    prompt = tokenizer(asked[0])["input_ids"]
+    wanted = tokenizer(answer + "\n")["input_ids"]
+    assert list(row.tokens[: len(prompt)]) == prompt
+    assert list(row.labels[: len(prompt)]) == [IGNORED] * len(prompt)
+    assert list(row.labels[len(prompt) : len(prompt) + len(wanted)]) == wanted
+    assert list(row.labels[-len(wanted) :]) == wanted
+    assert tokenizer.decode(row.tokens) == asked[1] + answer + "\n"
+    # Control: there are answers that melt with what is around them.
+    melts = tokenizer(asked[0] + answer)["input_ids"][: len(prompt)] != prompt
+    assert melts is (answer[0] == "\n")
 
 
 HIDES_EARLIER = (

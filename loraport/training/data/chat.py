@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 from loraport.training.data.batches import IGNORED, Row
@@ -78,8 +78,11 @@ def chat_rows(
 
 
 def _row(whole: str, spans: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Row:
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    tokens, offsets = _encoded(whole, (), tokenizer)
+    bounds = sorted({bound for span in spans for bound in span})
+    melted = [b for b in bounds if any(first < b < last for first, last in offsets)]
+    if melted:  # into one token; at inference the prompt stands alone
+        tokens, offsets = _encoded(whole, melted, tokenizer)
     labels = [IGNORED] * len(tokens)
     for start_at, end_at in spans:
         inside = [
@@ -91,6 +94,18 @@ def _row(whole: str, spans: Sequence[tuple[int, int]], tokenizer: PreTrainedToke
             if not ends or i <= ends[-1]:
                 labels[i] = tokens[i]
     return Row(tuple(tokens), tuple(labels))
+
+
+def _encoded(
+    text: str, bounds: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return tokens, and where each stands in the text; none reaches over a bound."""
+    tokens, offsets = [], []
+    for start, end in pairwise((0, *bounds, len(text))):
+        part = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+        tokens += part["input_ids"]
+        offsets += [(start + first, start + last) for first, last in part["offset_mapping"]]
+    return tokens, offsets
 
 
 def _opening(first_turn: str, render: Callable[[Sequence[Mapping[str, Any]]], str]) -> str:
