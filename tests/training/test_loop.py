@@ -3,6 +3,7 @@
 import copy
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -211,6 +212,39 @@ def test_early_stopping_ends_where_a_validation_loss_is_not_finite_and_keeps_the
     train(best, [images()], loss, stopped_there, validation=[images()])
     for name, tensor in best.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_early_stopping_ends_where_a_training_loss_is_not_finite_and_keeps_the_best():
+    """Control: without early stopping, nothing is the best that could be kept."""
+
+    def run(model, options, **others):
+        validated, calls = iter([9.0, 6.0, 5.0, 7.0, 8.0]), []
+
+        def loss(model, batch):
+            value = classify(model, batch)
+            if not torch.is_grad_enabled():
+                return value * 0 + next(validated)
+            calls.append(1)
+            return value * math.nan if len(calls) == 4 else value
+
+        return train(model, [images()], loss, options, validation=[images()], **others)
+
+    class Notes(Silent):
+        def note(self, text):
+            notes.append(text)
+
+    notes: list[str] = []
+    model, best = conv_net(), conv_net()
+    options = LoopOptions(steps=9, validate_every=1, early_stopping=3)
+    result = run(model, options, observer=Notes())
+    assert (result.steps, result.kept) == (3, (2, 5.0))
+    ends = "training ends, and the adapter that was best is kept"
+    assert notes == [f"step 4: expected a finite loss, got nan; {ends}"]
+    run(best, replace(options, early_stopping=1))
+    for name, tensor in best.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
+    with pytest.raises(LoraportError, match="step 4: expected a finite loss, got nan; lower the"):
+        run(conv_net(), replace(options, early_stopping=0))
 
 
 @pytest.mark.parametrize(

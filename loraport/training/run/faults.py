@@ -24,7 +24,16 @@ class MemoryRanOutError(LoraportError):
 
 
 class NotFiniteError(LoraportError):
-    """A loss or a gradient became NaN or infinite."""
+    """A loss or a gradient became NaN or infinite.
+
+    Args:
+        found: Which, at what step and in which rows.
+        remedy: What to do, and what is kept.
+    """
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(f"{found}; {remedy}")
+        self.found = found
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -97,8 +106,8 @@ def require_finite(
     if math.isfinite(value):
         return
     raise NotFiniteError(
-        f"step {step}: expected a finite {what}, got {value}{data_lines(group)}; lower the "
-        f"learning rate or look at these rows; {kept(work)}"
+        f"step {step}: expected a finite {what}, got {value}{data_lines(group)}",
+        f"lower the learning rate or look at these rows; {kept(work)}",
     )
 
 
@@ -117,7 +126,7 @@ def require_finite_validation(value: float, step: int, work: Path | None) -> Non
         return
     remedy = "lower the learning rate" if step else "look at the base, of which alone it is"
     raise NotFiniteError(
-        f"step {step}: expected a finite validation loss, got {value}; {remedy}; {kept(work)}"
+        f"step {step}: expected a finite validation loss, got {value}", f"{remedy}; {kept(work)}"
     )
 
 

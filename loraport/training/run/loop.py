@@ -38,6 +38,7 @@ from loraport.training.run.checkpoints import (
 )
 from loraport.training.run.early_stopping import EarlyStopping
 from loraport.training.run.faults import (
+    NotFiniteError,
     faults_explained,
     kept,
     require_finite,
@@ -52,6 +53,7 @@ from loraport.training.run.optimizer import (
     restore_optimizer,
     set_learning_rate,
     step_where_finite,
+    trained_parameters,
 )
 from loraport.training.run.schedule import learning_rate, total_steps
 from loraport.training.run.validation import mean_loss
@@ -127,7 +129,7 @@ def train(
     observer = observer if observer is not None and processes.first else Silent()
     placement = choose_placement(options.device, options.dtype)
     layers = lora_layers(model)
-    parameters = _lora_parameters(model, layers)
+    parameters = trained_parameters(model, layers)
     sharded = options.shard_base and processes.size > 1
     # The base is frozen: its fingerprint is taken once, and while it is whole.
     fingerprint = base_fingerprint
@@ -250,7 +252,14 @@ class _Run:
                     self._validate(validation, log)
                 continue
             part = own_part(group, stream.batches, self.processes)
-            self._one_step(part, stream.epoch, log)
+            try:
+                self._one_step(part, stream.epoch, log)
+            except NotFiniteError as error:
+                if self.early is None or self.early.best_step is None:
+                    raise
+                ends = "training ends, and the adapter that was best is kept"
+                self.observer.note(f"{error.found}; {ends}")
+                return
             if every and self.step % every == 0:
                 self._validate(validation, log)
             stopped_by = int(self.processes.largest(self.stop.signal_number or 0))
@@ -381,24 +390,3 @@ class _Run:
                 f"{len(unused)} of {len(self.layers)} LoRA layers took no part in the first "
                 f"step and learn nothing unless others reach them: {shown}"
             )
-
-
-def _lora_parameters(model: nn.Module, layers: Mapping[str, LoraLayer]) -> dict[str, nn.Parameter]:
-    if not layers:
-        raise LoraportError("the model: expected LoRA layers, got none; call attach(model) first")
-    parameters = {
-        f"{path}.{name}": parameter
-        for path, layer in layers.items()
-        for name, parameter in layer.named_parameters(recurse=False)
-        if parameter.requires_grad
-    }
-    wanted = {id(parameter) for parameter in parameters.values()}
-    others = [
-        name for name, p in model.named_parameters() if p.requires_grad and id(p) not in wanted
-    ]
-    if others or not parameters:
-        raise LoraportError(
-            "the model: expected trainable LoRA matrices and a frozen base, got "
-            + (f"trainable {', '.join(others[:5])}" if others else "only fixed layers")
-        )
-    return parameters

@@ -8,11 +8,45 @@ from typing import Any
 import torch
 from torch import nn
 
+from loraport.errors import LoraportError
 from loraport.training.base.bitsandbytes_library import import_bitsandbytes, require_pageable
+from loraport.training.lora.lora_layer import LoraLayer
 from loraport.training.options import LoopOptions
 
 _FACTOR = "learning_rate_factor"
 _CODES = ("qmap1", "qmap2")  # what the 8 bits mean: the same in every state
+
+
+def trained_parameters(
+    model: nn.Module, layers: Mapping[str, LoraLayer]
+) -> dict[str, nn.Parameter]:
+    """Return what is trained: name → parameter.
+
+    Args:
+        model: A model with a frozen base.
+        layers: Module path → its LoRA layer.
+
+    Raises:
+        LoraportError: If there is nothing, or the model has other trainable parameters.
+    """
+    if not layers:
+        raise LoraportError("the model: expected LoRA layers, got none; call attach(model) first")
+    parameters = {
+        f"{path}.{name}": parameter
+        for path, layer in layers.items()
+        for name, parameter in layer.named_parameters(recurse=False)
+        if parameter.requires_grad
+    }
+    wanted = {id(parameter) for parameter in parameters.values()}
+    others = [
+        name for name, p in model.named_parameters() if p.requires_grad and id(p) not in wanted
+    ]
+    if others or not parameters:
+        raise LoraportError(
+            "the model: expected trainable LoRA matrices and a frozen base, got "
+            + (f"trainable {', '.join(others[:5])}" if others else "only fixed layers")
+        )
+    return parameters
 
 
 def make_optimizer(
