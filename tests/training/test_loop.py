@@ -1,6 +1,7 @@
 """The loop on small modules that are no language models."""
 
 import copy
+import json
 import math
 import weakref
 from dataclasses import replace
@@ -245,6 +246,29 @@ def test_early_stopping_ends_where_a_training_loss_is_not_finite_and_keeps_the_b
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
     with pytest.raises(LoraportError, match="step 4: expected a finite loss, got nan; lower the"):
         run(conv_net(), replace(options, early_stopping=0))
+
+
+def test_metrics_are_json_where_a_validation_loss_is_not_finite(tmp_path):
+    """JSON has no NaN; a resumed run reads what stands there instead."""
+
+    def loss(model, batch):
+        value = classify(model, batch)
+        return value if torch.is_grad_enabled() else value * 0 + next(losses)
+
+    def refuse(constant):
+        raise AssertionError(f"no JSON: {constant}")
+
+    losses = iter([9.0, 6.0, math.nan])
+    options = LoopOptions(steps=9, validate_every=1, early_stopping=3, save_every=1)
+    arguments = ([images()], loss, options)
+    first = train(conv_net(), *arguments, validation=[images()], work=tmp_path)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    assert lines[-1] == {"step": 2, "validation_loss": None}
+    again = train(conv_net(), *arguments, validation=[images()], work=tmp_path, resume=True)
+    assert math.isnan(again.validations[-1][1])
+    assert again.validations[:-1] == first.validations[:-1]
+    assert (again.steps, again.kept, again.losses) == (first.steps, first.kept, first.losses)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,11 @@ class MetricsLog:
         self._file = path.open("ab" if length else "wb")
 
     def add(self, **line: Any) -> None:
-        """Record one line."""
+        """Record one line; a number that is not finite is ``null`` in the file (JSON has none)."""
         self.lines.append(line)
         if self._file is not None:
-            self._file.write(json.dumps(line).encode() + b"\n")
+            plain = {key: value if math.isfinite(value) else None for key, value in line.items()}
+            self._file.write(json.dumps(plain).encode() + b"\n")
             self._file.flush()
 
     def sync(self) -> int:
@@ -78,7 +80,7 @@ def _written(path: Path, length: int) -> list[dict[str, Any]]:
         if len(kept) < length:
             raise ValueError(f"{len(kept)} bytes of {length}")
         for number, text in enumerate(kept.splitlines(), start=1):
-            line = json.loads(text)
+            line = {k: math.nan if v is None else v for k, v in json.loads(text).items()}
             if "step" not in line or not all(isinstance(v, int | float) for v in line.values()):
                 raise ValueError(f"another line {number}")
             lines.append(line)
