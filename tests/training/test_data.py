@@ -140,6 +140,22 @@ def test_bounds_of_an_answer_that_melt_into_one_token_are_kept_apart(
     assert melts is (answer[0] == "\n")
 
 
+def test_after_a_turn_that_ends_with_another_token_than_texts_nothing_is_learned(
+    write_jsonl, make_tokenizer, tokenizer
+):
+    """Gemma's and Phi's turns: what follows their end is never generated."""
+    template = tokenizer.chat_template
+    tokenizer = make_tokenizer(template.replace("<|end|>", "<|start|>"))
+    turns = [("user", "a"), ("assistant", "b <|pad|> c"), ("user", "d"), ("assistant", "e\n")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    row = read_rows(write_jsonl([{"messages": messages}]), tokenizer, 99).rows[0]
+    assert learned(row, tokenizer) == "b <|pad|> c<|start|>e\n<|start|>"
+    # Control: a token in the middle of an answer that has no end of its own ends nothing.
+    tokenizer = make_tokenizer(template.replace("<|end|>", "."))
+    row = read_rows(write_jsonl([{"messages": messages}]), tokenizer, 99).rows[0]
+    assert learned(row, tokenizer) == "b <|pad|> c.\ne\n.\n"
+
+
 HIDES_EARLIER = (
     "{% for m in messages %}{% if loop.last or m.role != 'assistant' %}"
     "{{ m.role + ':' + m.content }}<|end|>{% endif %}{% endfor %}"
