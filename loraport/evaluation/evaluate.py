@@ -162,13 +162,13 @@ def _score(
     scores = score_rows(model, rows, batch_size, pad, model.device)
     neutral = score_rows(model, held_out, batch_size, pad, model.device)
     answers = []
+    ends = _stop_tokens(model, tokenizer)
     for place, row in enumerate(rows[:generations]):
         parts = question_and_answer(row)
         if parts is None:
             continue
         question, expected = parts
-        end: Any = tokenizer.eos_token_id
-        got = greedy_answer(model, question, len(expected), end, model.device)
+        got = greedy_answer(model, question, len(expected), ends, model.device)
         said, wanted = (
             str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (got, expected)
         )
@@ -184,6 +184,14 @@ def _score(
         rows=tuple(scores),
         answers=tuple(answers),
     )
+
+
+def _stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return what ends an answer: a model can have more than its tokenizer's end (Gemma, Phi)."""
+    settings = getattr(model, "generation_config", None)
+    told = getattr(settings, "eos_token_id", None)
+    found: list[Any] = [tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])]
+    return {int(token) for token in found if token is not None}
 
 
 def _mean_loss(scores: Sequence[RowScore]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ def question_and_answer(row: Row) -> tuple[list[int], list[int]] | None:
 
 @torch.no_grad()
 def greedy_answer(
-    model: Any, question: Sequence[int], length: int, end: int | None, device: torch.device
+    model: Any, question: Sequence[int], length: int, ends: Collection[int], device: torch.device
 ) -> list[int]:
     """Return up to ``length`` tokens, each the likeliest after those before it.
 
@@ -92,7 +92,7 @@ def greedy_answer(
         model: A transformers causal language model in evaluation mode.
         question: Tokens to go on from.
         length: Most tokens to generate.
-        end: Token after which to stop.
+        ends: Tokens after each of which to stop.
         device: Where the model is.
     """
     answer: list[int] = []
@@ -101,7 +101,7 @@ def greedy_answer(
     for _ in range(length):
         output = model(input_ids=torch.tensor([new], device=device), use_cache=True, **cached)
         answer.append(int(output.logits[0, -1].argmax()))
-        if answer[-1] == end:
+        if answer[-1] in ends:
             break
         cache = getattr(output, "past_key_values", None)
         # A model that keeps something else (Mamba's state) reads all of it again.

@@ -130,7 +130,7 @@ def test_a_model_without_a_cache_of_keys_answers(tokenizer):
         max_new_tokens=12,
     )[0, len(prompt) :].tolist()
     assert len(set(made)) > 3  # so that what comes before is seen to matter
-    assert greedy_answer(model, prompt, 12, None, torch.device("cpu")) == made
+    assert greedy_answer(model, prompt, 12, (), torch.device("cpu")) == made
 
 
 def test_a_right_answer_is_an_exact_match(tiny_base, tokenizer):
@@ -153,6 +153,20 @@ def test_a_right_answer_is_an_exact_match(tiny_base, tokenizer):
     assert scores.exact_match == 0.5
 
 
+def test_answers_end_where_the_model_says_that_they_do(tiny_base, tokenizer):
+    """A model can have more ends than its tokenizer (Gemma, Phi). Control: the tokenizer's only."""
+    said = greedy_answer(load(tiny_base), [40, 41], 6, (), torch.device("cpu"))
+    row = Row((40, 41, *said), (IGNORED, IGNORED, *said))
+    found = []
+    for ends in ([tokenizer.eos_token_id, said[1]], tokenizer.eos_token_id, None):
+        model = load(tiny_base)
+        model.generation_config.eos_token_id = ends
+        (answer,) = evaluate(model, tokenizer, {}, [row]).scores[0].answers
+        found.append(answer.got)
+    assert found == [tokenizer.decode(said[:2]), *[tokenizer.decode(said)] * 2]
+    assert found[0] != found[1]
+
+
 def test_warnings(tiny_base, adapter_a, data, tokenizer):
     from dataclasses import replace
 
@@ -165,7 +179,7 @@ def test_warnings(tiny_base, adapter_a, data, tokenizer):
 
     adapters = {"none": scaled(0), "slight": scaled(0.01), "wild": scaled(30)}
     # What the base itself says is what it knows best.
-    said = tuple(greedy_answer(load(tiny_base), [40, 41], 30, None, torch.device("cpu")))
+    said = tuple(greedy_answer(load(tiny_base), [40, 41], 30, (), torch.device("cpu")))
     held_out = [Row((40, 41, *said), (IGNORED, IGNORED, *said))]
     report = evaluate(load(tiny_base), tokenizer, adapters, rows, held_out=held_out, generations=0)
     nothing, forgets = report.warnings
