@@ -41,3 +41,59 @@ def test_layers_that_share_a_weight(tmp_path, precision):
     assert np.linalg.norm(got - expected) < apart * np.linalg.norm(expected)
     base = running.run(None, {"x": x})[0]
     assert np.linalg.norm(base - expected) > 0.5 * np.linalg.norm(expected)
+
+
+def chain(weights, inputs, nodes):
+    """Return ``tanh`` of products one after the other: node name, input of its weight."""
+    value, made = "x", []
+    for number, (name, weight) in enumerate(nodes):
+        last = "y" if number == len(nodes) - 1 else f"t{number}"
+        made.append(helper.make_node("MatMul", [value, weight], [f"p{number}"], name=name))
+        made.append(helper.make_node("Tanh", [f"p{number}"], [last]))
+        value = last
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", SIZE]) for n in "xy"]
+    stored = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    more = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [SIZE, SIZE]) for n in inputs]
+    graph = helper.make_graph(made, "g", [ends[0], *more], ends[1:], stored)
+    return helper.make_model(graph, opset_imports=DOMAINS[:1], ir_version=10)
+
+
+@pytest.mark.parametrize(
+    ("names", "stored", "calls"),
+    [
+        # Weights among the inputs are not shared through Identity: each call has a copy.
+        (["/seq/seq.0/MatMul", "/seq/seq.0_1/MatMul"], ["onnx::MatMul_1", "onnx::MatMul_2"], 1),
+        (["/net/up/MatMul", "/net_1/up/MatMul"], ["onnx::MatMul_1", "onnx::MatMul_2"], 1),
+        (["/f/MatMul", "/f_1/MatMul"], ["f.weight", "f.weight"], 1),
+        # Two modules with one weight: PEFT adapts the one that it is told to.
+        (["/f/MatMul", "/g/MatMul"], ["onnx::MatMul_1", "onnx::MatMul_1"], 2),
+        (["/f/MatMul", "/g/MatMul"], ["f.weight", "f.weight"], 2),
+        (["/up/MatMul", "/up_1/MatMul"], ["onnx::MatMul_1", "onnx::MatMul_3"], 2),
+    ],
+)
+def test_calls_are_told_from_modules_by_the_paths_of_nodes(tmp_path, names, stored, calls):
+    """``onnx::MatMul_3`` is another weight, the others are one."""
+    random = np.random.default_rng(0)
+    one, other = ((random.standard_normal((SIZE, SIZE)) / 8).astype(np.float32) for _ in range(2))
+    weights = {name: other if name.endswith("_3") else one for name in stored}
+    inputs = [name for name in weights if name.startswith("onnx")]
+    onnx.save(chain(weights, inputs, list(zip(names, stored, strict=True))), tmp_path / "m.onnx")
+    import_model(tmp_path / "m.onnx", tmp_path / "out")
+    slots = read_manifest(tmp_path / "out").slots.slots
+    expected_names = [name.removesuffix("/MatMul").strip("/").replace("/", ".") for name in names]
+    expected_names = [name.replace("seq.seq", "seq") for name in expected_names]
+    assert [slot.name for slot in slots] == expected_names[:calls]
+    x = random.standard_normal((3, SIZE)).astype(np.float32)
+    a, b = (random.standard_normal(s).astype(np.float32) / 4 for s in ((SIZE, 2), (2, SIZE)))
+    running = session(str(tmp_path / "out" / "model.onnx"))
+    base = running.run(None, {"x": x})[0]
+    for adapted, slot in enumerate(slots):
+        expected = x.astype(np.float64)
+        for number, name in enumerate(stored):
+            whole = weights[name].astype(np.float64)
+            if calls == 1 or number == adapted:
+                whole = whole + a.astype(np.float64) @ b
+            expected = np.tanh(expected @ whole)
+        got = running.run(None, {"x": x, slot.input_a: a, slot.input_b: b})[0]
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+        assert np.abs(base - expected).max() > 0.1

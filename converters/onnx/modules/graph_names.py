@@ -10,8 +10,9 @@ The first of these that gives a name:
 5. what it is (`linear`, `embedding`, `conv`) and its number.
 
 One weight has one name wherever it is used, unless the exporter recorded several modules that share
-it; two weights that come to the same name get the names of their nodes added. A weight that is an
-embedding's too is the output head.
+it, or the paths of its nodes are of several; TorchScript's exporter calls the second call of ``up``
+``up_1``, and may store a weight of its own for it. Two weights that come to the same name get the
+names of their nodes added. A weight that is an embedding's too is the output head.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import ast
 import hashlib
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,8 @@ _FUSED = re.compile(r"/\w*Fusion/?(_token_\d+)?$")
 _ANONYMOUS = re.compile(
     r"(onnx::\w+_\d+|\d+|val_\d+|(.*[/._])?[Cc]onst(ant)?(?![A-Za-z])\w*(:\d+)?|_v_\d+|t_\d+)"
 )
+# What TorchScript's exporter adds to the name of a module that it meets again.
+_AGAIN = re.compile(r"(_\d+)+$")
 
 
 # What a weight is called, what it is, and the module that the exporter recorded.
@@ -66,10 +69,11 @@ def name_sites(sites: Sequence[Site]) -> list[NamedSite]:
     weights = _Weights()
     groups = _by_weight(sites, weights)
     embedded = {key[0] for key in groups if key[1] is ModuleKind.EMBEDDING}
+    readers = Counter(key[:2] for key in groups)
     names: dict[_Key, str] = {}
     for number, (key, members) in enumerate(groups.items()):
         tied = key[1] is ModuleKind.LINEAR and key[0] in embedded
-        names[key] = _name(members, tied) or f"{key[1].value}_{number}"
+        names[key] = _name(members, tied, readers[key[:2]] > 1) or f"{key[1].value}_{number}"
     _tell_apart(names, groups, weights)
     found = {id(site): names[key] for key, members in groups.items() for site in members}
     return [NamedSite(found[id(site)], site) for site in sites]
@@ -124,15 +128,27 @@ def keep_names(before: Sequence[NamedSite], after: Iterable[Site]) -> None:
 
 def _by_weight(sites: Iterable[Site], weights: _Weights) -> dict[_Key, list[Site]]:
     groups: dict[_Key, list[Site]] = defaultdict(list)
+    calls: dict[tuple[str, ModuleKind], list[list[Site]]] = defaultdict(list)
     for number, site in enumerate(sites):
         weight = weight_of(site)
         name = weight.name if weight else f"?{number}"
         path = site.node.metadata_props.get(_MODULE) or _recorded_path(site.node)
+        called = "" if path else _called(site.node)
+        if called and _ANONYMOUS.fullmatch(name):  # a copy was made for every call
+            known = calls[called, site.kind]
+            same = next((group for group in known if weights.same(group[0], site)), None)
+            if same is not None:
+                same.append(site)
+                continue
+        path = path or called
         # One weight is read as it lies and transposed, or subgraphs have weights of one name.
         others, first = itertools.count(1), name
         while (found := groups.get((name, site.kind, path))) and not weights.same(found[0], site):
             name = f"{first}/{next(others)}"
-        groups[name, site.kind, path].append(site)
+        group = groups[name, site.kind, path]
+        if not group:
+            calls[called, site.kind].append(group)
+        group.append(site)
     return groups
 
 
@@ -153,7 +169,7 @@ def weight_of(site: Site) -> Constant | None:
     return max(matrices, key=lambda known: np.prod(known.shape), default=None)
 
 
-def _name(members: Sequence[Site], tied: bool) -> str:
+def _name(members: Sequence[Site], tied: bool, shared: bool) -> str:
     node = members[0].node
     stored = _stored_name(members[0])
     if _MODULE in node.metadata_props:
@@ -165,17 +181,9 @@ def _name(members: Sequence[Site], tied: bool) -> str:
     if path:
         # Functions are recorded as the module that calls them, with a weight of another.
         return named if named.startswith(f"{path}.") else path
-    if named:
+    if named and not (shared and _called(node)):
         return named
-    scopes = _FUSED.sub("", node.name or "").split("/")[:-1]
-    parts = [re.sub(r"[^\w.-]", "_", part).strip(".") for part in scopes]
-    # A part of a sequence says whose it is: ``/net/net.0/MatMul``.
-    own = [
-        part
-        for part, following in itertools.zip_longest(parts, parts[1:], fillvalue="")
-        if part and not following.startswith(f"{part}.")
-    ]
-    path = ".".join(own)
+    path = _path(_scopes(node))
     if path and is_module_path(path):
         return path
     if tied:
@@ -183,6 +191,28 @@ def _name(members: Sequence[Site], tied: bool) -> str:
     if stored and not _ANONYMOUS.fullmatch(stored):
         return _clean_path(stored)
     return _clean_path(node.name) if node.name else ""
+
+
+def _scopes(node: ir.Node) -> list[str]:
+    """Return the parts of a node's path but for its own name: ``/net/net.0/MatMul``."""
+    scopes = _FUSED.sub("", node.name or "").split("/")[:-1]
+    return [re.sub(r"[^\w.-]", "_", part).strip(".") for part in scopes]
+
+
+def _path(parts: Sequence[str]) -> str:
+    """Join scopes; a part of a sequence says whose it is (``net``, ``net.0``)."""
+    return ".".join(
+        part
+        for part, following in itertools.zip_longest(parts, parts[1:], fillvalue="")
+        if part and not following.startswith(f"{part}.")
+    )
+
+
+def _called(node: ir.Node) -> str:
+    """Return the module that a node's path says was called, whichever call it is."""
+    if not (node.name or "").startswith("/"):  # as TorchScript's exporter begins them
+        return ""
+    return _path([_AGAIN.sub("", part) for part in _scopes(node)])
 
 
 def _stored_name(site: Site) -> str:
