@@ -182,9 +182,11 @@ def _parameters(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterato
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:
-    """Return the floating tensors of a model's result in order, caches left out."""
+    """Return the tensors of a model's result in order, nested ones too, caches left out."""
     if isinstance(result, torch.Tensor):
         return [result]
     if hasattr(result, "items"):
         result = [value for key, value in result.items() if key != "past_key_values"]
-    return [value for value in result if isinstance(value, torch.Tensor)]
+    if not isinstance(result, list | tuple):
+        return []
+    return [tensor for value in result for tensor in _tensors(value)]

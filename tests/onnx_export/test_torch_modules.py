@@ -117,3 +117,40 @@ def test_an_existing_output_is_kept(net, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(LoraportError, match="already exists"):
         export_torch_module(net, as_torch(signals(2)), tmp_path / "out")
+
+
+class Nested(Net):
+    """What it returns is nested, as CLIP's result and hidden states are."""
+
+    def forward(self, signal, scale):
+        hidden = torch.tanh(self.conv(signal)).transpose(1, 2)
+        wide = self.wide(self.mix(hidden)) * scale
+        states = (hidden, wide)
+        return {"head": self.head(wide), "none": None, "inner": {"mean": wide.mean(1), "s": states}}
+
+
+def test_nested_outputs_have_names_and_verify(tmp_path):
+    torch.manual_seed(0)
+    net, out = Nested().eval(), tmp_path / "bundle"
+    options = {"target_modules": ["mix", "wide"], "r": 3}
+    case = make_case(Case(Nested, options), tmp_path / "a", base=net)
+    export_torch_module(net, as_torch(signals(2)), out)
+    adapter = read_adapter(case.path)
+    add_adapters(out, {"a": adapter})
+    got = Runtime(out).run(signals(3), "a")
+    with torch.no_grad():
+        base = net(**as_torch(signals(3)))
+        expected = load_with_peft(case.fresh_base(), case.path)(**as_torch(signals(3)))
+    inner = expected["inner"]
+    wanted = {
+        "head": expected["head"],
+        "inner.mean": inner["mean"],
+        "inner.s.0": inner["s"][0],
+        "inner.s.1": inner["s"][1],
+    }
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        np.testing.assert_allclose(got[name], tensor, atol=1e-5)
+    assert (wanted["head"] - base["head"]).abs().max() > 0.05
+    report = verify_bundle(out, net, {"a": adapter})
+    assert report.passed, [check for check in report.checks if not check.passed]

@@ -98,8 +98,27 @@ def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list
     """Return what the module itself calls its outputs, where it names them all."""
     with torch.no_grad():
         result = module(**inputs)
-    if not isinstance(result, Mapping):
+    names = _leaf_names("", result) if isinstance(result, Mapping) else None
+    return names if names is not None and len(set(names)) == len(names) else None
+
+
+def _leaf_names(name: str, value: object) -> list[str] | None:
+    """Return the paths of the tensors in a result (``hidden_states.0``), as torch orders them.
+
+    ``None`` where something in it is no tensor.
+    """
+    if value is None or isinstance(value, torch.Tensor):
+        return [] if value is None else [name]
+    if isinstance(value, Mapping):
+        parts = list(value.items())
+    elif isinstance(value, list | tuple):
+        parts = list(enumerate(value))
+    else:
         return None
-    if not all(isinstance(value, torch.Tensor) for value in result.values()):
-        return None
-    return [str(name) for name in result]
+    names: list[str] = []
+    for key, part in parts:
+        found = _leaf_names(f"{name}.{key}" if name else str(key), part)
+        if found is None:
+            return None
+        names += found
+    return names
