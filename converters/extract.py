@@ -65,7 +65,7 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
 
     Differences of weights are factored by a truncated SVD in float64, each expert's by itself;
     biases, norms and every other one-dimensional parameter that differs are stored whole, and so
-    are convolutions with groups.
+    are convolutions with groups. What is tied is said of each parameter that shares the tensor.
 
     Args:
         options: What to extract.
@@ -115,14 +115,17 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
             _require_finite(parameter, old, new)
             path, _, leaf = parameter.rpartition(".")
             if leaf != "weight" or old.dim() < 2 or path in layout.grouped:
-                replacements[parameter] = Replacement(new)
+                for name in (parameter, *_tied_to(parameter, before, layout)):
+                    replacements[name] = Replacement(new)
                 continue
             modules[path], factors = _module(path, old, new, layout, options)
             errors[path] = factors.error
             hashes[path] = hash_weight(old)
-            for other in _tied_to(parameter, before, layout):
-                looked_up = f"{other}.weight" in layout.input_embeddings
-                modules[other] = modules[path] if looked_up else _mirrored(modules[path])
+            for name in _tied_to(parameter, before, layout):
+                other = name.removesuffix(".weight")
+                looked_up = [each in layout.input_embeddings for each in (parameter, name)]
+                mirrored = looked_up[0] != looked_up[1]
+                modules[other] = _mirrored(modules[path]) if mirrored else modules[path]
                 errors[other] = factors.error
     if not modules and not replacements:
         raise LoraportError(f"{options.tuned} does not differ from {options.base}")
@@ -164,27 +167,27 @@ def _module(
 def _tied_to(
     parameter: str, stored: Mapping[str, StoredParameter], layout: BaseLayout
 ) -> list[str]:
-    """Return the modules whose weights are the embedding that a checkpoint stores once."""
-    if parameter not in layout.input_embeddings:
-        return []
+    """Return the parameters that are one tensor with this one, which a checkpoint stores once."""
     return [
-        member.removesuffix(".weight")
+        member
         for members in layout.tied
         for member in members
-        if parameter in members and member not in stored and member.endswith(".weight")
+        if parameter in members and member not in stored
     ]
 
 
-def _mirrored(embedding: LoraModule) -> LoraModule:
-    """Return what changes a tied head as the embedding is changed; PEFT changes one alone.
+def _mirrored(module: LoraModule) -> LoraModule:
+    """Return what changes a tied head as the embedding is changed, or the other way about.
 
-    It is the pair that PEFT's ``ensure_weight_tying`` makes; merged, both stay one tensor.
+    PEFT changes one alone; the pair is the one that its ``ensure_weight_tying`` makes, and
+    merged, both stay one tensor.
     """
+    head = module.kind is ModuleKind.EMBEDDING
     return replace(
-        embedding,
-        kind=ModuleKind.LINEAR,
-        lora_A=embedding.lora_B.T.contiguous(),
-        lora_B=embedding.lora_A.T.contiguous(),
+        module,
+        kind=ModuleKind.LINEAR if head else ModuleKind.EMBEDDING,
+        lora_A=module.lora_B.T.contiguous(),
+        lora_B=module.lora_A.T.contiguous(),
     )
 
 

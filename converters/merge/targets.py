@@ -125,11 +125,12 @@ def _said(each: NamedAdapter, asked: str, name: str, layout: BaseLayout) -> Said
     if module is not None and layout.known:
         # The model's class knows; the adapter's one flag may be wrong for some modules.
         module = replace(module, fan_in_fan_out=name.rpartition(".")[0] in layout.conv1d)
+    has_bias = module is not None and module.lora_B_bias is not None
     return Said(
         adapter=each,
         asked=asked,
         module=module if asked == weight_name(path) else None,
-        bias_of=module if module is not None and leaf == "bias" else None,
+        bias_of=module if leaf == "bias" and has_bias else None,
         replacement=each.adapter.replacements.get(asked),
     )
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,7 @@ from peft_cases import (
     qwen_moe,
     t5,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from converters.extract import ExtractOptions, extract
 from loraport.cli import cli
@@ -100,6 +101,42 @@ def test_a_tied_head_learns_what_its_embedding_learns(make_model, tmp_path):
     write_peft(replace(extracted.adapter, modules=alone), tmp_path / "alone")
     other = logits(load_with_peft(copy.deepcopy(base), tmp_path / "alone"))
     assert (other - expected).abs().max() > 100 * close["atol"]
+
+
+def roberta():
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    sizes = {**TINY, "num_attention_heads": 4, "max_position_embeddings": 128}
+    return RobertaForMaskedLM(RobertaConfig(**sizes, pad_token_id=60))
+
+
+@pytest.mark.parametrize("stored", ["embedding", "head"])
+@pytest.mark.parametrize("make_model", [lambda: llama(tie=True), roberta])
+def test_tied_vectors_and_either_way_of_storing_a_tie(make_model, stored, tmp_path):
+    """RoBERTa's head has a bias that is tied, too; a checkpoint may store the head's name."""
+    torch.manual_seed(0)
+    base = make_model().eval()
+    tuned = tune(base)
+    save_base(base, tmp_path / "base")
+    save_base(tuned, tmp_path / "tuned")
+    if stored == "head":
+        for directory in (tmp_path / "base", tmp_path / "tuned"):
+            tensors = load_file(directory / "model.safetensors")
+            name = next(each for each in tensors if re.search("(embed_tokens|word_emb)", each))
+            head = "lm_head.decoder.weight" if make_model is roberta else "lm_head.weight"
+            tensors[head] = tensors.pop(name)
+            save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    options = ExtractOptions(str(tmp_path / "base"), str(tmp_path / "tuned"), rank=3)
+    write_peft(extract(options, lambda *_: None).adapter, tmp_path / "adapter")
+    command = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), "-o"]
+    result = CliRunner().invoke(cli, [*command, str(tmp_path / "merged")])
+    assert result.exit_code == 0, result.exception
+    merged = type(base).from_pretrained(tmp_path / "merged").eval()
+    expected = logits(tuned)
+    assert torch.allclose(logits(merged), expected, rtol=0, atol=1e-4 * expected.abs().max())
+    assert (logits(base) - expected).abs().max() > 0.1
+    wanted = load_file(tmp_path / "tuned" / "model.safetensors")
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == wanted.keys()
 
 
 def test_errors_are_reported_and_energy_chooses_ranks(tmp_path):
