@@ -80,10 +80,13 @@ def _written(path: Path, length: int) -> list[dict[str, Any]]:
         if len(kept) < length:
             raise ValueError(f"{len(kept)} bytes of {length}")
         for number, text in enumerate(kept.splitlines(), start=1):
-            line = {k: math.nan if v is None else v for k, v in json.loads(text).items()}
-            if "step" not in line or not all(isinstance(v, int | float) for v in line.values()):
+            line = json.loads(text)
+            if "step" not in line or not all(
+                isinstance(v, int | float) or (v is None and k == "validation_loss")
+                for k, v in line.items()
+            ):
                 raise ValueError(f"another line {number}")
-            lines.append(line)
+            lines.append({k: math.nan if v is None else v for k, v in line.items()})
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise LoraportError(
             f"{path}: expected what the run wrote before its checkpoint, got: {error}; put the "
