@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from converters.onnx.exporting import ExportOptions, export_base, export_torch_module
     from converters.onnx.packing.adding import add_adapters
     from converters.onnx.packing.pack import PackedAdapter, pack
+    from converters.onnx.slots.inserting import SlotOptions
 
 __all__ = [
     "ExportOptions",
     "PackedAdapter",
+    "SlotOptions",
     "add_adapters",
     "export_base",
     "export_torch_module",
@@ -26,6 +28,7 @@ __all__ = [
 _PLACES = {
     "ExportOptions": "exporting",
     "PackedAdapter": "packing.pack",
+    "SlotOptions": "slots.inserting",
     "add_adapters": "packing.adding",
     "export_base": "exporting",
     "export_torch_module": "exporting",

@@ -164,11 +164,12 @@ def export_torch_module(
         force: Replace an existing bundle.
 
     Raises:
-        LoraportError: If torch cannot export it, or it has no linear layer.
+        LoraportError: If it does not run with the inputs, torch cannot export it, or it has no
+            linear layer.
     """
     dynamic = dynamic if dynamic is not None else {name: {0: "batch"} for name in inputs}
     with new_directory(out, force=force) as bundle:
-        export_module(module.eval(), inputs, bundle, dynamic=dynamic)
+        _export_attention(module.eval(), inputs, bundle, dynamic)
         options = ExportOptions(slots=slots or SlotOptions())
         _slot_and_describe(bundle, module, options, base_name=base_name or type(module).__name__)
         write_base_golden(bundle, {name: tensor.numpy() for name, tensor in inputs.items()})
@@ -240,11 +241,15 @@ def _export_attention(
         choose = getattr(model, "set_attn_implementation", None)
         if choose is None:
             raise
+        own = getattr(getattr(model, "config", None), "_attn_implementation", None)
         try:
             choose("eager")
             export_module(model, inputs, out, dynamic=dynamic)
         except (LoraportError, ValueError):
             raise refused from None
+        finally:
+            if own is not None:
+                choose(own)
 
 
 def _forward_arguments(model: nn.Module) -> Iterable[str]:

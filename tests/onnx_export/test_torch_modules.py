@@ -154,3 +154,46 @@ def test_nested_outputs_have_names_and_verify(tmp_path):
     assert (wanted["head"] - base["head"]).abs().max() > 0.05
     report = verify_bundle(out, net, {"a": adapter})
     assert report.passed, [check for check in report.checks if not check.passed]
+
+
+def test_inputs_that_a_module_does_not_take_are_refused(net, tmp_path):
+    for wrong, reason in (
+        ({"signal": torch.ones(2, 3, 8)}, r"takes, got signal, with which it fails: .*'scale'"),
+        (
+            {**as_torch(signals(2)), "signal": torch.ones(2, 4, 8)},
+            r"takes, got signal, scale, with",
+        ),
+    ):
+        with pytest.raises(LoraportError, match=f"inputs: expected what Net {reason}"):
+            export_torch_module(net, wrong, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+
+def t5():
+    from transformers import T5Config, T5Model
+
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1}
+    more = {"num_heads": 4, "decoder_start_token_id": 0, "use_cache": False}
+    return T5Model(T5Config(**sizes, **more, initializer_factor=2.0)).eval()
+
+
+def test_attention_that_torch_does_not_export_is_written_plainly(tmp_path):
+    """T5 whole; the module itself goes on with the attention it had."""
+    torch.manual_seed(0)
+    options = {"target_modules": ["q", "v", "wi"], "r": 3, "lora_alpha": 6}
+    case = make_case(Case(t5, options), tmp_path / "a")
+    module = case.fresh_base().eval()
+    own = module.config._attn_implementation
+    ids = {"input_ids": torch.tensor([[1, 7, 3, 9], [4, 8, 2, 1]])}
+    inputs = ids | {"decoder_input_ids": torch.tensor([[0, 5, 6], [0, 9, 11]])}
+    export_torch_module(module, inputs, tmp_path / "out")
+    assert own != "eager"
+    assert module.config._attn_implementation == own
+    add_adapters(tmp_path / "out", {"a": read_adapter(case.path)})
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    got = Runtime(tmp_path / "out").run(arrays, "a")["last_hidden_state"]
+    with torch.no_grad():
+        expected = case.peft_model(**inputs).last_hidden_state
+        base = case.base(**inputs).last_hidden_state
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert (expected - base).abs().max() > 0.05

@@ -37,12 +37,13 @@ def export_module(
         dynamic: Input name → dimension → name of that dimension.
 
     Raises:
-        LoraportError: If torch cannot export the module.
+        LoraportError: If the module does not run with the inputs, or torch cannot export it.
     """
+    names = _output_names(module, inputs)
     left: set[str] = set()
     while True:
         with distinct_parameters(module, left) as true:
-            model = _exported(module, inputs, dynamic)
+            model = _exported(module, inputs, dynamic, names)
         missing = put_back(model, true)
         if not missing:
             break
@@ -54,6 +55,7 @@ def _exported(
     module: nn.Module,
     inputs: Mapping[str, torch.Tensor],
     dynamic: Mapping[str, Mapping[int, str]],
+    output_names: list[str] | None,
 ) -> ir.Model:
     dimensions: dict[str, Any] = {}
     shapes = {
@@ -75,7 +77,7 @@ def _exported(
                 module,
                 kwargs=dict(inputs),
                 dynamic_shapes=shapes,
-                output_names=_output_names(module, inputs),
+                output_names=output_names,
                 dynamo=True,
                 verbose=False,
             )
@@ -96,8 +98,15 @@ def _exported(
 
 def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[str] | None:
     """Return what the module itself calls its outputs, where it names them all."""
-    with torch.no_grad():
-        result = module(**inputs)
+    try:
+        with torch.no_grad():
+            result = module(**inputs)
+    except Exception as error:  # whatever the module's own code raises
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LoraportError(
+            f"inputs: expected what {type(module).__name__} takes, got {', '.join(inputs)}, with "
+            f"which it fails: {first}"
+        ) from error
     names = _leaf_names("", result) if isinstance(result, Mapping) else None
     return names if names is not None and len(set(names)) == len(names) else None
 
