@@ -108,6 +108,7 @@ _REASONS = {
     "RNN": "a recurrent layer's projections are inside the operator",
     "DynamicQuantizeLSTM": "a recurrent layer's projections are inside the operator",
     "FusedConv": "its activation is of an unknown kind",
+    "FusedGemm": "its activation is of an unknown kind, or its other factor is transposed",
     "MatMulInteger": _OTHER_CHAIN,
     "ConvInteger": _OTHER_CHAIN,
     "ConvTranspose": "transposed convolutions have no slots",
