@@ -94,6 +94,7 @@ _LEARNED = frozenset(
         "TreeEnsembleRegressor",
     ]
 )
+_BLOCKED = "com.microsoft.nchwc"
 _MULTIPLYING = frozenset(("Conv", "Gemm", "MatMul"))
 # Whatever computes their weights: exporters put those of gates together, or normalize them.
 _NEVER = frozenset(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM", "ConvTranspose"))
@@ -202,6 +203,9 @@ def _operator(node: ir.Node) -> str:
 
 def _reason(node: ir.Node, shapes: list[tuple[int, ...]]) -> str:
     operator = _operator(node)
+    if node.domain == _BLOCKED:
+        why = "its kernel lies in blocks made for one kind of processor"
+        return f"{operator}: {why}; save the model at ONNX Runtime's level ORT_ENABLE_EXTENDED"
     if node.op_type in _REASONS:
         return f"{operator}: {_REASONS[node.op_type]}"
     if node.op_type in ("MatMul", "Gemm"):

@@ -131,3 +131,18 @@ def test_recurrent_layers_and_transposed_convolutions_whose_weights_are_computed
         "/up/ConvTranspose": "ConvTranspose: transposed convolutions have no slots",
     }
     assert [slot.name for slot in made.slots] == ["linear"]
+
+
+def test_kernels_in_blocks_are_told(slotted):
+    """As ONNX Runtime saves a model that it optimized for a processor with AVX."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"], name="/layer/MatMul"),
+        helper.make_node("Conv", ["image", "k"], ["z"], name="b", domain="com.microsoft.nchwc"),
+    ]
+    inputs = [("x", TensorProto.FLOAT, [4, 4]), ("image", TensorProto.FLOAT, [1, 16, 3, 3])]
+    constants = {"w": np.ones((4, 4), np.float32), "k": np.ones((16, 16, 1, 1), np.float32)}
+    model = graph_of(nodes, inputs, constants)
+    model.opset_import.append(helper.make_opsetid("com.microsoft.nchwc", 1))
+    found = slotted(model, "lora").unslotted
+    assert list(found) == ["b"]
+    assert found["b"].startswith("com.microsoft.nchwc.Conv: its kernel lies in blocks made for")
