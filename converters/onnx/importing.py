@@ -192,9 +192,10 @@ def slot_graph(
     nodes = list(model.graph.all_nodes())
     sites = sites_of(model)
     served = [site for site in sites if options.slots.serves(site.kind)]
-    named = name_sites(served)
+    left = [site for site in sites if not options.slots.serves(site.kind)]
+    named = name_sites(served, left)
     why = reasons(nodes, {id(site.node) for site in sites})
-    for entry in name_sites([site for site in sites if not options.slots.serves(site.kind)]):
+    for entry in name_sites(left, served):
         wanted_by = "lora" if entry.site.kind is ModuleKind.LINEAR else entry.site.kind.value
         why[entry.path] = f"not asked for; export again with {wanted_by} among --slots"
     modules = {} if base is None else base.modules

@@ -7,6 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import DOMAINS, session
 
 from converters.onnx.importing import ImportOptions, import_model
+from converters.onnx.slots.inserting import SlotOptions
 from loraport.bundle.manifest import read_manifest
 
 SIZE = 64
@@ -97,3 +98,43 @@ def test_calls_are_told_from_modules_by_the_paths_of_nodes(tmp_path, names, stor
         got = running.run(None, {"x": x, slot.input_a: a, slot.input_b: b})[0]
         np.testing.assert_allclose(got, expected, atol=1e-5)
         assert np.abs(base - expected).max() > 0.1
+
+
+@pytest.mark.parametrize("variants", [("lora",), ("lora", "embedding")])
+def test_a_head_that_reads_the_embedding_turned_is_the_head(tmp_path, variants):
+    """Whether the embedding gets a slot or not."""
+    random = np.random.default_rng(0)
+    table, inner = (random.standard_normal(shape).astype(np.float32) for shape in ((11, 8), (8, 8)))
+    nodes = [
+        helper.make_node("Gather", ["wte.weight", "tokens"], ["h"], name="/wte/Gather"),
+        helper.make_node("MatMul", ["h", "fc.weight"], ["g"], name="/fc/MatMul"),
+        helper.make_node("Transpose", ["wte.weight"], ["turned"], name="/head/Transpose"),
+        helper.make_node("MatMul", ["g", "turned"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("tokens", TensorProto.INT64, ["batch", "length"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "length", 11])],
+        [numpy_helper.from_array(table, "wte.weight"), numpy_helper.from_array(inner, "fc.weight")],
+    )
+    model = helper.make_model(graph, opset_imports=DOMAINS[:1], ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx")
+    import_model(tmp_path / "m.onnx", tmp_path / "out", ImportOptions(slots=SlotOptions(variants)))
+    made = read_manifest(tmp_path / "out")
+    embedding = ["wte"] if "embedding" in variants else []
+    assert [slot.name for slot in made.slots.slots] == [*embedding, "fc"]
+    assert made.unslotted["lm_head"] == "left out, as the output head; export again with --lm-head"
+    assert ("wte" in made.unslotted) == (not embedding)
+    wanted = ImportOptions(slots=SlotOptions(variants), lm_head=True)
+    import_model(tmp_path / "m.onnx", tmp_path / "all", wanted)
+    slots = {slot.name: slot for slot in read_manifest(tmp_path / "all").slots.slots}
+    assert list(slots) == [*embedding, "fc", "lm_head"]
+    tokens = np.array([[1, 4, 10]])
+    a, b = (random.standard_normal(s).astype(np.float32) for s in ((8, 2), (2, 11)))
+    head = slots["lm_head"]
+    running = session(str(tmp_path / "all" / "model.onnx"))
+    got = running.run(None, {"tokens": tokens, head.input_a: a, head.input_b: b})[0]
+    base = table[tokens] @ inner @ table.T
+    np.testing.assert_allclose(got, base + table[tokens] @ inner @ a @ b, atol=1e-3)
+    assert np.abs(got - base).max() > 1

@@ -64,11 +64,17 @@ class NamedSite:
     site: Site
 
 
-def name_sites(sites: Sequence[Site]) -> list[NamedSite]:
-    """Name every site of a graph; sites of one weight have one name."""
+def name_sites(sites: Sequence[Site], others: Sequence[Site] = ()) -> list[NamedSite]:
+    """Name sites of a graph; sites of one weight have one name.
+
+    Args:
+        sites: What is named.
+        others: The graph's other sites: a weight of an embedding among them is the head's, too.
+    """
     weights = _Weights()
     groups = _by_weight(sites, weights)
-    embedded = {key[0] for key in groups if key[1] is ModuleKind.EMBEDDING}
+    known = (*groups, *_by_weight(others, weights))
+    embedded = {key[0] for key in known if key[1] is ModuleKind.EMBEDDING}
     readers = Counter(key[:2] for key in groups)
     names: dict[_Key, str] = {}
     for number, (key, members) in enumerate(groups.items()):
