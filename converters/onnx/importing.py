@@ -135,7 +135,7 @@ def import_model(
         careful = may_end_the_process(model)
         progress("putting in the slots")
         imported = slot_graph(model, options, base)
-        if base is None and (names := folded(imported.named)):
+        if base is None and (names := imported.computed):
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             progress(
                 f"computed by the exporter, maybe with a normalization folded in: "
@@ -164,11 +164,13 @@ class ImportedGraph:
 
     Attributes:
         slotted: The graph.
-        named: Every site with its module's name.
+        named: Every site with its module's name; its operator may have been taken apart since.
+        computed: Convolutions whose kernels are not their modules' own, see `folded`.
     """
 
     slotted: SlottedModel
     named: list[NamedSite]
+    computed: tuple[str, ...]
 
 
 def slot_graph(
@@ -194,6 +196,7 @@ def slot_graph(
     served = [site for site in sites if options.slots.serves(site.kind)]
     left = [site for site in sites if not options.slots.serves(site.kind)]
     named = name_sites(served, left)
+    computed = tuple(folded(named))  # before operators are taken apart
     why = reasons(nodes, {id(site.node) for site in sites})
     for entry in name_sites(left, served):
         wanted_by = "lora" if entry.site.kind is ModuleKind.LINEAR else entry.site.kind.value
@@ -221,7 +224,7 @@ def slot_graph(
     if options.slots.replace:
         holders = by_name if options.base is None else _base_holders(model, options.base)
         slotted = with_replacements(slotted, options.slots, holders)
-    return ImportedGraph(slotted, named)
+    return ImportedGraph(slotted, named, computed)
 
 
 def _listed(nodes: Iterable[ir.Node]) -> str:
@@ -290,7 +293,7 @@ def _describe(
         tolerance=golden_tolerance(precision),
         tolerances=golden_tolerances(precision),
         made_by=MADE_BY,
-        computed=() if base is not None else tuple(folded(imported.named)),
+        computed=() if base is not None else imported.computed,
     )
     files = sorted(f.relative_to(bundle).as_posix() for f in bundle.rglob("*") if f.is_file())
     write_manifest(manifest.with_files(bundle, files), bundle)

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from command_line import command
@@ -332,6 +333,35 @@ def test_modules_that_share_a_weight_have_slots_of_their_own(tmp_path):
     (plain,) = runtime.run({"x": x.numpy()}).values()
     np.testing.assert_allclose(plain, base, atol=1e-5)
     assert np.abs(expected - base).max() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_folded_kernels_are_told_where_they_were_fused_with_an_activation(dynamo, tmp_path):
+    """ONNX Runtime's optimizer writes FusedConv, and drops what the exporter recorded."""
+    model = Convolved().eval()
+    model.body[0].bias = None
+    model.body[1].running_mean.uniform_(-1, 1)
+    images = (torch.randn(1, 3, 6, 6),)
+    more = {"verbose": False} if dynamo else {}
+    torch.onnx.export(model, images, tmp_path / "plain.onnx", dynamo=dynamo, **more)
+    wanted = onnxruntime.SessionOptions()
+    wanted.log_severity_level = 3
+    wanted.optimized_model_filepath = str(tmp_path / "m.onnx")
+    wanted.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(tmp_path / "plain.onnx", wanted)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert kinds == ["FusedConv", "Conv"]
+    import_model(tmp_path / "m.onnx", tmp_path / "out", ImportOptions(slots=SlotOptions(("conv",))))
+    assert list(read_manifest(tmp_path / "out").slots.modules()) == ["body.0", "last"]
+    a, b = torch.randn(2, 3, 3, 3), torch.randn(4, 2, 1, 1)
+    adapter = Adapter({"body.0": LoraModule(ModuleKind.CONV, a, b, alpha=2)})
+    with pytest.raises(LoraportError, match=r"body\.0: expected the module's own weight in"):
+        add_adapters(tmp_path / "out", {"a": adapter})
+    a, b = torch.randn(2, 4, 1, 1), torch.randn(5, 2, 1, 1)
+    add_adapters(
+        tmp_path / "out", {"b": Adapter({"last": LoraModule(ModuleKind.CONV, a, b, alpha=2)})}
+    )
 
 
 def test_where_no_rows_can_be_told_apart_the_reasons_are_told(tmp_path):
