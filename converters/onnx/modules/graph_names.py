@@ -41,8 +41,9 @@ _MODULE = "loraport.module"
 _ENDINGS = re.compile(
     r"(_quantized|_Q\d+(G\d+)?|_DequantizeLinear|\.qweight|_qweight|_transposed|\.MatMul|_fp16|_bnb4)+$"
 )
-# What ONNX Runtime's optimizer adds to the name of a node: ``/q_proj/MatMul/MatMulScaleFusion/``.
-_FUSED = re.compile(r"/\w*Fusion/?(_token_\d+)?$")
+# What ONNX Runtime's optimizer adds to the name of a node: ``/q_proj/MatMul/MatMulScaleFusion/``,
+# ``fused /fc/Gemm``.
+_FUSED = re.compile(r"^fused |/\w*Fusion/?(_token_\d+)?$")
 _ANONYMOUS = re.compile(
     r"(onnx::\w+_\d+|\d+|val_\d+|(.*[/._])?[Cc]onst(ant)?(?![A-Za-z])\w*(:\d+)?|_v_\d+|t_\d+)"
 )
@@ -224,7 +225,7 @@ def _path(parts: Sequence[str]) -> str:
 
 def _called(node: ir.Node) -> str:
     """Return the module that a node's path says was called, whichever call it is."""
-    if not (node.name or "").startswith("/"):  # as TorchScript's exporter begins them
+    if not _FUSED.sub("", node.name or "").startswith("/"):  # as TorchScript's exporter begins them
         return ""
     return _path([_AGAIN.sub("", part) for part in _scopes(node)])
 

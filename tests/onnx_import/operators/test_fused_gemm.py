@@ -29,12 +29,12 @@ ACTIVATIONS = {
 }
 
 
-def fused(folder, activation):
+def fused(folder, activation, stored="fc.weight"):
     """Return a model with one FusedGemm, its weight ``[out, in]`` and its bias."""
     random = np.random.default_rng(0)
     weight = random.standard_normal((OUT, IN)).astype(np.float32)
     bias = random.standard_normal(OUT).astype(np.float32)
-    names = ["x", "fc.weight", "fc.bias"]
+    names = ["x", stored, "fc.bias"]
     graph = helper.make_graph(
         [
             helper.make_node("Gemm", names, ["p"], "/fc/Gemm", transB=1, alpha=ALPHA, beta=BETA),
@@ -85,6 +85,12 @@ def test_it_takes_an_adapter(slotted, adapter, tmp_path, activation, variants):
     got = made.run(x=x, **tensors)[0]
     np.testing.assert_allclose(got, expected(weight + (a @ b).T, added), atol=1e-5)
     assert np.abs(got - base).max() > 0.05
+
+
+def test_its_name_is_the_products_where_the_weight_has_none(slotted, tmp_path):
+    model = fused(tmp_path, "Relu", "onnx::Gemm_7")[0]
+    assert model.graph.node[0].name == "fused /fc/Gemm"
+    assert [slot.name for slot in slotted(model, "lora").slots] == ["fc"]
 
 
 @pytest.mark.parametrize("without", ["lora_weight", "known_activation"])
