@@ -383,6 +383,21 @@ def test_where_no_rows_can_be_told_apart_the_reasons_are_told(tmp_path):
     import_model(tmp_path / "m.onnx", tmp_path / "out")
 
 
+def test_sparse_weights_are_refused_by_name(tmp_path):
+    make, kind = onnx.helper, onnx.TensorProto
+    node = make.make_node("MatMul", ["x", "layer.weight"], ["y"])
+    ends = [make.make_tensor_value_info(n, kind.FLOAT, ["rows", 3]) for n in "xy"]
+    graph = make.make_graph([node], "g", ends[:1], ends[1:])
+    values = make.make_tensor("layer.weight", kind.FLOAT, [2], [1.0, 2.0])
+    places = make.make_tensor("places", kind.INT64, [2], [0, 4])
+    graph.sparse_initializer.append(make.make_sparse_tensor(values, places, [3, 3]))
+    opsets = [make.make_opsetid("", 18)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    with pytest.raises(LoraportError, match=r"dense, got sparse ones: layer\.weight; store them"):
+        import_model(tmp_path / "m.onnx", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_outputs_that_are_maps_are_refused_with_what_to_do(tmp_path):
     """What scikit-learn's classifiers give; onnx-ir knows no such type."""
     make, kind = onnx.helper, onnx.TensorProto

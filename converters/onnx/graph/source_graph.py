@@ -77,6 +77,7 @@ def read_graph(file: Path) -> ir.Model:
     try:
         proto = inlined(onnx.load(str(file), load_external_data=False), file)
         _refuse_maps(proto, file)
+        _refuse_sparse(proto, file)
         model = ir.from_proto(proto)
     except OSError as error:
         raise LoraportError(f"{file}: cannot be read: {error.strerror or error}") from error
@@ -106,6 +107,15 @@ def _refuse_maps(proto: onnx.ModelProto, file: Path) -> None:
         raise LoraportError(
             f"{file}: expected inputs and outputs that are tensors, got maps: {', '.join(found)}; "
             "export again without ZipMap (skl2onnx: options={'zipmap': False})"
+        )
+
+
+def _refuse_sparse(proto: onnx.ModelProto, file: Path) -> None:
+    """Refuse weights that are stored without their zeros, which onnx-ir does not read."""
+    if found := [each.values.name for each in proto.graph.sparse_initializer]:
+        raise LoraportError(
+            f"{file}: expected initializers that are dense, got sparse ones: {', '.join(found)}; "
+            "store them as dense tensors"
         )
 
 
