@@ -21,8 +21,8 @@ import ast
 import hashlib
 import itertools
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,11 +76,13 @@ def name_sites(sites: Sequence[Site], others: Sequence[Site] = ()) -> list[Named
     groups = _by_weight(sites, weights)
     known = (*groups, *_by_weight(others, weights))
     embedded = {key[0] for key in known if key[1] is ModuleKind.EMBEDDING}
-    readers = Counter(key[:2] for key in groups)
+    readers: dict[tuple[str, ModuleKind], set[str]] = defaultdict(set)
+    for stored, kind, path in groups:
+        readers[stored, kind].add(path)
     names: dict[_Key, str] = {}
     for number, (key, members) in enumerate(groups.items()):
         tied = key[1] is ModuleKind.LINEAR and key[0] in embedded
-        names[key] = _name(members, tied, readers[key[:2]] > 1) or f"{key[1].value}_{number}"
+        names[key] = _name(members, tied, readers[key[:2]]) or f"{key[1].value}_{number}"
     _tell_apart(names, groups, weights)
     found = {id(site): names[key] for key, members in groups.items() for site in members}
     return [NamedSite(found[id(site)], site) for site in sites]
@@ -184,7 +186,7 @@ def weight_of(site: Site) -> Constant | None:
     return max(matrices, key=lambda known: np.prod(known.shape), default=None)
 
 
-def _name(members: Sequence[Site], tied: bool, shared: bool) -> str:
+def _name(members: Sequence[Site], tied: bool, readers: Collection[str]) -> str:
     node = members[0].node
     stored = _stored_name(members[0])
     if _MODULE in node.metadata_props:
@@ -196,7 +198,8 @@ def _name(members: Sequence[Site], tied: bool, shared: bool) -> str:
     if path:
         # Functions are recorded as the module that calls them, with a weight of another.
         return named if named.startswith(f"{path}.") else path
-    if named and not (shared and _called(node)):
+    # Another module reads the weight, too, where the one that it is called by does.
+    if named and not (named in readers and _called(node) not in ("", named)):
         return named
     path = _path(_scopes(node))
     if path and is_module_path(path):
