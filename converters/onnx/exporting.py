@@ -179,7 +179,7 @@ def encoder_inputs(base: str, model: nn.Module) -> dict[str, torch.Tensor]:
     """Return example inputs of an encoder: two tokenized sentences.
 
     Raises:
-        LoraportError: If the model takes something else, or its tokenizer knows no tokens.
+        LoraportError: If the model takes something else, or there is no tokenizer.
     """
     expected = f"base {base}: expected a model that takes tokens alone, got {type(model).__name__}"
     remedy = "export it from Python with converters.onnx.export_torch_module, or as an .onnx file"
@@ -189,11 +189,6 @@ def encoder_inputs(base: str, model: nn.Module) -> dict[str, torch.Tensor]:
     tokenizer = load_tokenizer(base)
     pads = tokenizer.pad_token is not None  # GPT-2's cannot
     rows = [tokenizer(text)["input_ids"] for text in _ENCODER_TEXTS]
-    if not all(rows):
-        raise LoraportError(
-            f"base {base}: expected a tokenizer that makes tokens of text, got one that knows "
-            "none; put the tokenizer's files beside the weights"
-        )
     encoded = tokenizer(
         list(_ENCODER_TEXTS),
         padding=pads,
