@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from converters.low_rank import refactor
+from converters.low_rank import refactor, require_share
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint
@@ -49,8 +49,8 @@ def compose(
             modules that differ in shape, adapters of different bases, sums beyond float32; for an
             energy that is no share.
     """
-    if energy is not None and not 0 < energy <= 1:
-        raise LoraportError(f"--energy: expected a share above 0 and up to 1, got {energy}")
+    if energy is not None:
+        require_share(energy)
     problems = Problems()
     _check(weighted, problems)
     paths = list(dict.fromkeys(path for _, adapter, _ in weighted for path in adapter.modules))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from converters.low_rank import Factors, factor_matrix
+from converters.low_rank import Factors, factor_matrix, require_share
 from converters.merge.base import open_base
 from converters.merge.layout import BaseLayout
 from converters.merge.sources import OpenFiles, open_files
@@ -77,8 +77,8 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
     """
     if (options.rank is None) == (options.energy is None):
         raise LoraportError("extract: expected either a rank or an energy")
-    if options.energy is not None and not 0 < options.energy <= 1:
-        raise LoraportError(f"--energy: expected a share above 0 and up to 1, got {options.energy}")
+    if options.energy is not None:
+        require_share(options.energy)
     base, tuned = open_base(options.base), open_base(options.tuned)
     layout = checkpoint_layout(base)
     before = stored_parameters(base, layout)

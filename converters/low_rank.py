@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loraport.errors import LoraportError
+
 if TYPE_CHECKING:
     import torch
 
@@ -147,3 +149,13 @@ def refactor(
 def _relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
     norm = float(whole.norm())
     return float(difference.norm()) / norm if norm else 0.0
+
+
+def require_share(energy: float) -> None:
+    """Refuse an energy that is no share of a whole.
+
+    Raises:
+        LoraportError: If it is not above 0 and up to 1.
+    """
+    if not 0 < energy <= 1:
+        raise LoraportError(f"--energy: expected a share above 0 and up to 1, got {energy}")

@@ -58,3 +58,12 @@ class Problems:
             return
         lines = [headline, *(f"  - {problem}" for problem in self.found)]
         raise LoraportError("\n".join(lines))
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an error of another library's, or its kind where it says nothing.
+
+    >>> first_line(ValueError("no such axis\n  at ...")), first_line(KeyError())
+    ('no such axis', 'KeyError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

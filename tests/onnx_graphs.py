@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,3 +48,15 @@ def run(model: onnx.ModelProto, **inputs: np.ndarray) -> np.ndarray:
 def only_node(model: onnx.ModelProto) -> ir.Node:
     """Return the node of a single-node model as onnx-ir sees it."""
     return ir.from_proto(model).graph[0]
+
+
+def optimized_by_runtime(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """Return the model as ONNX Runtime saves it at its extended level, operators fused."""
+    plain, file = folder / "plain.onnx", folder / "fused.onnx"
+    onnx.save(model, plain)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(file)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(str(plain), options, providers=["CPUExecutionProvider"])
+    return onnx.load(file)

@@ -155,13 +155,13 @@ def _components(
         tensors[component][key] = tensor
     for component, found_alphas in alphas.items():
         modules = {
-            parsed_key.module_path: key
+            parsed_key.module_path
             for key in tensors[component]
             if (parsed_key := parse_peft_key(key)) and parsed_key.part is Part.LORA_A
         }
-        for path in sorted(found_alphas.keys() - modules.keys()):
+        for path in sorted(found_alphas.keys() - modules):
             problems.add(f"{component}.{path}.alpha", "lora_A and lora_B beside it", "none")
-        for path in sorted(modules.keys() - found_alphas.keys()):
+        for path in sorted(modules - found_alphas.keys()):
             name = f"{component}.{path}.{Part.LORA_A.value}"
             problems.add(name, "an alpha beside it, as other modules have", "none", "add the rank")
     problems.raise_if_any(f"adapter {file} cannot be read")

@@ -38,7 +38,7 @@ from loraport.bundle.base_values import write_base_values
 from loraport.bundle.golden import record_no_golden, write_base_golden
 from loraport.bundle.manifest import MODEL_FILE, REQUIRED_MODEL_FILE, Manifest, write_manifest
 from loraport.bundle.sources import record_base
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, first_line
 from loraport.fingerprint import fingerprint
 from loraport.output import new_directory
 from loraport.parity.tolerances import golden_tolerance, golden_tolerances
@@ -202,7 +202,7 @@ def encoder_inputs(base: str, model: nn.Module) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             model(**inputs)
     except Exception as error:  # whatever the model's own code raises where an input lacks
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise LoraportError(f"{expected}, which fails with them: {first}; {remedy}") from error
     return inputs
 

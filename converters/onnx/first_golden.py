@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from converters.onnx.trial_run import ends_the_process
 from loraport.bundle.golden import record_no_golden, write_base_golden
 from loraport.bundle.manifest import MODEL_FILE, read_manifest
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, first_line
 from loraport.runtime.session import open_session
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _refusal(file: Path, precision: str, inputs: Mapping[str, np.ndarray]) -> _R
     try:
         session.run(None, inputs)
     except Exception as error:  # onnxruntime raises classes of its own without a common base
-        return _Refusal(str(error).strip().splitlines()[0], opened=True)
+        return _Refusal(first_line(error), opened=True)
     return None
 
 

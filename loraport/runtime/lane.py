@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from loraport.bundle.slots import BASE, Control
-from loraport.errors import LoraportError, Problems
+from loraport.errors import LoraportError, Problems, first_line
 from loraport.runtime.resident import ResidentAdapter
 from loraport.runtime.values import as_numpy, as_value
 
@@ -89,7 +89,7 @@ class Lane:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises classes of its own without a common base
             self._refuse_other_types(values)
-            first = str(error).strip().splitlines()[0]
+            first = first_line(error)
             raise LoraportError(f"the model refuses these inputs: {first}") from error
         results = dict(zip(names, binding.get_outputs(), strict=True))
         # A resting lane keeps no outputs; the caller's values live on their own.

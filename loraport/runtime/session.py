@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, first_line
 from loraport.runtime.full_precision import with_float32_activations
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -86,7 +86,7 @@ def open_session(
             disabled_optimizers=_NOT_FOR_HALVES if precision == "fp16" else (),
         )
     except Exception as error:  # onnxruntime raises classes of its own without a common base
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise LoraportError(f"{model}: ONNX Runtime cannot open it: {first}") from error
     if wanted not in session.get_providers():
         available = ", ".join(onnxruntime.get_available_providers())

@@ -44,8 +44,8 @@ def tune(base, rank=3, seed=0):
     return tuned
 
 
-@pytest.mark.parametrize("make_model", [llama, gpt2, bert, ConvNet])
-def test_low_rank_fine_tune_is_found_again(make_model, tmp_path):
+def extracted_from_tuned(make_model, tmp_path):
+    """Return a base, its fine-tune of rank 3 and what is extracted; both are saved there."""
     torch.manual_seed(0)
     base = make_model().eval()
     tuned = tune(base)
@@ -53,6 +53,12 @@ def test_low_rank_fine_tune_is_found_again(make_model, tmp_path):
     save_base(tuned, tmp_path / "tuned")
     options = ExtractOptions(str(tmp_path / "base"), str(tmp_path / "tuned"), rank=3)
     extracted = extract(options, lambda *_: None)
+    return base, tuned, extracted
+
+
+@pytest.mark.parametrize("make_model", [llama, gpt2, bert, ConvNet])
+def test_low_rank_fine_tune_is_found_again(make_model, tmp_path):
+    base, tuned, extracted = extracted_from_tuned(make_model, tmp_path)
     if make_model is not ConvNet:  # without a configuration nothing tells an embedding apart
         write_peft(extracted.adapter, tmp_path / "adapter")
         got = logits(load_with_peft(copy.deepcopy(base), tmp_path / "adapter"))
@@ -73,13 +79,7 @@ def test_low_rank_fine_tune_is_found_again(make_model, tmp_path):
 @pytest.mark.parametrize("make_model", [lambda: llama(tie=True), gpt2, t5])
 def test_a_tied_head_learns_what_its_embedding_learns(make_model, tmp_path):
     """In PEFT, where each has a module of its own, and merged, where both stay one tensor."""
-    torch.manual_seed(0)
-    base = make_model().eval()
-    tuned = tune(base)
-    save_base(base, tmp_path / "base")
-    save_base(tuned, tmp_path / "tuned")
-    options = ExtractOptions(str(tmp_path / "base"), str(tmp_path / "tuned"), rank=3)
-    extracted = extract(options, lambda *_: None)
+    base, tuned, extracted = extracted_from_tuned(make_model, tmp_path)
     assert extracted.errors.keys() == extracted.adapter.modules.keys()
     write_peft(extracted.adapter, tmp_path / "adapter")
     expected = logits(tuned)

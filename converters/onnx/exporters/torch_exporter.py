@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from converters.onnx.exporters.distinct_parameters import distinct_parameters, put_back
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, first_line
 
 DATA_FILE = "model.onnx.data"
 
@@ -85,7 +85,7 @@ def _exported(
         cause: BaseException = error
         while cause.__cause__ is not None:  # what is around it says in which step that was
             cause = cause.__cause__
-        first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        first = first_line(cause)
         raise LoraportError(
             f"torch.onnx.export of {type(module).__name__} failed: {first}"
         ) from error
@@ -102,7 +102,7 @@ def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list
         with torch.no_grad():
             result = module(**inputs)
     except Exception as error:  # whatever the module's own code raises
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise LoraportError(
             f"inputs: expected what {type(module).__name__} takes, got {', '.join(inputs)}, with "
             f"which it fails: {first}"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, first_line
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -65,7 +65,7 @@ def inlined(model: ModelProto, file: Path) -> ModelProto:
                     raise ValueError(f"{function.name} {got}")
         result = inliner.inline_selected_functions(model, list(own), exclude=False)
     except (RuntimeError, RecursionError, ValueError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise LoraportError(
             f"{file}: expected functions that can be put in the place of their calls, got: "
             f"{reason}; inline them with the tool that exported the model"

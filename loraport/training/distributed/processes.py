@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, first_line
 
 T = TypeVar("T")
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -125,7 +125,7 @@ def _reached(exchange: Callable[[], Any]) -> None:
     try:
         exchange()
     except RuntimeError as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise LoraportError(
             f"another process of this run ended or cannot be reached: {first}; "
             "look at what it said, then continue with --resume"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, first_line
 from loraport.training.distributed.sharded_base import repeated_blocks
 
 # One for each kind of batch: rows end to end or padded, one row or several, with and without
@@ -48,7 +48,7 @@ def compiled_layers(
         with torch._dynamo.config.patch(recompile_limit=limit):
             yield
     except torch._dynamo.exc.TorchDynamoException as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise LoraportError(
             f"--compile: {type(layers[0]).__name__} cannot be compiled here: {first}; "
             "leave out --compile"

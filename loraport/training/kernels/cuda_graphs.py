@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, first_line
 from loraport.training import rng
 from loraport.training.base.frozen_base import QUANTIZED
 from loraport.training.data.batches import TokenBatch
@@ -253,7 +253,7 @@ class _Pass:
             cause = error.__context__ or error  # the end of a failed recording fails, too
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            reason = str(cause).strip().splitlines()[0]
+            reason = first_line(cause)
             raise LoraportError(
                 f"--cuda-graphs: a pass of {type(model).__name__} cannot be recorded: {reason}; "
                 "use --no-cuda-graphs"

@@ -1,11 +1,10 @@
 """FusedConv as ONNX Runtime's optimizer writes it: the convolution is taken out."""
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx_graphs import optimized_by_runtime
 
 from loraport.errors import LoraportError
 
@@ -49,13 +48,9 @@ def fused(folder, activation, opset):
         [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
     )
     opsets = [helper.make_opsetid("", opset)]
-    plain, file = folder / "plain.onnx", folder / "fused.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), plain)
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(file)
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    onnxruntime.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
-    model = onnx.load(file)
+    model = optimized_by_runtime(
+        helper.make_model(graph, opset_imports=opsets, ir_version=8), folder
+    )
     assert [node.op_type for node in model.graph.node] == ["FusedConv"]
     return model, torch.from_numpy(kernel).double(), torch.from_numpy(bias).double()
 

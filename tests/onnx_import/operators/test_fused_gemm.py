@@ -1,12 +1,10 @@
 """FusedGemm as ONNX Runtime's optimizer writes it: the product is taken out."""
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from onnx_graphs import DOMAINS
+from onnx_graphs import DOMAINS, optimized_by_runtime
 
 from loraport.errors import LoraportError
 
@@ -45,15 +43,9 @@ def fused(folder, activation, stored="fc.weight"):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", OUT])],
         [numpy_helper.from_array(a, n) for a, n in zip((weight, bias), names[1:], strict=True)],
     )
-    plain, file = folder / "plain.onnx", folder / "fused.onnx"
-    model = helper.make_model(graph, opset_imports=DOMAINS[:1], ir_version=10)
-    onnx.save(model, plain)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(file)
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    onnxruntime.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
-    model = onnx.load(file)
+    model = optimized_by_runtime(
+        helper.make_model(graph, opset_imports=DOMAINS[:1], ir_version=10), folder
+    )
     assert [node.op_type for node in model.graph.node] == ["FusedGemm"]
     return model, torch.from_numpy(weight).double(), torch.from_numpy(bias).double()
 
