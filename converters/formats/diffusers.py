@@ -125,7 +125,7 @@ def _components(
     foreign = [name for name, found in parsed.items() if found is None]
     if foreign or not parsed:
         raise LoraportError(
-            f"adapter {file}: expected keys of {', '.join(COMPONENTS)}, got "
+            f"adapter {file}: expected keys of {', '.join((*COMPONENTS, ORIGINAL_MODEL))}, got "
             f"{', '.join(foreign[:3]) or 'none'}"
         )
     problems = Problems()
