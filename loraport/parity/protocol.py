@@ -42,6 +42,7 @@ from loraport.runtime.values import torch_of
 
 _GREEDY_TOKENS = 12
 _GREEDY_PROMPTS = 3
+_MERGED_SAMPLES = 4
 _SHOWN = 5
 
 Inputs = Mapping[str, np.ndarray]
@@ -191,13 +192,16 @@ class Protocol:
         return Check(f"adapter {name}: packed = source", not wrong, detail or count)
 
     def _torch_merged(self, name: str, changes: Changes) -> Check:
-        comparisons = []
-        for sample in self._samples[:4]:
-            with adapted(self._model, changes):
-                beside = torch_outputs(self._model, sample.torch)
-            with merged(self._model, changes):
-                into = torch_outputs(self._model, sample.torch)
-            comparisons += [compare(b, m) for b, m in zip(beside, into, strict=True)]
+        samples = self._samples[:_MERGED_SAMPLES]
+        with adapted(self._model, changes):
+            beside = [torch_outputs(self._model, sample.torch) for sample in samples]
+        with merged(self._model, changes):
+            into = [torch_outputs(self._model, sample.torch) for sample in samples]
+        comparisons = [
+            compare(b, m)
+            for pair in zip(beside, into, strict=True)
+            for b, m in zip(*pair, strict=True)
+        ]
         found = worst(comparisons)
         return Check(
             f"adapter {name}: torch merged = beside", found.within(self._tolerance), "", found
