@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from converters.low_rank import Factors, factor_matrix, require_share
-from converters.merge.base import open_base
 from converters.merge.layout import BaseLayout
+from converters.merge.opening import open_base
 from converters.merge.sources import OpenFiles, open_files
 from converters.stored_parameters import StoredParameter, checkpoint_layout, stored_parameters
 from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from loraport.fingerprint import BaseFingerprint
 from loraport.scaling import lora_scaling
-from loraport.update import LowRankUpdate
 
 if TYPE_CHECKING:
     import torch
@@ -80,20 +79,6 @@ class LoraModule:
             "magnitude": self.magnitude,
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def lower(self, base_weight: torch.Tensor | None = None) -> LowRankUpdate:
-        """Return the canonical form of this module's update.
-
-        Args:
-            base_weight: The base's weight as stored; only variants whose update depends on
-                it (DoRA) need it.
-
-        Raises:
-            LoraportError: If the variant needs ``base_weight`` and it is missing.
-        """
-        from loraport.variants import lower
-
-        return lower(self, base_weight)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,7 @@ from loraport.base_weights import StoredWeights
 from loraport.errors import LoraportError, Problems
 from loraport.naming import is_module_path, parse_slot_input, slot_saved
 from loraport.output import new_file, refuse_existing
+from loraport.variants import lower
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +165,7 @@ def _gain(
         problems.add(path, "the base, which a DoRA magnitude takes here", "none", "give --base")
         return None
     try:
-        return module.lower(weights(path)).gain
+        return lower(module, weights(path)).gain
     except LoraportError as error:
         problems.add(path, "the base's weight, which a DoRA magnitude takes here", str(error))
         return None

@@ -10,11 +10,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from converters.merge.base import BaseCheckpoint, open_base
+from converters.merge.base import BaseCheckpoint
 from converters.merge.changes import touched_parameters
 from converters.merge.inputs import read_adapters
 from converters.merge.layout import BaseLayout, base_layout
 from converters.merge.model_files import write_model_files
+from converters.merge.opening import open_base
 from converters.merge.options import MergeOptions
 from converters.merge.plan import MergePlan, TensorPlan
 from converters.merge.planning import plan_merge

@@ -19,6 +19,7 @@ from loraport.errors import LoraportError, Problems
 from loraport.naming import weight_name
 from loraport.storage import is_transposed, stores_in_out
 from loraport.update import LowRankUpdate
+from loraport.variants import lower
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +94,7 @@ def changes_of(
             module = replace(module, fan_in_fan_out=turned)
             try:
                 is_transposed(module, tuple(weight.shape))
-                update = module.lower(weight.detach().cpu())
+                update = lower(module, weight.detach().cpu())
             except LoraportError as error:
                 problems.add(path, "an update that fits the base", str(error))
                 continue

@@ -17,7 +17,8 @@ from loraport.sweep.choose import choose
 from loraport.sweep.groups import most_together
 from loraport.sweep.observer import SilentSweep, SweepObserver
 from loraport.sweep.options import SweepOptions
-from loraport.sweep.result import SweepResult, sweep_result, write_result
+from loraport.sweep.output import write_result
+from loraport.sweep.result import SweepResult, sweep_result
 from loraport.sweep.rounds import ThisProcess, Trainers, train_all
 from loraport.sweep.spread import Cluster, connect
 from loraport.sweep.store import Store

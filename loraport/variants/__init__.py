@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from loraport.adapter import ModuleKind
+from loraport.adapter import LoraModule, ModuleKind
 from loraport.errors import LoraportError
 from loraport.update import LowRankUpdate
 from loraport.variants import bias, dora
 
 if TYPE_CHECKING:
     import torch
-
-    from loraport.adapter import LoraModule
 
 
 def ungrouped_b(module: LoraModule) -> torch.Tensor:
@@ -49,7 +47,17 @@ _VARIANTS: tuple[Refine, ...] = (bias.refine, dora.refine)
 
 
 def lower(module: LoraModule, base_weight: torch.Tensor | None = None) -> LowRankUpdate:
-    """Lower one module to the canonical form; see `LoraModule.lower`."""
+    """Return the canonical form of a module's update.
+
+    Args:
+        module: Of any variant.
+        base_weight: The base's weight as stored; only variants whose update depends on
+            it (DoRA) need it.
+
+    Raises:
+        LoraportError: If it adapts no module, or needs ``base_weight`` and that is missing or
+            does not fit.
+    """
     if module.kind is ModuleKind.EXPERTS:
         raise LoraportError(
             "LoRA on a parameter rather than a module (fused experts above all): expected a "

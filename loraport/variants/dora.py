@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loraport.errors import LoraportError
+from loraport.storage import stored_as_out_in
 from loraport.update import LowRankUpdate
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ def refine(
             "DoRA: expected the base weight, which its gain depends on, got none; "
             "give the base the adapter was trained on"
         )
-    from loraport.storage import stored_as_out_in
-
     if module.groups > 1:
         raise LoraportError(
             "DoRA on a convolution with groups: expected groups=1; train plain LoRA"

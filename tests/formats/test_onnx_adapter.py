@@ -12,6 +12,7 @@ from peft_cases import load_with_peft, logits
 
 from converters.formats.registry import read_adapter, write_adapter
 from loraport.errors import LoraportError
+from loraport.variants import lower
 
 
 def _session(weight: np.ndarray, path: str) -> onnxruntime.InferenceSession:
@@ -75,9 +76,9 @@ def test_the_file_stands_without_its_sidecar(case_of, tmp_path) -> None:
     (tmp_path / "x.onnx_adapter.json").unlink()
     back = read_adapter(tmp_path / "x.onnx_adapter")
     for path, module in adapter.modules.items():
-        expected = module.lower().delta(torch.float64)
+        expected = lower(module).delta(torch.float64)
         torch.testing.assert_close(
-            back.modules[path].lower().delta(torch.float64), expected, rtol=1e-5, atol=1e-6
+            lower(back.modules[path]).delta(torch.float64), expected, rtol=1e-5, atol=1e-6
         )
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converters.merge import MergeOptions, make_plan
-from converters.merge.base import open_base
+from converters.merge.opening import open_base
 from converters.merge.sources import open_files
 from loraport.errors import LoraportError
 

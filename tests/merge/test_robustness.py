@@ -22,6 +22,7 @@ from converters.merge import MergeOptions, make_plan
 from loraport.cli import cli
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft, write_peft
+from loraport.variants import lower
 
 
 def write_base(path, rows=4, columns=6, layers=1, dtype=torch.float32):
@@ -349,6 +350,6 @@ def test_nonsense_in_a_base_s_config_is_no_traceback(damage, tmp_path):
     if result.exit_code == 0:
         name = "model.layers.1.self_attn.q_proj.weight"
         module = read_peft(made.path).modules[name.removesuffix(".weight")]
-        wanted = load_file(tmp_path / "base/model.safetensors")[name] + module.lower().delta()
+        wanted = load_file(tmp_path / "base/model.safetensors")[name] + lower(module).delta()
         got = load_file(tmp_path / "out/model.safetensors")[name]
         assert torch.allclose(got, wanted, rtol=0, atol=1e-6)

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from loraport.errors import LoraportError
 from loraport.training import LoraOptions, adapter_of, attach
 from loraport.training.lora.layers import lora_layer_for
+from loraport.variants import lower
 
 # PEFT asks transformers in a way that is going out of use.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -102,7 +103,7 @@ def test_equals_the_merged_weight(name):
     ours, layer, _, _ = both(make)
     x = make_input()
     x = x.double() if x.is_floating_point() else x
-    delta = adapter_of(ours).modules["fc"].lower().delta(torch.float64)
+    delta = lower(adapter_of(ours).modules["fc"]).delta(torch.float64)
     merged = copy.deepcopy(layer.base_layer)
     transposed = layer.fan_in_fan_out or isinstance(merged, nn.Embedding)
     with torch.no_grad():
@@ -120,7 +121,7 @@ def test_convolutions_that_peft_cannot_do_equal_the_merged_weight(layer):
     nn.init.normal_(lora.lora_B)
     x = torch.randn(2, 3, *(7,) * (layer.weight.dim() - 2), dtype=torch.float64)
     merged = copy.deepcopy(layer)
-    delta = adapter_of(model).modules["fc"].lower().delta(torch.float64)
+    delta = lower(adapter_of(model).modules["fc"]).delta(torch.float64)
     with torch.no_grad():
         merged.weight += delta.reshape(merged.weight.shape)
     torch.testing.assert_close(model(x), merged(x), **TOLERANCE)

@@ -10,7 +10,6 @@ from torch import nn
 from loraport.errors import LoraportError
 from loraport.peft_layout.write import write_peft
 from loraport.training import LoraOptions, adapter_of, attach
-from loraport.training.lora.base_rows import float_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
@@ -123,9 +122,9 @@ def test_the_weight_of_a_quantized_base_is_the_one_it_computes_with(bits):
         computed = model(torch.eye(64)).T
     layer = attach(model, LoraOptions(rank=3, use_dora=True, targets=("0",)))["0"]
     # 8 bits: the input is rounded to 8 bits as well; those of the identity are exact.
-    torch.testing.assert_close(float_weight(layer).float(), computed, rtol=0, atol=2e-3)
+    torch.testing.assert_close(layer.float_weight().float(), computed, rtol=0, atol=2e-3)
     assert (plain.weight - computed).abs().max() > (1e-2 if bits == 4 else 1e-4)
-    torch.testing.assert_close(layer.magnitude, float_weight(layer).float().norm(dim=1))
+    torch.testing.assert_close(layer.magnitude, layer.float_weight().float().norm(dim=1))
 
 
 @pytest.mark.parametrize("more", [{"alpha": -4}, {"alpha": 4, "alpha_pattern": {"q_proj": -4}}])

@@ -10,6 +10,7 @@ from loraport.adapter import ModuleKind
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft
 from loraport.storage import stored_as_out_in
+from loraport.variants import lower
 
 # PEFT merges both of a tied pair into one tensor, which changes the other one too or adds the
 # update twice; its merge is no reference there.
@@ -37,7 +38,7 @@ def test_canonical_form_is_pefts_merge(name, tmp_path):
         base = made.base.get_submodule(path)
         # The class decides, as PEFT's flag may be wrong for one of several.
         module = replace(module, fan_in_fan_out=type(base).__name__ == "Conv1D")
-        update = module.lower(base.weight)
+        update = lower(module, base.weight)
         weight = stored_as_out_in(base.weight, module)
         expected = stored_as_out_in(merged.get_submodule(path).weight, module)
         got = canonical(update, weight)
@@ -60,7 +61,7 @@ def test_grouped_convolution_as_peft_runs_it(tmp_path):
     )
     layer = made.peft_model.get_submodule("base_model.model.grouped")
     x = torch.randn(2, 12, 5, 5, generator=torch.Generator().manual_seed(0))
-    update = module.lower()
+    update = lower(module)
     with torch.no_grad():
         kernel = update.delta().reshape(6, 12, 3, 3)
         expected = layer(x)
@@ -84,4 +85,4 @@ def test_storage_is_judged_by_shape_where_it_can_be(tmp_path):
 def test_dora_without_its_base_is_refused(tmp_path):
     module = next(iter(read_peft(make("dora", tmp_path / "a").path).modules.values()))
     with pytest.raises(LoraportError, match="expected the base weight"):
-        module.lower()
+        lower(module)

@@ -17,6 +17,7 @@ from loraport.bundle.slots import Slot, SlotMember, SlotTable
 from loraport.errors import LoraportError, Problems
 from loraport.naming import slot_gain, weight_name
 from loraport.update import LowRankUpdate, weighted_sum
+from loraport.variants import lower
 
 MERGE = "merge the adapter and export that"
 
@@ -128,7 +129,7 @@ class _Fitter:
             if weight is None:
                 return
         try:
-            update = module.lower(weight)
+            update = lower(module, weight)
         except LoraportError as error:
             add(path, "an update that the slot can take", str(error))
             return

@@ -13,6 +13,7 @@ from loraport.errors import Problems
 from loraport.training.lora.inject import BeforeAttach, freeze, insert, refuse_attached
 from loraport.training.lora.layers import lora_layer_for
 from loraport.training.lora.lora_layer import LoraLayer
+from loraport.variants import lower
 
 
 def load_into(model: nn.Module, adapter: Adapter) -> dict[str, LoraLayer]:
@@ -84,7 +85,7 @@ def _refine(layer: LoraLayer, module: LoraModule) -> None:
     """Set what the canonical form has beyond low rank."""
     weight = layer.base_layer.weight
     assert isinstance(weight, torch.Tensor)
-    update = replace(module, fan_in_fan_out=layer.fan_in_fan_out).lower(weight.detach().cpu())
+    update = lower(replace(module, fan_in_fan_out=layer.fan_in_fan_out), weight.detach().cpu())
     device, dtype = layer.lora_A.device, layer.lora_A.dtype
     if update.gain is not None:
         # The gain was computed from these very matrices: they are fixed with it.

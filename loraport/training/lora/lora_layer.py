@@ -15,6 +15,7 @@ from torch import nn
 
 from loraport.adapter import ModuleKind
 from loraport.scaling import lora_scaling
+from loraport.training.lora.base_rows import float_weight
 from loraport.training.lora.dora import row_norms, row_squares
 from loraport.training.lora.principal import principal_matrices
 
@@ -119,6 +120,11 @@ class LoraLayer(nn.Module):
         """Shape a vector ``[out]`` so that it broadcasts over the output."""
         return vector
 
+    def float_weight(self) -> torch.Tensor:
+        """Return the base's weight as ``[out, in]`` in a floating dtype."""
+        turned = self.fan_in_fan_out or self.kind is ModuleKind.EMBEDDING
+        return float_weight(self.base_layer, stored_in_out=turned)
+
     def fan_in(self) -> int:
         """Return how many inputs one row of ``A`` sums over."""
         return self.lora_A[0].numel()
@@ -160,7 +166,8 @@ class LoraLayer(nn.Module):
         """Return the factor on each output, ``[out]``; ``None`` for plain LoRA."""
         if self.magnitude is None or self.squares is None:
             return self.gain
-        return self.magnitude / row_norms(self, self.squares)
+        a, b = (matrix.flatten(1) for matrix in self.matrices())
+        return self.magnitude / row_norms(self.float_weight(), self.squares, a, b, self.scaling)
 
     @torch.no_grad()
     def reset(self, init: Init, generator: torch.Generator, *, use_dora: bool = False) -> None:
@@ -186,11 +193,14 @@ class LoraLayer(nn.Module):
         self.lora_A.copy_(drawn)
         self.lora_B.zero_()
         if init in ("pissa", "olora"):
-            self.initial_A, self.initial_B = principal_matrices(
-                self, init, generator.initial_seed()
+            weight = self.float_weight().to(self.lora_A.dtype)
+            a, b = principal_matrices(
+                weight, self.rank, self.scaling, init, generator.initial_seed()
             )
+            self.initial_A = a.reshape(self.lora_A.shape)
+            self.initial_B = b.reshape(self.lora_B.shape)
             self.lora_A.copy_(self.initial_A)
             self.lora_B.copy_(self.initial_B)
         if use_dora:
-            self.squares = row_squares(self)
+            self.squares = row_squares(self.float_weight(), self.lora_A.dtype)
             self.magnitude = nn.Parameter(self.squares.sqrt())

@@ -8,26 +8,24 @@ that. So nothing is rounded into the base, it may be quantized, and there is no 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from loraport.errors import LoraportError
-from loraport.training.lora.base_rows import float_weight
-
-if TYPE_CHECKING:
-    from loraport.training.lora.lora_layer import LoraLayer
 
 _WHOLE_UP_TO = 1024  # smaller side of a weight that is decomposed wholly; larger ones iteratively
 _ITERATIONS, _MORE = 8, 8
 
 
 @torch.no_grad()
-def principal_matrices(layer: LoraLayer, init: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``A0`` and ``B0`` in the shapes and dtype of a layer's own.
+def principal_matrices(
+    weight: torch.Tensor, rank: int, scaling: float, init: str, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``A0`` ``[rank, in]`` and ``B0`` ``[out, rank]``.
 
     Args:
-        layer: A layer of a single group.
+        weight: ``[out, in]``, in the dtype of the result.
+        rank: Of the two.
+        scaling: Factor on their product.
         init: ``pissa``: the weight's principal singular vectors, each side with the root of the
             singular value (Meng et al. 2024, arXiv:2404.02948). ``olora``: the first columns of
             Q and rows of R of its QR decomposition (Büyükakyüz 2024, arXiv:2406.01775).
@@ -36,18 +34,15 @@ def principal_matrices(layer: LoraLayer, init: str, seed: int) -> tuple[torch.Te
     Raises:
         LoraportError: If the rank is larger than the weight's.
     """
-    weight = float_weight(layer).to(layer.lora_A.dtype)
-    rank, most = layer.rank, min(weight.shape)
+    most = min(weight.shape)
     if rank > most:
         raise LoraportError(f"init {init}: expected a rank up to the weight's {most}, got {rank}")
     if init == "olora":
         q, r = torch.linalg.qr(weight)
-        a, b = r[:rank], q[:, :rank]
-    else:
-        u, values, v = _singular(weight, rank, seed)
-        roots = (values / layer.scaling).sqrt()
-        a, b = roots[:, None] * v.T, u * roots
-    return a.reshape(layer.lora_A.shape), b.reshape(layer.lora_B.shape)
+        return r[:rank], q[:, :rank]
+    u, values, v = _singular(weight, rank, seed)
+    roots = (values / scaling).sqrt()
+    return roots[:, None] * v.T, u * roots
 
 
 def _singular(
