@@ -35,7 +35,7 @@ from loraport.base_model import (
     resolve_base,
 )
 from loraport.bundle.base_values import write_base_values
-from loraport.bundle.golden import record_no_golden, write_base_golden
+from loraport.bundle.golden import record_no_golden
 from loraport.bundle.manifest import MODEL_FILE, REQUIRED_MODEL_FILE, Manifest, write_manifest
 from loraport.bundle.sources import record_base
 from loraport.errors import LoraportError, first_line
@@ -43,6 +43,7 @@ from loraport.fingerprint import fingerprint
 from loraport.output import new_directory
 from loraport.parity.tolerances import golden_tolerance, golden_tolerances
 from loraport.runtime.generation import GENAI_CONFIG
+from loraport.runtime.recording import write_base_golden
 
 GOLDEN_TEXT = "The port keeps its light on."
 _ENCODER_TEXTS = ("The port keeps its light on.", "Ships swap their cargo here.")

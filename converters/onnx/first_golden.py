@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.onnx.trial_run import ends_the_process
-from loraport.bundle.golden import record_no_golden, write_base_golden
+from loraport.bundle.golden import record_no_golden
 from loraport.bundle.manifest import MODEL_FILE, read_manifest
 from loraport.errors import LoraportError, first_line
+from loraport.runtime.recording import write_base_golden
 from loraport.runtime.session import open_session
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ def bundle() -> None:
 @click.argument("directory", type=_BUNDLE)
 def check(directory: Path) -> None:
     """Check BUNDLE's manifest, file hashes and golden outputs on this machine."""
-    from loraport.bundle.replay import replay_golden
     from loraport.cli.reports import print_golden
+    from loraport.runtime.replay import replay_golden
 
     replayed = replay_golden(directory)
     print_golden(replayed)

@@ -11,9 +11,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from loraport.bundle.replay import GoldenResult
     from loraport.cli.descriptions import Description
     from loraport.parity import Verification
+    from loraport.runtime.replay import GoldenResult
 
 _PIPED_WIDTH = 150
 

@@ -14,12 +14,12 @@ import numpy as np
 from loraport.bundle.base_values import BaseValues
 from loraport.bundle.golden import golden_reason
 from loraport.bundle.manifest import REQUIRED_MODEL_FILE
-from loraport.bundle.replay import replay
 from loraport.errors import LoraportError
 from loraport.parity.check import Check
 from loraport.parity.metrics import compare, worst
 from loraport.parity.tolerances import Tolerance
 from loraport.runtime import Lane, Runtime
+from loraport.runtime.replay import replay
 from loraport.runtime.resident import read_packed
 from loraport.runtime.session import open_session
 from loraport.runtime.values import FLOATS, as_numpy

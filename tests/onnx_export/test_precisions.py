@@ -19,12 +19,12 @@ from loraport.adapter import Adapter, Replacement
 from loraport.base_model import load_model
 from loraport.bundle.golden import base_inputs, golden_reason
 from loraport.bundle.manifest import read_manifest
-from loraport.bundle.replay import replay_golden
 from loraport.cli.verify import _reference_model
 from loraport.errors import LoraportError
 from loraport.parity import verify_bundle
 from loraport.parity.changes import changes_of
 from loraport.runtime import Runtime
+from loraport.runtime.replay import replay_golden
 from loraport.runtime.resident import read_packed
 
 

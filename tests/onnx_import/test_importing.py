@@ -21,10 +21,10 @@ from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.bundle.golden import golden_reason
 from loraport.bundle.manifest import check_files, read_manifest
-from loraport.bundle.replay import replay_golden
 from loraport.bundle.sources import base_source, record_adapter
 from loraport.errors import LoraportError
 from loraport.runtime import Runtime
+from loraport.runtime.replay import replay_golden
 
 
 def arrays(seed=1):

@@ -8,7 +8,7 @@ from onnx_graphs import DOMAINS, session
 
 from converters.onnx.importing import ImportOptions, import_model
 from loraport.bundle.manifest import read_manifest
-from loraport.bundle.replay import replay_golden
+from loraport.runtime.replay import replay_golden
 
 FEATURES, STEPS = 5, 4
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL

@@ -14,9 +14,9 @@ from converters.onnx import add_adapters, importing
 from converters.onnx.importing import ImportOptions, import_model
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.bundle.manifest import check_files, read_manifest
-from loraport.bundle.replay import replay_golden
 from loraport.errors import LoraportError
 from loraport.runtime import Runtime
+from loraport.runtime.replay import replay_golden
 
 OPERATORS = {"int8": "MatMulInteger", "int4": "MatMulNBits", "fp16": "Cast"}
 # Rounding of weights and activations, against PyTorch in float32.

@@ -12,8 +12,8 @@ from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters
 from converters.onnx.importing import import_model
 from loraport.bundle.manifest import read_manifest
-from loraport.bundle.replay import replay_golden
 from loraport.runtime import Runtime
+from loraport.runtime.replay import replay_golden
 
 KINDS = ("qdq", "qdq pairs", "qoperator", "fused dynamic")
 OPERATORS = {

@@ -227,7 +227,7 @@ class TestSwaps:
 
 _USE = """
 import sys
-from loraport.bundle.replay import replay
+from loraport.runtime.replay import replay
 from loraport.runtime import Runtime, Sampling, generate
 
 runtime = Runtime(sys.argv[1])

@@ -16,8 +16,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from converters.onnx.graph.torch_dtypes import TORCH_DTYPES
 from converters.onnx.modules.graph_names import NamedSite
-from converters.onnx.slots.slot_tensors import TORCH_DTYPES
 from loraport.adapter import ModuleKind
 from loraport.naming import bias_name, is_module_path, weight_name
 

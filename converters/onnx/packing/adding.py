@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from converters.onnx.modules.base_parameters import BaseParameters
 from converters.onnx.packing.pack import PackedAdapter, pack
 from loraport.adapter import Adapter
-from loraport.bundle.golden import base_inputs, golden_reason, write_golden
+from loraport.bundle.golden import base_inputs, golden_reason
 from loraport.bundle.manifest import BundledAdapter, Manifest, read_manifest, write_manifest
 from loraport.errors import LoraportError, Problems
 from loraport.output import new_file
+from loraport.runtime.recording import write_golden
 from loraport.runtime.values import as_value, numpy_of
 
 ADAPTERS_DIRECTORY = "adapters"

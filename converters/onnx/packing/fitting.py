@@ -10,8 +10,9 @@ from typing import Protocol
 import onnx_ir as ir
 import torch
 
+from converters.onnx.graph.torch_dtypes import TORCH_DTYPES
 from converters.onnx.packing.token_rows import rows_misfit, token_update
-from converters.onnx.slots.slot_tensors import TORCH_DTYPES, require_finite
+from converters.onnx.slots.slot_tensors import require_finite
 from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.bundle.slots import Slot, SlotMember, SlotTable
 from loraport.errors import LoraportError, Problems

@@ -13,8 +13,8 @@ import onnx_ir as ir
 import torch
 
 from converters.onnx.graph.source_graph import MappedTensor
+from converters.onnx.graph.torch_dtypes import TORCH_DTYPES
 from converters.onnx.modules.holders import Holder, Holders
-from converters.onnx.slots.slot_tensors import TORCH_DTYPES
 from loraport.bundle.slots import ReplacementSlot
 from loraport.errors import Problems
 from loraport.naming import names_parameter, slot_saved

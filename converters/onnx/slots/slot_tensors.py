@@ -13,18 +13,12 @@ from collections.abc import Mapping
 import onnx_ir as ir
 import torch
 
+from converters.onnx.graph.torch_dtypes import TORCH_DTYPES
 from converters.rounded_factors import rounded_factors
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot
 from loraport.errors import Problems
 from loraport.update import LowRankUpdate
-
-TORCH_DTYPES = {
-    "FLOAT": torch.float32,
-    "FLOAT16": torch.float16,
-    "BFLOAT16": torch.bfloat16,
-    "DOUBLE": torch.float64,
-}
 
 
 def slot_tensors(slot: Slot, updates: Mapping[str, LowRankUpdate]) -> dict[str, torch.Tensor]:

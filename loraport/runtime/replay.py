@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loraport.bundle.golden import read_golden
-
-if TYPE_CHECKING:
-    from loraport.runtime import Runtime
+from loraport.runtime.model import Runtime
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,6 @@ def replay_golden(bundle: Path, *, provider: str = "cpu") -> list[GoldenResult]:
     Raises:
         LoraportError: If the bundle is damaged.
     """
-    from loraport.runtime import Runtime
-
     return replay(Runtime(bundle, provider=provider))
 
 
