@@ -43,6 +43,28 @@ NUMPY_DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+# And in torch, which some of it knows only since later versions.
+_TORCH_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "C64": "complex64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 
 
 @dataclass(frozen=True)
@@ -154,14 +176,22 @@ class Checkpoint:
         Raises:
             LoraportError: If there is none of this name or its bytes cannot be read.
         """
-        from safetensors import SafetensorError, safe_open
+        import torch
 
+        # Not by the format's library, which parses the whole header again for every tensor.
         info = self.info(name)
+        dtype = getattr(torch, _TORCH_DTYPES.get(info.dtype, ""), None)
         try:
-            with safe_open(info.file, framework="pt") as file:
-                tensor: torch.Tensor = file.get_slice(name)[part] if part else file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            if dtype is None:
+                raise LoraportError(f"expected a dtype that torch has, got {info.dtype}")
+            content = _content(info, mapped=bool(part))
+        except (LoraportError, OSError) as error:
             raise LoraportError(f"tensor {name!r} of {info.file}: {error}") from error
+        # As integers, since numpy has not all dtypes.
+        numbers = content.view(f"i{_BITS[info.dtype] // 8}").reshape(info.shape)
+        if part:
+            numbers = numbers[part].copy()
+        tensor: torch.Tensor = torch.from_numpy(numbers).view(dtype)
         return tensor
 
     def load_array(self, name: str) -> np.ndarray:
@@ -173,9 +203,21 @@ class Checkpoint:
         """
         info = self.info(name)
         try:
-            return info.array(np.fromfile(info.file, np.uint8, info.nbytes, offset=info.start))
-        except (LoraportError, OSError, ValueError) as error:
+            return info.array(_content(info))
+        except (LoraportError, OSError) as error:
             raise LoraportError(f"tensor {name!r} of {info.file}: {error}") from error
+
+
+def _content(info: TensorInfo, *, mapped: bool = False) -> np.ndarray:
+    """Return a tensor's bytes, uint8 ``[nbytes]``: read, or mapped where a part is wanted."""
+    there = info.file.stat().st_size - info.start
+    if there < info.nbytes:
+        raise LoraportError(
+            f"expected {info.nbytes} bytes, got {max(there, 0)}; the file changed while being read"
+        )
+    if mapped and info.nbytes:
+        return np.memmap(info.file, np.uint8, "r", info.start, (info.nbytes,))
+    return np.fromfile(info.file, np.uint8, info.nbytes, offset=info.start)
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

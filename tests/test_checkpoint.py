@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from loraport.checkpoint import Checkpoint, read_header
@@ -39,6 +40,55 @@ def test_reads_what_safetensors_writes(tmp_path):
         info = checkpoint.info(name)
         raw = file.read_bytes()[info.start : info.start + info.nbytes]
         assert torch.equal(torch.frombuffer(bytearray(raw), dtype=tensor.dtype), tensor.flatten())
+
+
+DTYPES = "float64 float32 float16 bfloat16 complex64 int64 int32 int16 int8 uint64 uint32 uint16"
+DTYPES += " uint8 bool float8_e4m3fn float8_e5m2 float8_e8m0fnu"
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (), (0, 4), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", DTYPES.split())
+def test_every_dtype_and_any_part_is_what_safetensors_reads(dtype, shape, tmp_path):
+    numbers = torch.randint(1, 99, shape)
+    tensor = numbers.to(getattr(torch, dtype))
+    file = tmp_path / "model.safetensors"
+    save_file({"one": torch.ones(3, dtype=torch.int8), "x": tensor}, file)  # x begins anywhere
+    checkpoint = Checkpoint(file)
+    parts = [(), (slice(1, 2),), (slice(None), slice(1, 3))][: 1 + len(shape)]
+    for part in parts:
+        with safe_open(file, "pt") as opened:
+            expected = opened.get_slice("x")[part] if part else opened.get_tensor("x")
+        got = checkpoint.load_part("x", *part)
+        assert got.dtype == expected.dtype
+        assert got.shape == expected.shape
+        assert bits(got) == bits(expected) == bits(tensor[part])
+
+
+def bits(tensor):
+    return tensor.contiguous().flatten().view(torch.uint8).tolist()
+
+
+def test_the_header_is_read_once(tmp_path):
+    """Parsed again for each of the tensors that it lists, it takes minutes for thousands."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(SOUND)
+    checkpoint = Checkpoint(file)
+    start = min(checkpoint.info(name).start for name in checkpoint)
+    file.write_bytes(b"?" * start + SOUND[start:])
+    for name, tensor in TENSORS.items():
+        assert torch.equal(checkpoint.load(name), tensor)
+        assert torch.equal(checkpoint.load_part(name, slice(1, 2)), tensor[1:2])
+
+
+def test_a_file_cut_short_since_it_was_opened(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(SOUND)
+    checkpoint = Checkpoint(file)
+    file.write_bytes(SOUND[:-1])
+    last = max(checkpoint, key=lambda name: checkpoint.info(name).start)
+    for part in ((), (slice(0, 1),)):
+        with pytest.raises(LoraportError, match=rf"tensor '{last}' of .*expected .* bytes, got"):
+            checkpoint.load_part(last, *part)
 
 
 def sharded(tmp_path, weight_map=None):
