@@ -6,8 +6,9 @@ The first of these that gives a name:
    ``torch.onnx.export(dynamo=True)`` records on its nodes;
 2. the initializer's name, where it is a parameter's: ``encoder.layer.0.query.weight``;
 3. the node's name, where it is a path: ``/encoder/layer.0/query/MatMul``;
-4. the initializer's name, whatever it is, unless it is anonymous (``onnx::MatMul_1234``);
-5. what it is (`linear`, `embedding`, `conv`) and its number.
+4. the name of the bias that is added to its product, where it is a parameter's;
+5. the initializer's name, whatever it is, unless it is anonymous (``onnx::MatMul_1234``);
+6. what it is (`linear`, `embedding`, `conv`) and its number.
 
 One weight has one name wherever it is used, unless the exporter recorded several modules that share
 it, or the paths of its nodes are of several; TorchScript's exporter calls the second call of ``up``
@@ -30,6 +31,7 @@ import onnx_ir as ir
 
 from converters.onnx.graph.constants import Constant, constant
 from converters.onnx.graph.site import Site
+from converters.onnx.modules.bias_names import named_by_bias
 from loraport.adapter import ModuleKind
 from loraport.naming import is_module_path
 
@@ -206,6 +208,8 @@ def _name(members: Sequence[Site], tied: bool, readers: Collection[str]) -> str:
         return path
     if tied:
         return HEAD
+    if by_bias := named_by_bias(members):
+        return by_bias
     if stored and not _ANONYMOUS.fullmatch(stored):
         return _clean_path(stored)
     return _clean_path(node.name) if node.name else ""
