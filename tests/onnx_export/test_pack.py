@@ -163,6 +163,35 @@ def test_everything_that_does_not_fit_is_named_at_once():
     assert str(refused.value).count("\n  - ") == 9
 
 
+def test_slots_of_the_shape_whose_names_a_tool_lost_are_told():
+    lost = [
+        Slot("Attention_0_qkv", IN, 3 * IN, "FLOAT", (SlotMember("Attention_0_qkv", 0, 3 * IN),)),
+        Slot("node_MatMul_7", IN, IN, "FLOAT", (SlotMember("node_MatMul_7", 0, IN),)),
+        Slot("node_MatMul_9", IN + 1, IN, "FLOAT", (SlotMember("node_MatMul_9", 0, IN),)),
+        Slot(Q, IN, IN, "FLOAT", (SlotMember(Q, 0, IN),)),
+    ]
+    adapter = Adapter(
+        {
+            Q: module(2, IN, IN),
+            K: module(2, IN, IN),
+            V: module(2, IN, 2 * IN),
+            DOWN: module(2, IN, 3 * IN + 1),
+        }
+    )
+    with pytest.raises(LoraportError) as refused:
+        pack(adapter, SlotTable(tuple(lost)), {})
+    remedy = (
+        "which would take it; where a tool lost the names, export again with --base, "
+        "which tells them"
+    )
+    none = "expected a slot for this module, got none; the exported model has no such module"
+    assert str(refused.value).split("\n  - ")[1:] == [
+        f"{K}: {none} by this name, and the adapter none for Attention_0_qkv and 1 more, " + remedy,
+        f"{V}: {none} by this name, and the adapter none for Attention_0_qkv, {remedy}",
+        f"{DOWN}: {none}",
+    ]
+
+
 @pytest.mark.parametrize("path", [f"wrapped.{Q}", Q.partition(".")[2]])
 def test_a_name_that_a_wrapper_changed_is_recognized(path):
     with pytest.raises(LoraportError) as refused:

@@ -74,7 +74,7 @@ def fit(
         base: The base's weights, for variants that depend on them.
         problems: Where everything that has no slot or does not fit is noted.
     """
-    fitter = _Fitter(table, unslotted, base, problems)
+    fitter = _Fitter(adapter, table, unslotted, base, problems)
     whole = {
         name: found
         for name, found in adapter.replacements.items()
@@ -93,6 +93,7 @@ def fit(
 class _Fitter:
     def __init__(
         self,
+        adapter: Adapter,
         table: SlotTable,
         unslotted: Mapping[str, str],
         base: Base | None,
@@ -100,6 +101,11 @@ class _Fitter:
     ) -> None:
         self._table = table
         self._places = table.modules()
+        self._unnamed = [
+            slot
+            for slot in table.slots
+            if not any(member.module_path in adapter.modules for member in slot.members)
+        ]
         self._unslotted = unslotted
         self._base = base
         self._problems = problems
@@ -107,7 +113,7 @@ class _Fitter:
 
     def add_module(self, path: str, module: LoraModule, own_weight: Replacement | None) -> None:
         """Lower a module for its slot."""
-        place = self._place(path, module.kind)
+        place = self._place(path, module.kind, module)
         if place is None:
             return
         slot, member = place
@@ -233,14 +239,16 @@ class _Fitter:
         whole = update if known is None else weighted_sum([(known, 1.0), (update, 1.0)])
         self.fitted.updates[path] = whole
 
-    def _place(self, path: str, kind: ModuleKind) -> tuple[Slot, SlotMember] | None:
+    def _place(
+        self, path: str, kind: ModuleKind, module: LoraModule | None = None
+    ) -> tuple[Slot, SlotMember] | None:
         if path in self._places:
             return self._places[path]
-        reason = self._unslotted.get(path) or self._why_unknown(path, kind)
+        reason = self._unslotted.get(path) or self._why_unknown(path, kind, module)
         self._problems.add(path, "a slot for this module", "none", reason)
         return None
 
-    def _why_unknown(self, path: str, kind: ModuleKind) -> str:
+    def _why_unknown(self, path: str, kind: ModuleKind, module: LoraModule | None) -> str:
         """Return why a module that the export says nothing of has no slot."""
         if kind is ModuleKind.EXPERTS:
             return f"the experts of a mixture have no slots; {MERGE}"
@@ -248,11 +256,31 @@ class _Fitter:
             return otherwise
         operator = _OPERATORS.get(kind)
         if operator is None or any(slot.kind is kind for slot in self._table.slots):
-            return "the exported model has no such module"
+            return f"the exported model has no such module{self._alike(module)}"
         left = [f"{k} ({v})" for k, v in self._unslotted.items() if v.startswith(operator)]
         if left:
             return f"the exported model has none by this name, and no slot beside {', '.join(left)}"
         return export_with(kind.value)
+
+    def _alike(self, module: LoraModule | None) -> str:
+        """Return what helps where slots that the adapter does not name have a module's shape."""
+        if module is None:
+            return ""
+        inside, outside = tuple(module.lora_A.shape[1:]), module.lora_B.shape[0]
+        alike = [
+            slot.name
+            for slot in self._unnamed
+            if slot.kind is module.kind
+            and (slot.in_features, *slot.kernel) == inside
+            and slot.out_features >= outside
+        ]
+        if not alike:
+            return ""
+        others = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
+        return (
+            f" by this name, and the adapter none for {alike[0]}{others}, which would take it; "
+            "where a tool lost the names, export again with --base, which tells them"
+        )
 
     def _base_weight(
         self, path: str, module: LoraModule, own: Replacement | None
