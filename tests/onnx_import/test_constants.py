@@ -137,3 +137,94 @@ def model_of(nodes, constants, element):
     stored = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     graph = helper.make_graph(nodes, "g", [], [made], stored)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def shaped(operator, opset, axes):
+    """``Squeeze`` and ``Unsqueeze`` have their axes as an attribute before opset 13."""
+    if opset < 13:
+        return helper.make_node(operator, ["w"], ["y"], axes=axes), {}
+    return helper.make_node(operator, ["w", "axes"], ["y"]), {"axes": np.array(axes)}
+
+
+def sliced(opset, **given):
+    if opset < 10:
+        return helper.make_node("Slice", ["w"], ["y"], **given), {}
+    inputs = [name if name in given else "" for name in ("starts", "ends", "axes", "steps")]
+    arrays = {name: np.array(value) for name, value in given.items()}
+    return helper.make_node("Slice", ["w", *inputs], ["y"]), arrays
+
+
+def split(opset, sizes=(1, 2), axis=1, parts=2, **given):
+    outputs = ["other", "y", "last"][:parts]
+    if sizes is None:
+        return helper.make_node("Split", ["w"], outputs, axis=axis, **given), {}
+    if opset < 13:
+        return helper.make_node("Split", ["w"], outputs, axis=axis, split=sizes), {}
+    return helper.make_node("Split", ["w", "sizes"], outputs, axis=axis), {"sizes": np.array(sizes)}
+
+
+FAR = np.iinfo(np.int64).max
+MOVED = {  # opset, shape, node and its constants, whether it is the whole
+    "squeeze": (21, (1, 4, 1, 3), shaped("Squeeze", 21, [0, -2]), True),
+    "squeeze, old": (11, (1, 4, 1, 3), shaped("Squeeze", 11, [2]), True),
+    "squeeze all": (21, (1, 4, 1, 3), (helper.make_node("Squeeze", ["w"], ["y"]), {}), True),
+    "unsqueeze": (21, (4, 3), shaped("Unsqueeze", 21, [-1, 0]), True),
+    "unsqueeze, old": (11, (4, 3), shaped("Unsqueeze", 11, [1]), True),
+    "flatten": (21, (4, 3, 2), (helper.make_node("Flatten", ["w"], ["y"], axis=2), {}), True),
+    "flatten, from the end": (
+        21,
+        (4, 3, 2),
+        (helper.make_node("Flatten", ["w"], ["y"], axis=-2), {}),
+        True,
+    ),
+    "slice": (21, (6, 5), sliced(21, starts=[1, -4], ends=[FAR, -1], axes=[1, 0]), False),
+    "slice, without axes": (21, (6, 5), sliced(21, starts=[2, 1], ends=[5, 3]), False),
+    "slice backwards": (
+        21,
+        (6, 5),
+        sliced(21, starts=[-1], ends=[-FAR], axes=[-1], steps=[-2]),
+        False,
+    ),
+    "slice, old": (9, (6, 5), sliced(9, starts=[1], ends=[4], axes=[1]), False),
+    "split": (21, (4, 3), split(21), False),
+    "split, old": (11, (4, 3), split(11), False),
+    "split into equal parts": (11, (4, 6), split(11, None, -1, 3), False),
+    "split with a rest": (21, (4, 5), split(21, None, 1, 2, num_outputs=2), False),
+    "concat": (
+        21,
+        (4, 3),
+        (
+            helper.make_node("Concat", ["v", "w", "v"], ["y"], axis=-1),
+            {"v": np.ones((4, 2), np.float32)},
+        ),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_constants_that_are_moved_taken_apart_and_put_together(name):
+    opset, shape, (node, arrays), whole = MOVED[name]
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    stored = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([node], "g", [], [made], [numpy_helper.from_array(weight, "w")])
+    graph.initializer.extend(stored)
+    opsets = [helper.make_opsetid("", opset)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=4)
+    found = constant(ir.from_proto(model).graph.outputs[0])
+    expected = session(model).run(None, {})[0]
+    assert (found.name, found.shape) == ("w" if whole else "y", expected.shape)
+    np.testing.assert_array_equal(found.array(), expected)
+    assert expected.shape != shape
+
+
+@pytest.mark.parametrize("name", ["squeeze", "slice", "split", "concat"])
+def test_what_an_input_of_the_graph_decides_is_no_constant(name):
+    opset, shape, (node, arrays), _ = MOVED[name]
+    inputs = [helper.make_tensor_value_info(n, TensorProto.INT64, [None]) for n in arrays]
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    weight = numpy_helper.from_array(np.ones(shape, np.float32), "w")
+    graph = helper.make_graph([node], "g", inputs, [made], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    assert constant(ir.from_proto(model).graph.outputs[0]) is None

@@ -2,14 +2,15 @@
 
 A weight may reach its operator through ``Transpose``, ``Identity``, ``Cast``, ``Reshape`` or
 ``DequantizeLinear``, maybe rounded by ``QuantizeLinear`` before, or as small integers through
-``Cast``, ``Sub`` of a zero point and ``Mul`` by a scale: shape, type and name are known at once,
-the values when they are asked for.
+``Cast``, ``Sub`` of a zero point and ``Mul`` by a scale; it may be a part of a constant (``Split``,
+``Slice``) or put together of several (``Concat``): shape, type and name are known at once, the
+values when they are asked for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +22,8 @@ class Constant:
     """A value that no input of the graph changes.
 
     Attributes:
-        name: The initializer or node output it comes from.
+        name: The initializer or node output it comes from; a part's, and what is put together of
+            several, is its own.
         shape: Its shape.
         dtype: Its element type.
         array: Gives its values; of a large one as a view of the file.
@@ -48,7 +50,7 @@ def constant(value: ir.Value | None, depth: int = 0) -> Constant | None:
         value: Any value of a graph.
         depth: How many constants it is a scale, a zero point or a shape of.
     """
-    passed: list[ir.Node] = []  # from the value back to what is stored
+    passed: list[ir.Value] = []  # from the value back to what is stored
     found: Constant | None = None
     while found is None:
         if value is None or len(passed) > _LONGEST or depth > _DEEPEST:
@@ -64,13 +66,18 @@ def constant(value: ir.Value | None, depth: int = 0) -> Constant | None:
                 return None
         elif node.op_type == "Identity":
             value = node.inputs[0]
-        elif node.op_type in _RULES and node.inputs:
-            passed.append(node)
+        elif (node.op_type in _RULES or node.op_type in _PARTS) and node.inputs:
+            passed.append(value)
             value = _followed(node)
         else:
             return None
-    for node in reversed(passed):
-        found = _RULES[node.op_type](node, found, depth + 1)
+    for value in reversed(passed):
+        node = value.producer()
+        assert node is not None
+        if node.op_type in _PARTS:
+            found = _PARTS[node.op_type](node, value, found, depth + 1)
+        else:
+            found = _RULES[node.op_type](node, found, depth + 1)
         if found is None:
             return None
     return found
@@ -167,6 +174,104 @@ def _reshape(node: ir.Node, source: Constant, depth: int) -> Constant | None:
     return replace(source, shape=tuple(shape), array=lambda: source.array().reshape(shape))
 
 
+def _flatten(node: ir.Node, source: Constant, depth: int) -> Constant:
+    del depth
+    axis = node.attributes.get_int("axis", 1)
+    rows, columns = source.shape[:axis], source.shape[axis:]
+    return _reshaped(source, (math.prod(rows), math.prod(columns)))
+
+
+def _squeeze(node: ir.Node, source: Constant, depth: int) -> Constant | None:
+    axes = _integers(node, 1, "axes", depth)
+    if axes is None and len(node.inputs) > 1:
+        return None
+    rank = len(source.shape)
+    ones = [axis for axis, length in enumerate(source.shape) if length == 1]
+    gone = ones if axes is None else [axis % rank for axis in axes]
+    return _reshaped(source, [n for axis, n in enumerate(source.shape) if axis not in gone])
+
+
+def _unsqueeze(node: ir.Node, source: Constant, depth: int) -> Constant | None:
+    axes = _integers(node, 1, "axes", depth)
+    if axes is None:
+        return None
+    left = iter(source.shape)
+    rank = len(source.shape) + len(axes)
+    made = {axis % rank for axis in axes}
+    return _reshaped(source, [1 if axis in made else next(left) for axis in range(rank)])
+
+
+def _reshaped(source: Constant, shape: Sequence[int]) -> Constant:
+    return replace(source, shape=tuple(shape), array=lambda: source.array().reshape(shape))
+
+
+def _slice(node: ir.Node, value: ir.Value, source: Constant, depth: int) -> Constant | None:
+    starts, ends, axes, steps = (
+        _integers(node, number, name, depth)
+        for number, name in enumerate(("starts", "ends", "axes", "steps"), start=1)
+    )
+    unknown = [n for n in (3, 4) if len(node.inputs) > n and node.inputs[n] is not None]
+    if starts is None or ends is None or len(unknown) > sum(e is not None for e in (axes, steps)):
+        return None
+    axes = range(len(starts)) if axes is None else axes
+    steps = [1] * len(starts) if steps is None else steps
+    parts = [slice(None)] * len(source.shape)
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        parts[axis] = slice(start, end, step)
+    return _part(value, source, parts)
+
+
+def _split(node: ir.Node, value: ir.Value, source: Constant, depth: int) -> Constant | None:
+    axis = node.attributes.get_int("axis", 0)
+    length, number = source.shape[axis], len(node.outputs)
+    sizes = _integers(node, 1, "split", depth)
+    if sizes is None:
+        if len(node.inputs) > 1 and node.inputs[1] is not None:
+            return None
+        sizes = [-(-length // number)] * number  # the last one is what is left
+    index = value.index()
+    assert index is not None
+    start = sum(sizes[:index])
+    parts = [slice(None)] * len(source.shape)
+    parts[axis] = slice(start, start + sizes[index])
+    return _part(value, source, parts)
+
+
+def _part(value: ir.Value, source: Constant, parts: Sequence[slice]) -> Constant:
+    shape = tuple(
+        len(range(*part.indices(length))) for part, length in zip(parts, source.shape, strict=True)
+    )
+    return replace(
+        source, name=value.name or "", shape=shape, array=lambda: source.array()[tuple(parts)]
+    )
+
+
+def _concat(node: ir.Node, value: ir.Value, source: Constant, depth: int) -> Constant | None:
+    rest = [constant(each, depth) for each in node.inputs[1:]]
+    known = [source, *(each for each in rest if each is not None)]
+    if len(known) != len(node.inputs):
+        return None
+    axis = node.attributes.get_int("axis", 0) % len(source.shape)
+    shape = list(source.shape)
+    shape[axis] = sum(each.shape[axis] for each in known)
+    return replace(
+        source,
+        name=value.name or "",
+        shape=tuple(shape),
+        array=lambda: np.concatenate([each.array() for each in known], axis),
+        quantized=any(each.quantized for each in known),
+    )
+
+
+def _integers(node: ir.Node, number: int, name: str, depth: int) -> Sequence[int] | None:
+    """Return what was an attribute before it was an input, if it is given and a constant."""
+    attribute = node.attributes.get(name)
+    if attribute is not None:
+        return attribute.as_ints()
+    found = constant(node.inputs[number], depth) if len(node.inputs) > number else None
+    return None if found is None else [int(each) for each in found.array().ravel()]
+
+
 def _dequantize(node: ir.Node, source: Constant, depth: int) -> Constant | None:
     scale = constant(node.inputs[1], depth)
     zero = constant(node.inputs[2], depth) if len(node.inputs) > 2 else None
@@ -246,8 +351,16 @@ _RULES: dict[str, Callable[[ir.Node, Constant, int], Constant | None]] = {
     "Transpose": _transpose,
     "Cast": _cast,
     "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
     "DequantizeLinear": _dequantize,
     "QuantizeLinear": _quantize,
     "Sub": _centred_or_scaled,
     "Mul": _centred_or_scaled,
+}
+_PARTS: dict[str, Callable[[ir.Node, ir.Value, Constant, int], Constant | None]] = {
+    "Slice": _slice,
+    "Split": _split,
+    "Concat": _concat,
 }

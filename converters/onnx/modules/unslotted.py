@@ -25,6 +25,7 @@ _NO_WEIGHTS = frozenset(
         "ScatterND",
         "ScatterElements",
         "Slice",
+        "Split",
         "Reshape",
         "Expand",
         "Tile",
