@@ -383,14 +383,23 @@ def test_where_no_rows_can_be_told_apart_the_reasons_are_told(tmp_path):
     import_model(tmp_path / "m.onnx", tmp_path / "out")
 
 
-def test_sparse_weights_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize("place", ["initializer", "branch", "constant"])
+def test_sparse_weights_are_refused_by_name(tmp_path, place):
     make, kind = onnx.helper, onnx.TensorProto
-    node = make.make_node("MatMul", ["x", "layer.weight"], ["y"])
-    ends = [make.make_tensor_value_info(n, kind.FLOAT, ["rows", 3]) for n in "xy"]
-    graph = make.make_graph([node], "g", ends[:1], ends[1:])
     values = make.make_tensor("layer.weight", kind.FLOAT, [2], [1.0, 2.0])
-    places = make.make_tensor("places", kind.INT64, [2], [0, 4])
-    graph.sparse_initializer.append(make.make_sparse_tensor(values, places, [3, 3]))
+    sparse = make.make_sparse_tensor(values, make.make_tensor("p", kind.INT64, [2], [0, 4]), [3, 3])
+    nodes = [make.make_node("MatMul", ["x", "layer.weight"], ["y"])]
+    if place == "constant":
+        nodes.insert(0, make.make_node("Constant", [], ["layer.weight"], sparse_value=sparse))
+    ends = [make.make_tensor_value_info(n, kind.FLOAT, ["rows", 3]) for n in "xy"]
+    choice = make.make_tensor_value_info("choice", kind.BOOL, [])
+    graph = make.make_graph(nodes, "g", [ends[0], choice], ends[1:])
+    if place != "constant":
+        graph.sparse_initializer.append(sparse)
+    if place == "branch":
+        del graph.input[:]
+        node = make.make_node("If", ["choice"], ["y"], then_branch=graph, else_branch=graph)
+        graph = make.make_graph([node], "g", [ends[0], choice], ends[1:])
     opsets = [make.make_opsetid("", 18)]
     onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
     with pytest.raises(LoraportError, match=r"dense, got sparse ones: layer\.weight; store them"):

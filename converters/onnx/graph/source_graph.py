@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.graph.functions import inlined
+from converters.onnx.graph.functions import inlined, nodes_of
 from converters.onnx.graph.loops import read_carried_constants_outside
 from loraport.errors import LoraportError, Problems
 
@@ -112,9 +112,17 @@ def _refuse_maps(proto: onnx.ModelProto, file: Path) -> None:
 
 def _refuse_sparse(proto: onnx.ModelProto, file: Path) -> None:
     """Refuse weights that are stored without their zeros, which onnx-ir does not read."""
-    if found := [each.values.name for each in proto.graph.sparse_initializer]:
+    found = [each.values.name for each in proto.graph.sparse_initializer]
+    for node in nodes_of(proto.graph.node):
+        for attribute in node.attribute:
+            branches = (*attribute.graphs, attribute.g)
+            found += [each.values.name for graph in branches for each in graph.sparse_initializer]
+            if attribute.HasField("sparse_tensor"):
+                found.append(node.output[0])
+    if found:
+        names = ", ".join(dict.fromkeys(found))
         raise LoraportError(
-            f"{file}: expected initializers that are dense, got sparse ones: {', '.join(found)}; "
+            f"{file}: expected initializers that are dense, got sparse ones: {names}; "
             "store them as dense tensors"
         )
 
