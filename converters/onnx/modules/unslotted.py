@@ -43,6 +43,7 @@ _NO_WEIGHTS = frozenset(
         "Identity",
         "Transpose",
         "Cast",
+        "CastLike",
         "DequantizeLinear",
         "QuantizeLinear",
         "Unsqueeze",
@@ -116,6 +117,8 @@ _REASONS = {
     "ConvTranspose": "transposed convolutions have no slots",
     "Attention": f"its projection {_INSIDE}",
     "QAttention": f"its projection {_INSIDE}",
+    "PackedAttention": "its projection is inside the operator; fuse the attention as "
+    "MultiHeadAttention (--use_multi_head_attention) before it is converted to packing mode",
     "EmbedLayerNormalization": "the embedding is fused with its normalization",
 }
 

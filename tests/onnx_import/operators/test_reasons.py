@@ -37,6 +37,25 @@ def graph_of(nodes, inputs, constants):
     return helper.make_model(graph, opset_imports=DOMAINS, ir_version=10)
 
 
+def test_attention_in_packing_mode_is_listed_with_what_to_do_before(slotted):
+    node = helper.make_node(
+        "PackedAttention",
+        ["x", "w", "b", "places", "lengths"],
+        ["y"],
+        name="attention",
+        domain="com.microsoft",
+        num_heads=2,
+    )
+    inputs = [
+        ("x", TensorProto.FLOAT, ["n", 4]),
+        ("places", TensorProto.INT32, ["batch", "length"]),
+        ("lengths", TensorProto.INT32, ["batches"]),
+    ]
+    constants = {"w": np.ones((4, 12), np.float32), "b": np.ones(12, np.float32)}
+    with pytest.raises(LoraportError, match=r"PackedAttention: .* \(--use_multi_head_attention\)"):
+        slotted(graph_of([node], inputs, constants))
+
+
 def test_experts_that_the_run_picks_are_listed(slotted):
     """Whether their matrices are turned or not; rows that are looked up are none."""
     random = np.random.default_rng(0)
