@@ -190,6 +190,30 @@ MOVED = {  # opset, shape, node and its constants, whether it is the whole
     "split, old": (11, (4, 3), split(11), False),
     "split into equal parts": (11, (4, 6), split(11, None, -1, 3), False),
     "split with a rest": (21, (4, 5), split(21, None, 1, 2, num_outputs=2), False),
+    "gather": (
+        21,
+        (4, 3, 5),
+        (
+            helper.make_node("Gather", ["w", "i"], ["y"], axis=-2),
+            {"i": np.array([[-1, 0], [2, 1]])},
+        ),
+        False,
+    ),
+    "gather one": (
+        21,
+        (4, 3, 5),
+        (helper.make_node("Gather", ["w", "i"], ["y"]), {"i": np.array(2)}),
+        False,
+    ),
+    "cast": (
+        21,
+        (4, 3),
+        (
+            helper.make_node("CastLike", ["w", "like"], ["y"]),
+            {"like": np.zeros((), np.float16)},
+        ),
+        True,
+    ),
     "concat": (
         21,
         (4, 3),
@@ -203,11 +227,12 @@ MOVED = {  # opset, shape, node and its constants, whether it is the whole
 
 
 @pytest.mark.parametrize("name", MOVED)
-def test_constants_that_are_moved_taken_apart_and_put_together(name):
+def test_constants_that_are_cast_moved_taken_apart_and_put_together(name):
     opset, shape, (node, arrays), whole = MOVED[name]
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     stored = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
-    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    kind = TensorProto.FLOAT16 if name == "cast" else TensorProto.FLOAT
+    made = helper.make_tensor_value_info("y", kind, None)
     graph = helper.make_graph([node], "g", [], [made], [numpy_helper.from_array(weight, "w")])
     graph.initializer.extend(stored)
     opsets = [helper.make_opsetid("", opset)]
@@ -216,10 +241,11 @@ def test_constants_that_are_moved_taken_apart_and_put_together(name):
     expected = session(model).run(None, {})[0]
     assert (found.name, found.shape) == ("w" if whole else "y", expected.shape)
     np.testing.assert_array_equal(found.array(), expected)
-    assert expected.shape != shape
+    assert found.dtype == ir.DataType.from_numpy(expected.dtype)
+    assert expected.shape != shape or expected.dtype != weight.dtype
 
 
-@pytest.mark.parametrize("name", ["squeeze", "slice", "split", "concat"])
+@pytest.mark.parametrize("name", ["squeeze", "slice", "split", "concat", "gather"])
 def test_what_an_input_of_the_graph_decides_is_no_constant(name):
     opset, shape, (node, arrays), _ = MOVED[name]
     inputs = [helper.make_tensor_value_info(n, TensorProto.INT64, [None]) for n in arrays]

@@ -2,9 +2,9 @@
 
 A weight may reach its operator through ``Transpose``, ``Identity``, ``Cast``, ``Reshape`` or
 ``DequantizeLinear``, maybe rounded by ``QuantizeLinear`` before, or as small integers through
-``Cast``, ``Sub`` of a zero point and ``Mul`` by a scale; it may be a part of a constant (``Split``,
-``Slice``) or put together of several (``Concat``): shape, type and name are known at once, the
-values when they are asked for.
+``Cast``, ``Sub`` of a zero point and ``Mul`` by a scale; it may be a part of a constant
+(``Split``, ``Slice``, ``Gather``) or put together of several (``Concat``): shape, type and name are
+known at once, the values when they are asked for.
 """
 
 from __future__ import annotations
@@ -131,9 +131,12 @@ def _transpose(node: ir.Node, source: Constant, depth: int) -> Constant:
     return replace(source, shape=shape, array=lambda: source.array().transpose(axes))
 
 
-def _cast(node: ir.Node, source: Constant, depth: int) -> Constant:
+def _cast(node: ir.Node, source: Constant, depth: int) -> Constant | None:
     del depth
-    dtype = ir.DataType(node.attributes.get_int("to", 0))
+    wanted = node.inputs[1] if node.op_type == "CastLike" else None
+    dtype = ir.DataType(node.attributes.get_int("to", 0)) if wanted is None else wanted.dtype
+    if dtype is None:
+        return None
     rounded = dtype.is_floating_point() and source.dtype in _SMALL
     return replace(
         source,
@@ -235,6 +238,19 @@ def _split(node: ir.Node, value: ir.Value, source: Constant, depth: int) -> Cons
     parts = [slice(None)] * len(source.shape)
     parts[axis] = slice(start, start + sizes[index])
     return _part(value, source, parts)
+
+
+def _gather(node: ir.Node, value: ir.Value, source: Constant, depth: int) -> Constant | None:
+    picked = constant(node.inputs[1], depth)
+    if picked is None:
+        return None
+    axis = node.attributes.get_int("axis", 0) % len(source.shape)
+    return replace(
+        source,
+        name=value.name or "",
+        shape=(*source.shape[:axis], *picked.shape, *source.shape[axis + 1 :]),
+        array=lambda: source.array().take(picked.array(), axis),
+    )
 
 
 def _part(value: ir.Value, source: Constant, parts: Sequence[slice]) -> Constant:
@@ -350,6 +366,7 @@ def _spread(parameter: np.ndarray, shape: tuple[int, ...], axis: int, block: int
 _RULES: dict[str, Callable[[ir.Node, Constant, int], Constant | None]] = {
     "Transpose": _transpose,
     "Cast": _cast,
+    "CastLike": _cast,
     "Reshape": _reshape,
     "Flatten": _flatten,
     "Squeeze": _squeeze,
@@ -362,5 +379,6 @@ _RULES: dict[str, Callable[[ir.Node, Constant, int], Constant | None]] = {
 _PARTS: dict[str, Callable[[ir.Node, ir.Value, Constant, int], Constant | None]] = {
     "Slice": _slice,
     "Split": _split,
+    "Gather": _gather,
     "Concat": _concat,
 }
