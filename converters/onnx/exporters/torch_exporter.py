@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from converters.onnx.exporters.distinct_parameters import distinct_parameters, put_back
+from converters.onnx.exporters.optimizing import optimize
 from loraport.errors import LoraportError, first_line
 
 DATA_FILE = "model.onnx.data"
@@ -79,8 +80,11 @@ def _exported(
                 dynamic_shapes=shapes,
                 output_names=output_names,
                 dynamo=True,
+                optimize=False,
                 verbose=False,
             )
+            if program is not None:
+                return optimize(program)
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # what is around it says in which step that was
@@ -91,9 +95,7 @@ def _exported(
         ) from error
     finally:
         exporter_log.setLevel(level)
-    if program is None:
-        raise LoraportError(f"torch.onnx.export of {type(module).__name__} gave no model")
-    return program.model
+    raise LoraportError(f"torch.onnx.export of {type(module).__name__} gave no model")
 
 
 def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[str] | None:
