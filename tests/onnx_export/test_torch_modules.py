@@ -156,6 +156,36 @@ def test_nested_outputs_have_names_and_verify(tmp_path):
     assert report.passed, [check for check in report.checks if not check.passed]
 
 
+class Masked(nn.Module):
+    """Returns an input as it is, a result called like an input, and one result twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(6, 6)
+
+    def forward(self, hidden, mask):
+        mixed = self.mix(hidden) * mask
+        return {"hidden": mixed, "mask": mask, "mix.weight": mixed + 1, "last": mixed}
+
+
+def test_outputs_that_are_called_like_inputs(tmp_path):
+    torch.manual_seed(0)
+    net, out = Masked().eval(), tmp_path / "bundle"
+    case = make_case(Case(Masked, {"target_modules": ["mix"], "r": 3}), tmp_path / "a", base=net)
+    inputs = {"hidden": torch.randn(2, 6), "mask": torch.rand(2, 6)}
+    export_torch_module(net, inputs, out)
+    add_adapters(out, {"a": read_adapter(case.path)})
+    got = Runtime(out).run({name: tensor.numpy() for name, tensor in inputs.items()}, "a")
+    with torch.no_grad():
+        base, expected = net(**inputs), case.peft_model(**inputs)
+    assert list(got) == ["hidden_out", "mask_out", "mix.weight_out", "last"]
+    for output, name in zip(got.values(), expected, strict=True):
+        np.testing.assert_allclose(output, expected[name], rtol=1e-5, atol=1e-5)
+    assert (expected["last"] - base["last"]).abs().max() > 0.1
+    report = verify_bundle(out, net, {"a": read_adapter(case.path)})
+    assert report.passed, [check for check in report.checks if not check.passed]
+
+
 def test_inputs_that_a_module_does_not_take_are_refused(net, tmp_path):
     for wrong, reason in (
         ({"signal": torch.ones(2, 3, 8)}, r"takes, got signal, with which it fails: .*'scale'"),

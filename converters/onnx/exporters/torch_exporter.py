@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from converters.onnx.exporters.distinct_parameters import distinct_parameters, put_back
+from converters.onnx.exporters.input_output_names import name_inputs_and_outputs
 from converters.onnx.exporters.optimizing import optimize
 from loraport.errors import LoraportError, first_line
 
@@ -78,13 +79,15 @@ def _exported(
                 module,
                 kwargs=dict(inputs),
                 dynamic_shapes=shapes,
-                output_names=output_names,
                 dynamo=True,
                 optimize=False,
                 verbose=False,
             )
             if program is not None:
-                return optimize(program)
+                input_names = [str(value.name) for value in program.model.graph.inputs]
+                model = optimize(program)
+                name_inputs_and_outputs(model, input_names, output_names)
+                return model
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # what is around it says in which step that was
