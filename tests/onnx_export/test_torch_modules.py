@@ -186,6 +186,34 @@ def test_outputs_that_are_called_like_inputs(tmp_path):
     assert report.passed, [check for check in report.checks if not check.passed]
 
 
+class Wrapped(nn.Module):
+    """Passes on whatever it is given by name, as wrappers around a model do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Masked()
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)["last"]
+
+
+def test_inputs_that_a_module_takes_as_further_keywords(tmp_path):
+    torch.manual_seed(0)
+    net = Wrapped().eval()
+    case = make_case(Case(Wrapped, {"target_modules": ["mix"], "r": 3}), tmp_path / "a", base=net)
+    inputs = {"mask": torch.rand(2, 6), "hidden": torch.randn(2, 6)}
+    export_torch_module(net, inputs, tmp_path / "out")
+    assert "forward" not in vars(net)
+    add_adapters(tmp_path / "out", {"a": read_adapter(case.path)})
+    more = {name: torch.cat([tensor, tensor + 1]) for name, tensor in inputs.items()}
+    arrays = {name: tensor.numpy() for name, tensor in more.items()}
+    (got,) = Runtime(tmp_path / "out").run(arrays, "a").values()
+    with torch.no_grad():
+        base, expected = net(**more), case.peft_model(**more)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert (expected - base).abs().max() > 0.1
+
+
 def test_inputs_that_a_module_does_not_take_are_refused(net, tmp_path):
     for wrong, reason in (
         ({"signal": torch.ones(2, 3, 8)}, r"takes, got signal, with which it fails: .*'scale'"),

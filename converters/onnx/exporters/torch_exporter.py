@@ -16,6 +16,7 @@ from torch import nn
 
 from converters.onnx.exporters.distinct_parameters import distinct_parameters, put_back
 from converters.onnx.exporters.input_output_names import name_inputs_and_outputs
+from converters.onnx.exporters.named_arguments import named_arguments
 from converters.onnx.exporters.optimizing import optimize
 from loraport.errors import LoraportError, first_line
 
@@ -73,7 +74,11 @@ def _exported(
     exporter_log.setLevel(logging.ERROR)
     try:
         # The exporter prints its progress and warns of its own deprecations.
-        with warnings.catch_warnings(), contextlib.redirect_stdout(noise):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(noise),
+            named_arguments(module, inputs),
+        ):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module,
