@@ -214,6 +214,25 @@ def test_inputs_that_a_module_takes_as_further_keywords(tmp_path):
     assert (expected - base).abs().max() > 0.1
 
 
+class Split(nn.Module):
+    """Takes a parameter apart, of which the exporter's optimizer says that it is not folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(6, 6)
+        self.parts = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        one, other = self.parts.split(3)
+        return self.mix(x) * one.sum(0) + other.sum(0)
+
+
+def test_nothing_is_told_of_the_exporters_own_work(tmp_path, caplog, capsys):
+    export_torch_module(Split(), {"x": torch.randn(2, 6)}, tmp_path / "out")
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+    assert capsys.readouterr() == ("", "")
+
+
 def test_inputs_that_a_module_does_not_take_are_refused(net, tmp_path):
     for wrong, reason in (
         ({"signal": torch.ones(2, 3, 8)}, r"takes, got signal, with which it fails: .*'scale'"),

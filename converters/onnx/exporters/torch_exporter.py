@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from converters.onnx.exporters.optimizing import optimize
 from loraport.errors import LoraportError, first_line
 
 DATA_FILE = "model.onnx.data"
+_EXPORTERS_LOGS = ("torch.onnx", "onnxscript", "onnx_ir")
 
 
 def export_module(
@@ -68,18 +69,8 @@ def _exported(
         }
         for name in inputs
     }
-    noise = io.StringIO()
-    exporter_log = logging.getLogger("torch.onnx")
-    level = exporter_log.level
-    exporter_log.setLevel(logging.ERROR)
     try:
-        # The exporter prints its progress and warns of its own deprecations.
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(noise),
-            named_arguments(module, inputs),
-        ):
-            warnings.simplefilter("ignore")
+        with _quiet(), named_arguments(module, inputs):
             program = torch.onnx.export(
                 module,
                 kwargs=dict(inputs),
@@ -101,9 +92,23 @@ def _exported(
         raise LoraportError(
             f"torch.onnx.export of {type(module).__name__} failed: {first}"
         ) from error
-    finally:
-        exporter_log.setLevel(level)
     raise LoraportError(f"torch.onnx.export of {type(module).__name__} gave no model")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to itself what the exporter prints, and what it and its optimizer warn of."""
+    loggers = [logging.getLogger(name) for name in _EXPORTERS_LOGS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[str] | None:
