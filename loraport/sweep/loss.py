@@ -62,7 +62,7 @@ def grouped_language_model_loss(
         losses = cross_entropy_at(model, repeated, positions, targets, "none", hidden)
     losses = losses.view(count, -1)
     totals = losses.new_zeros(count, len(counts)).index_add(1, rows, losses)
-    return RowLosses(totals, counts, batch.tokens.numel())
+    return RowLosses(totals, counts, batch.row_tokens)
 
 
 def repeat(batch: TokenBatch, count: int) -> TokenBatch:

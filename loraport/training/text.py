@@ -67,7 +67,7 @@ class TrainingSummary:
         kept_step: The step whose adapter was kept: the last, unless training stopped early.
         training_loss: Mean training loss of the last tenth of the steps.
         steps: Optimizer steps.
-        tokens: Tokens seen.
+        tokens: Tokens of the rows seen, however they lie in batches.
         rows: Training rows.
         validation_rows: Held-out rows.
         truncated_rows: Rows cut to the largest length.

@@ -78,7 +78,9 @@ def test_end_to_end_equals_the_padded_batch(llama, make_rows, attention):
     in_two, _, _ = loss_and_gradients(model, [two])
     assert weight == same_weight
     shared = len(SYSTEM) if make_rows is chat_rows else 0
-    assert tokens == sum(len(row.tokens) for row in rows) - shared * (len(rows) - 1) < padded
+    assert tokens == padded == sum(len(row.tokens) for row in rows)
+    side_by_side = collate(rows, 0).tokens.numel()
+    assert laid.tokens.numel() == tokens - shared * (len(rows) - 1) < side_by_side
     for mine, other, third in zip(got, expected, in_two, strict=True):
         assert_equal_within_float32(mine, other)
         assert_equal_within_float32(third, other)
@@ -130,9 +132,11 @@ def test_packed_batches_hold_every_row_once_and_equal_padded_ones(llama):
     assert sorted(line for batch in batches for line in batch.lines) == list(range(1, 10))
     assert all(batch.tokens.shape[1] <= 40 for batch in batches)
     got, weight, tokens = loss_and_gradients(model, batches)
-    expected, same, padded = loss_and_gradients(model, RowBatches(rows, 2, 0, 1).epoch(0))
+    padded = list(RowBatches(rows, 2, 0, 1).epoch(0))
+    expected, same, same_tokens = loss_and_gradients(model, padded)
     assert weight == same
-    assert tokens < padded
+    assert tokens == same_tokens
+    assert sum(b.tokens.numel() for b in batches) < sum(b.tokens.numel() for b in padded)
     for mine, other in zip(got, expected, strict=True):
         assert_equal_within_float32(mine, other)
     first, second = ([batch.lines for batch in packed.epoch(number)] for number in (0, 1))

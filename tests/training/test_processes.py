@@ -92,6 +92,7 @@ def assert_same_told(got, expected, tolerance):
         assert [step for step, _ in got[what]] == [step for step, _ in expected[what]]
         values = [value for _, value in expected[what]]
         assert [value for _, value in got[what]] == pytest.approx(values, rel=tolerance)
+    assert got["tokens"] == expected["tokens"]
 
 
 @pytest.mark.parametrize("name", ["plain", "sharded", "resumed", "resumed sharded"])

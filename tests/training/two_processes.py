@@ -138,7 +138,11 @@ def facts(model, result):
         for path, layer in lora_layers(model).items()
         for name in ("lora_A", "lora_B")
     }
-    return tensors, {"losses": result.losses, "validations": result.validations}
+    return tensors, {
+        "losses": result.losses,
+        "validations": result.validations,
+        "tokens": result.tokens,
+    }
 
 
 def main(directory, names):

@@ -65,6 +65,8 @@ class TokenBatch:
         labels: ``[batch, length]`` int64, `IGNORED` where the loss does not count.
         lines: The rows' lines in their data file, as far as they are known.
         known: What `learned` gives, where that is known.
+        row_tokens: Tokens of its rows: what is padded does not count, and what several rows begin
+            with counts for each, so it is the same however they lie and whoever shares them.
     """
 
     tokens: torch.Tensor
@@ -72,12 +74,14 @@ class TokenBatch:
     labels: torch.Tensor
     lines: tuple[int, ...] = ()
     known: Learned | None = None
+    row_tokens: int = 0
 
     def to(self, device: torch.device) -> TokenBatch:
         """Return the batch on a device."""
         mask = None if self.mask is None else self.mask.to(device)
         labels, learned = self.labels.to(device), self.learned().to(device)
-        return TokenBatch(self.tokens.to(device), mask, labels, self.lines, learned)
+        tokens = self.tokens.to(device)
+        return TokenBatch(tokens, mask, labels, self.lines, learned, self.row_tokens)
 
     def learned(self) -> Learned:
         """Return which tokens a loss is computed from."""
@@ -172,4 +176,5 @@ def collate(rows: Sequence[Row], pad: int) -> TokenBatch:
         labels[index, : len(row.tokens)] = torch.tensor(row.labels)
         mask[index, : len(row.tokens)] = 1
     lines = tuple(row.line for row in rows if row.line)
-    return TokenBatch(tokens, mask if not bool(mask.all()) else None, labels, lines)
+    padded = mask if not bool(mask.all()) else None
+    return TokenBatch(tokens, padded, labels, lines, row_tokens=int(mask.sum()))

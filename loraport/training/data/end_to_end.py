@@ -49,6 +49,7 @@ class SegmentedBatch(TokenBatch):
             labels=self.labels.to(device),
             lines=self.lines,
             known=self.learned().to(device),
+            row_tokens=self.row_tokens,
             positions=self.positions.to(device),
             segments=self.segments.to(device),
             bounds=None if bounds is None else bounds.to(device),
@@ -69,6 +70,7 @@ class SegmentedBatch(TokenBatch):
             None,
             F.pad(self.labels, more, value=IGNORED),
             self.lines,
+            row_tokens=self.row_tokens,
             positions=F.pad(self.positions, more),
             segments=F.pad(self.segments, more, value=_PADDING),
         )
@@ -155,7 +157,15 @@ def lay_end_to_end(
         tensors.append(stacked)
     tokens, labels, positions, segments = tensors
     lines = tuple(row.line for rows in sequences for row in rows if row.line)
-    return SegmentedBatch(tokens, None, labels, lines, positions=positions, segments=segments)
+    return SegmentedBatch(
+        tokens,
+        None,
+        labels,
+        lines,
+        row_tokens=sum(len(row.tokens) for rows in sequences for row in rows),
+        positions=positions,
+        segments=segments,
+    )
 
 
 def _sequence(

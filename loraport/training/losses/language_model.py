@@ -42,7 +42,7 @@ def language_model_loss(
     places = batch.learned().places  # [n]
     targets = batch.labels[:, 1:].flatten()[places]
     total = cross_entropy_at(model, batch, places, targets, hidden=hidden)
-    return LossSum(total, places.numel(), batch.tokens.numel())
+    return LossSum(total, places.numel(), batch.row_tokens)
 
 
 def cross_entropy_at(
