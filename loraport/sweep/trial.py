@@ -37,7 +37,7 @@ class Outcome:
         losses: Step and mean training loss of every step it took.
         validations: Step and validation loss; step 0 is the base alone.
         best: Step and loss of the best validation after the first step; ``None`` without any.
-        row_losses: Summed loss of each validation row at the best step.
+        row_losses: Summed loss of each validation row at the best step; a chat is one row.
         row_weights: How many losses each of them sums.
         modules: The adapter at the best step, or at the last without validations; empty if the
             candidate failed before it could be measured.
