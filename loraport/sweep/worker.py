@@ -14,6 +14,7 @@ from loraport.adapter import Adapter
 from loraport.base_model import fingerprint_model
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint, fingerprint
+from loraport.peft_layout.misread import misread_by_peft
 from loraport.sweep.groups import halves
 from loraport.sweep.isolation import RowsMixedError
 from loraport.sweep.loss import grouped_language_model_loss
@@ -136,6 +137,9 @@ class Worker:
             device = str(self._placement.device)
             self._model: PreTrainedModel = load_base(setting.base, self._placement, device)
         selected = _select_targets(self._model, trials)
+        misread = misread_by_peft(self._model.config.model_type, selected)
+        if misread is not None:
+            self._observer.note(misread)
         if setting.options.gradient_checkpointing:
             checkpoint_activations(self._model)
         longest = max(len(row.tokens) for row in setting.train)

@@ -17,6 +17,7 @@ from loraport.base_model import fingerprint_model, load_tokenizer, read_model_co
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint
 from loraport.output import new_directory, refuse_existing
+from loraport.peft_layout.misread import misread_by_peft
 from loraport.peft_layout.write import peft_contents, save_contents
 from loraport.training.base.frozen_base import QUANTIZED, checkpoint_activations, load_base, narrow
 from loraport.training.data.batches import Row
@@ -217,7 +218,10 @@ def _train(
     if graphs:
         # Not elsewhere: what calls its kernel is Python, and a GPU would wait for that.
         use_row_attention(model, placement, rows.length)
-    attach(model, options.lora)
+    adapted = attach(model, options.lora)
+    misread = misread_by_peft(model.config.model_type, adapted)
+    if misread is not None:
+        observer.note(misread)
     if options.gradient_checkpointing:
         checkpoint_activations(model, options.checkpointed_layers)
     pad = padding_token(tokenizer)

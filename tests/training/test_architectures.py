@@ -11,8 +11,17 @@ from tiny_llm import save_base
 
 from loraport.base_model import context_length, context_of, is_causal_lm, load_causal_lm
 from loraport.errors import LoraportError
-from loraport.training import LoopOptions, LoraOptions, TrainOptions, train_language_model
+from loraport.peft_layout import read_peft
+from loraport.peft_layout.misread import misread_by_peft
+from loraport.training import (
+    LoopOptions,
+    LoraOptions,
+    TrainOptions,
+    load_into,
+    train_language_model,
+)
 from loraport.training.data.tokens import read_rows
+from loraport.training.run.observer import Silent
 
 # PEFT asks transformers for a name that is about to change.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -121,3 +130,79 @@ def test_rows_are_cut_to_a_context_of_another_name(tmp_path, write_jsonl):
     options = TrainOptions(LoraOptions(rank=2), loop, batch_size=2, validation_share=0)
     summary = train_language_model(str(base), data, tmp_path / "out", options)
     assert (summary.rows, summary.truncated_rows) == (2, 1)
+
+
+class Watch(Silent):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def glm4_moe_base(directory):
+    """A dense layer, then one with experts and a shared expert."""
+    torch.manual_seed(0)
+    config = transformers.Glm4MoeConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return save_base(directory, transformers.Glm4MoeForCausalLM(config))
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_what_peft_takes_for_experts_is_told(tmp_path, write_jsonl):
+    """PEFT drops dense and shared layers of the names that experts had, and is right without."""
+    base, data = glm4_moe_base(tmp_path / "base"), write_jsonl(ROWS)
+    loop = LoopOptions(learning_rate=0.02, steps=6, device="cpu", save_every=0)
+    tokens = torch.tensor([[5, 9, 70, 200, 31, 8]])
+    apart, told = {}, {}
+    for name, exclude in (("all", ()), ("without", ("gate_proj", "up_proj", "down_proj"))):
+        options = TrainOptions(LoraOptions(rank=3, exclude=exclude), loop, validation_share=0)
+        watch = Watch()
+        train_language_model(str(base), data, tmp_path / name, options, observer=watch)
+        told[name] = [note for note in watch.notes if "PEFT" in note]
+        ours, theirs = (load_causal_lm(str(base)) for _ in range(2))
+        load_into(ours, read_peft(tmp_path / name))
+        theirs = PeftModel.from_pretrained(theirs, tmp_path / name)
+        with torch.no_grad():
+            apart[name] = float((ours.eval()(tokens).logits - theirs(tokens).logits).abs().max())
+    assert apart["without"] < 1e-5
+    assert apart["all"] > 0.01  # where it is not, PEFT reads it, and the note has to go
+    (note,) = told["all"]
+    assert "in models of type glm4_moe it takes gate_proj, up_proj, down_proj for" in note
+    assert note.endswith("--exclude gate_proj,up_proj,down_proj")
+    assert told["without"] == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "path", "told"),
+    [
+        ("deepseek_v3", "model.layers.0.mlp.down_proj", True),
+        ("qwen3_next", "model.layers.1.mlp.shared_expert.up_proj", True),
+        ("deepseek_v3", "model.layers.0.self_attn.o_proj", False),
+        ("qwen2_moe", "model.layers.0.mlp.down_proj", False),
+        ("llama", "model.layers.0.mlp.down_proj", False),
+        ("minimax", "model.layers.0.mlp.w1", True),
+        (None, "w1", False),
+    ],
+)
+def test_which_models_peft_reads_otherwise(model_type, path, told):
+    assert bool(misread_by_peft(model_type, [path])) is told
