@@ -100,6 +100,15 @@ def test_large_weights_are_decomposed_iteratively_and_start_equal_too(monkeypatc
     assert torch.equal(again[0].initial_A, first)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_nothing_of_a_decomposition_stays_but_what_is_used(llama, init):
+    """Whole, Q and R take more memory than the base's weights; `--dry-run` does not count them."""
+    for layer in attach(llama, LoraOptions(rank=3, init=init)).values():
+        for part in (layer.initial_A, layer.initial_B):
+            assert part.untyped_storage().nbytes() == part.nbytes
+            assert part.abs().max() > 0
+
+
 def test_a_rank_beyond_the_weights_is_refused():
     model = nn.Sequential(nn.Linear(20, 5))
     with pytest.raises(LoraportError, match="0: init pissa: expected a rank up to the weight's 5"):

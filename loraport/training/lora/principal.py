@@ -39,7 +39,8 @@ def principal_matrices(
         raise LoraportError(f"init {init}: expected a rank up to the weight's {most}, got {rank}")
     if init == "olora":
         q, r = torch.linalg.qr(weight)
-        return r[:rank], q[:, :rank]
+        # Copies, or all of R and Q would stay in memory.
+        return r[:rank].clone(), q[:, :rank].clone()
     u, values, v = _singular(weight, rank, seed)
     roots = (values / scaling).sqrt()
     return roots[:, None] * v.T, u * roots
