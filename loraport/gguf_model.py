@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from loraport.errors import LoraportError, Problems
 from loraport.gguf_reader import bounded_reader
+from loraport.gguf_settings import FREQUENCY_FACTORS, LONG_FACTORS, SHORT_FACTORS, unread_settings
 
 if TYPE_CHECKING:
     import numpy as np
 
 _STRETCH = 1 << 22  # elements dequantized together: 16 MiB
 _SMALL = 1 << 16  # elements up to which a weight is loaded whole
-# Tables that follow from the configuration, which transformers computes itself.
-_COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# Tables of the rotation, which transformers computes from the configuration.
+_TABLES = (FREQUENCY_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +67,15 @@ class GgufModel:
         with _damage(file):
             reader = bounded_reader(file)
             self._tensors = {str(tensor.name): tensor for tensor in reader.tensors}
-            architecture = str(reader.fields["general.architecture"].contents())
-            self.config, self._rules = _rules(file, architecture)
+            fields = {name: field.contents() for name, field in reader.fields.items()}
+            tables = {
+                name: tensor.data.astype("f8").tolist()
+                for name, tensor in self._tensors.items()
+                if name in _TABLES
+            }
+            architecture = str(fields["general.architecture"])
+            settings = unread_settings(architecture, fields, tables)
+            self.config, self._rules = _rules(file, architecture, settings)
             self.weights: Mapping[str, GgufWeight] = self._find_weights()
         self._check_complete()
         self._lock = threading.Lock()
@@ -127,7 +135,7 @@ class GgufModel:
             target = self._rules.target(name)
             if target is not None:
                 parts.setdefault(target, []).append(name)
-            elif name not in _COMPUTED:
+            elif name not in _TABLES:
                 raise LoraportError(
                     f"base {self.file}: {name} {[int(n) for n in reversed(tensor.shape)]} is "
                     "none of the model's weights that transformers knows; convert the file with "
@@ -257,12 +265,13 @@ class _Rules:
         return None if result is None else np.asarray(result)
 
 
-def _rules(file: Path, architecture: str) -> tuple[Any, _Rules]:
+def _rules(file: Path, architecture: str, settings: Mapping[str, Any]) -> tuple[Any, _Rules]:
     import torch
     import transformers
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     parsed = load_gguf_checkpoint(str(file), return_tensors=False)
+    parsed["config"].update(settings)
     config = transformers.AutoConfig.for_model(**parsed["config"])
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)

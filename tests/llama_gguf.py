@@ -1,5 +1,6 @@
 """Write a Llama, Qwen2 or GPT-2 as an F32 GGUF file, after llama.cpp's rules, for the tests."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -27,8 +28,17 @@ _NAMES = {
 _CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # stored [in, out]
 
 
-def write_gguf_base(model: PreTrainedModel, path: Path, quantized: str | None = None) -> Path:
-    """Write a model; its matrices quantized where a type of gguf's is named."""
+def write_gguf_base(
+    model: PreTrainedModel,
+    path: Path,
+    quantized: str | None = None,
+    fields: Mapping[str, str | float | int] | None = None,
+    tables: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """Write a model; its matrices quantized where a type of gguf's is named.
+
+    Fields of its architecture's and tables beside its weights are added where they are given.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
@@ -44,6 +54,11 @@ def write_gguf_base(model: PreTrainedModel, path: Path, quantized: str | None = 
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    for key, value in (fields or {}).items():
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+        add[type(value)](f"{config.model_type}.{key}", value)
+    for name, table in (tables or {}).items():
+        writer.add_tensor(name, table)
     writer.add_vocab_size(config.vocab_size)
     add_vocabulary(writer, config.vocab_size)
     heads = {"q_proj": config.num_attention_heads}
@@ -73,7 +88,7 @@ def write_gguf_base(model: PreTrainedModel, path: Path, quantized: str | None = 
     return path
 
 
-def tiny_decoder(model_type: str) -> PreTrainedModel:
+def tiny_decoder(model_type: str, **settings: object) -> PreTrainedModel:
     """A model with grouped-query attention, ``k``, ``v`` and the MLP not square."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -95,6 +110,7 @@ def tiny_decoder(model_type: str) -> PreTrainedModel:
         max_position_embeddings=128,
         initializer_range=0.1,
         tie_word_embeddings=False,
+        **settings,
     )
     return AutoModelForCausalLM.from_config(config).eval()
 
