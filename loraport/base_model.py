@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ _POSITIONS_AFTER_PADDING = (
     *("xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
 _FEWEST_WORDS = 2  # T5's empty tokenizer has one: the space
+_GGUF_READING = 2  # one more whenever a file is read otherwise than before
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
@@ -313,8 +315,13 @@ def gguf_model_files(model: GgufModel) -> Path:
 
 
 def _cached(file: Path, suffix: str = "") -> Path:
+    """Return where what is read of a file is kept: another place for another file, or reading.
+
+    Archives and image layers give every file in them one time, so that does not tell two apart.
+    """
     stat = file.stat()
-    return cache_directory() / f"{file.stem}-{stat.st_size}-{stat.st_mtime_ns}{suffix}"
+    read = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {_GGUF_READING}"
+    return cache_directory() / f"{file.stem}-{sha256(read.encode()).hexdigest()[:16]}{suffix}"
 
 
 def _from_gguf(file: Path) -> Path:

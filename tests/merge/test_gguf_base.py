@@ -1,6 +1,7 @@
 """Bases in GGUF files: dequantized as transformers does, a stretch at a time."""
 
 import json
+import os
 import sys
 import warnings
 
@@ -151,6 +152,20 @@ def test_as_a_directory_for_other_commands(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert (directory / "tokenizer.json").is_file()
     assert resolve_base(str(file)) == directory
+
+
+def test_files_of_one_name_size_and_time_are_two_bases(tmp_path):
+    """As layers of container images have them."""
+    found = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        model = tiny_decoder("llama")
+        torch.nn.init.constant_(model.model.norm.weight, 1.0 + number)
+        file = write_gguf_base(model, tmp_path / str(number) / "model.gguf")
+        os.utime(file, ns=(1, 1))
+        found.append(load_file(resolve_base(str(file)) / "model.safetensors"))
+    assert (found[0]["model.norm.weight"] == 1).all()
+    assert (found[1]["model.norm.weight"] == 2).all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
