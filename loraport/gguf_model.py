@@ -7,6 +7,7 @@ the answer is row numbers again, any stretch of a weight can be read and dequant
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Iterator, Mapping
@@ -74,8 +75,10 @@ class GgufModel:
                 if name in _TABLES
             }
             architecture = str(fields["general.architecture"])
+            _check_counts(architecture, fields, len(self._tensors))
             settings = unread_settings(architecture, fields, tables)
-            self.config, self._rules = _rules(file, architecture, settings)
+            with _asked_once(reader):
+                self.config, self._rules = _rules(file, architecture, settings)
             self.weights: Mapping[str, GgufWeight] = self._find_weights()
         self._check_complete()
         self._lock = threading.Lock()
@@ -277,6 +280,35 @@ def _rules(file: Path, architecture: str, settings: Mapping[str, Any]) -> tuple[
         model = transformers.AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     return config, _Rules(architecture, parsed, model)
+
+
+@contextmanager
+def _asked_once(reader: Any) -> Iterator[None]:
+    """Give transformers the file's header as it is read here, and each map of names once.
+
+    It reads the header again, and makes the map anew for every module of the model: a minute for
+    a model of thirty layers.
+    """
+    import gguf
+
+    header, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = lambda _: reader, functools.cache(names)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = header, names
+
+
+def _check_counts(architecture: str, fields: Mapping[str, Any], tensors: int) -> None:
+    """Refuse a part of a file, and one with more layers than tensors, each of which takes time."""
+    parts = int(fields.get("split.count", 1))
+    if parts > 1:
+        raise ValueError(
+            f"it is one of {parts} parts of a model; join them with `llama-gguf-split --merge`"
+        )
+    layers = fields.get(f"{architecture}.block_count")
+    if not isinstance(layers, int) or not 0 <= layers <= tensors:
+        raise ValueError(f"block_count: expected at most its {tensors} tensors, got {layers}")
 
 
 def _is_permutation(numbers: np.ndarray, count: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ def bounded_reader(file: Path) -> Any:
     """Return gguf's reader of a file, which stops at the file's end.
 
     Raises:
-        ValueError: If a length in it goes beyond its end.
+        ValueError: If a length in it goes beyond its end, or two tensors lie in one place.
     """
     import gguf
     import numpy as np
@@ -32,4 +33,12 @@ def bounded_reader(file: Path) -> Any:
                 raise ValueError(f"it ends at byte {len(self.data)}, its header asks for {end}")
             return super()._get(offset, dtype, count, *rest, **named)
 
-    return BoundedReader(file)
+    reader = BoundedReader(file)
+    in_order = sorted(reader.tensors, key=lambda tensor: int(tensor.data_offset))
+    for tensor, following in itertools.pairwise(in_order):
+        end, begin = int(tensor.data_offset + tensor.n_bytes), int(following.data_offset)
+        if begin < end:
+            raise ValueError(
+                f"{tensor.name} ends at byte {end}, {following.name} begins at byte {begin}"
+            )
+    return reader

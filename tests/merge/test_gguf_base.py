@@ -238,6 +238,46 @@ def test_dry_run_tells_merged_weights_from_those_only_dequantized(tmp_path):
     assert (document["copied"], document["dequantized"]) == (0, others)
 
 
+def damaged_number(sound, key, gap, value, size=4):
+    """Replace the number of ``size`` bytes that lies ``gap`` bytes behind a key."""
+    begin = sound.index(key) + len(key) + gap
+    return sound[:begin] + value.to_bytes(size, "little") + sound[begin + size :]
+
+
+def test_the_header_is_read_once(tmp_path, monkeypatch):
+    """Of a real model, with its hundred thousand words, each reading takes many seconds."""
+    file = write_gguf_base(tiny_decoder("llama"), tmp_path / "base.gguf")
+    made = []
+    for kind in (gguf.GGUFReader, gguf.TensorNameMap):
+
+        def counted(self, *rest, _kind=kind, _init=kind.__init__):
+            made.append(_kind)
+            _init(self, *rest)
+
+        monkeypatch.setattr(kind, "__init__", counted)
+    reader = gguf.GGUFReader
+    gguf_model.GgufModel(file)
+    assert made == [gguf.GGUFReader, gguf.TensorNameMap]
+    assert gguf.GGUFReader is reader
+
+
+def test_a_part_of_a_split_file_says_so(tmp_path):
+    """As llama.cpp's gguf-split writes large models."""
+    split = {"split.count": 3, "split.no": 0}
+    file = write_gguf_base(tiny_decoder("llama"), tmp_path / "base.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "base-00001-of-00003.gguf", "llama")
+    for key, value in split.items():
+        writer.add_uint16(key, value)
+    for tensor in gguf.GGUFReader(file).tensors[:3]:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(LoraportError, match=r"one of 3 parts .*llama-gguf-split --merge"):
+        resolve_base(str(tmp_path / "base-00001-of-00003.gguf"))
+
+
 def plan(file, adapter):
     return make_plan(MergeOptions(base=str(file), adapters=((adapter, 1.0),)))
 
@@ -255,6 +295,8 @@ def test_damaged_files_are_one_error(tmp_path):
         sound[:16] + (1 << 63).to_bytes(8, "little") + sound[24:],
         sound.replace(b"blk.1.ffn_up.weight", b"blk.9.ffn_up.weight"),
         sound.replace(b"general.architecture", b"general.architectura"),
+        damaged_number(sound, b"llama.block_count", 4, 1 << 30),  # each layer takes its time
+        damaged_number(sound, b"blk.1.ffn_up.weight", 4 + 2 * 8 + 4, 0, size=8),  # onto the first
     ):
         file.write_bytes(damaged)
         with pytest.raises(LoraportError, match=r"base .*base\.gguf"):
