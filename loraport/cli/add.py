@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from loraport.cli.options import log, named_paths, progress
+from loraport.cli.sizes import size_text
 
 
 @click.command()
@@ -44,4 +45,4 @@ def add(
         record_adapter(bundle, name, str(path.resolve()))
         ranks = sorted(set(manifest.adapters[name].ranks.values()))
         size = (bundle / manifest.adapters[name].file).stat().st_size
-        log.print(f"{name}: slot ranks {ranks}, {size / 1e6:.1f} MB")
+        log.print(f"{name}: slot ranks {ranks}, {size_text(size)}")

@@ -6,6 +6,8 @@ import sys
 import time
 from types import TracebackType
 
+from loraport.cli.sizes import share_text, size_text
+
 
 class ByteProgress:
     """Call it with the bytes done since the last call.
@@ -45,8 +47,8 @@ class ByteProgress:
         self._shown = share
         seconds = max(time.monotonic() - self._started, 1e-9)
         text = (
-            f"{self._what}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, "
-            f"{share:.0%}, {self._done / seconds / 1e6:.0f} MB/s"
+            f"{self._what}: {share_text(self._done, self._total)}, "
+            f"{share:.0%}, {size_text(round(self._done / seconds))}/s"
         )
         print(
             f"\r{text}  " if self._live else text, end="" if self._live else "\n", file=sys.stderr

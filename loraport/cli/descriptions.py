@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraport.cli.sizes import size_text
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _adapter(path: Path, base: str | None) -> Description:
         "base fingerprint": "recorded" if adapter.base_fingerprint else "not recorded",
         "modules": len(adapter.modules),
         "parameters": adapter.parameters,
-        "size": _size(adapter.nbytes),
+        "size": size_text(adapter.nbytes),
         "ranks": _listed(module.rank for module in adapter.modules.values()),
         "alpha": _listed(module.alpha for module in adapter.modules.values()),
         "effective scaling": _listed(module.scaling for module in adapter.modules.values()),
@@ -126,7 +127,7 @@ def _checkpoint(path: Path) -> Description:
     facts: dict[str, Any] = {
         "shards": len(checkpoint.files),
         "tensors": len(infos),
-        "size": _size(sum(info.nbytes for info in infos.values())),
+        "size": size_text(sum(info.nbytes for info in infos.values())),
         "dtypes": _listed(info.dtype for info in infos.values()),
     }
     if (path / "config.json").is_file():
@@ -136,7 +137,7 @@ def _checkpoint(path: Path) -> Description:
         facts["architecture"] = ", ".join(config.get("architectures") or ["?"])
         facts["layers"] = config.get("num_hidden_layers", "?")
     rows = tuple(
-        (name, info.dtype, str(list(info.shape)), _size(info.nbytes))
+        (name, info.dtype, str(list(info.shape)), size_text(info.nbytes))
         for name, info in infos.items()
     )
     return Description("checkpoint", facts, ("tensor", "dtype", "shape", "size"), rows)
@@ -195,7 +196,7 @@ def _bundle(path: Path) -> Description:
         "adapters": len(manifest.adapters),
         "golden cases": ", ".join(manifest.golden),
         "files": len(manifest.files),
-        "size": _size(sum(sizes.values())),
+        "size": size_text(sum(sizes.values())),
     }
     rows = tuple(
         (
@@ -203,7 +204,7 @@ def _bundle(path: Path) -> Description:
             _listed(entry.ranks.values()),
             _listed(f"{scaling:g}" for scaling in entry.scalings.values()),
             str(len(entry.scalings)),
-            _size(sizes.get(entry.file, 0)),
+            size_text(sizes.get(entry.file, 0)),
         )
         for name, entry in manifest.adapters.items()
     )
@@ -236,10 +237,3 @@ def _listed(values: Iterable[Any]) -> str:
 
 def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _size(count: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} bytes"

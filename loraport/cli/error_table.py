@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from loraport.adapter import Adapter
+from loraport.cli.sizes import size_text
 
 
 def show_errors(
@@ -42,6 +43,6 @@ def show_errors(
             click.echo(f"{path:{width}}  {adapter.modules[path].rank:4}  {error:.3e}")
     click.echo(
         f"{output}: {len(adapter.modules)} modules, {len(adapter.replacements)} replaced "
-        f"parameters, {adapter.nbytes / 1e6:.1f} MB",
+        f"parameters, {size_text(adapter.nbytes)}",
         err=True,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraport.cli.byte_progress import ByteProgress
+from loraport.cli.sizes import size_text
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
@@ -116,5 +117,5 @@ def _report(plan: MergePlan, output: Path | None, *, as_json: bool) -> None:
             click.echo(f"{tensor.name}  {tensor.dtype} {list(tensor.shape)}")
     text = f"{len(changed)} tensors changed, {copied} copied, "
     text += f"{dequantized} dequantized, " if dequantized else ""
-    text += f"{plan.nbytes / 1e9:.2f} GB"
+    text += size_text(plan.nbytes)
     click.echo(text if output is None else f"{output}: {text}", err=True)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from command_line import command
 
 from loraport.bundle.archive import pack_bundle, unpack_bundle
 from loraport.bundle.manifest import (
@@ -58,6 +60,15 @@ def test_a_packed_bundle_unpacks_to_the_same_bytes(tmp_path):
     assert contents(tmp_path / "copy") == contents(bundle)
     pack_bundle(tmp_path / "copy", tmp_path / "again.zip")
     assert (tmp_path / "again.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def test_both_ways_tell_the_same_number_of_files(tmp_path):
+    bundle = make_bundle(tmp_path / "bundle", {"a": b"adapter a"})
+    archive, copy = tmp_path / "b.zip", tmp_path / "copy"
+    code, packed = command("bundle", "pack", bundle, "-o", archive)
+    assert (code, len(contents(bundle))) == (0, 5)
+    assert re.search(rf"b\.zip: 5 files, {archive.stat().st_size / 1e3:.1f} kB", packed)
+    assert "copy: 5 files, adapters: a" in command("bundle", "unpack", archive, "-o", copy)[1]
 
 
 def test_files_that_the_manifest_does_not_list_stay_behind(tmp_path):

@@ -213,7 +213,11 @@ def test_force_and_the_base_itself(tmp_path):
     write_adapter(tmp_path / "adapter")
     base, out = str(tmp_path / "base"), tmp_path / "out"
     command = ["merge", base, str(tmp_path / "adapter"), "-o"]
-    assert CliRunner().invoke(cli, [*command, str(out)]).exit_code == 0
+    first = CliRunner().invoke(cli, [*command, str(out)])
+    assert first.exit_code == 0
+    size = sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values())
+    assert f"merging: {size} of {size} bytes, 100%" in first.stderr
+    assert f"{out}: 1 tensors changed, 0 copied, {size} bytes" in first.stderr
     again = CliRunner().invoke(cli, [*command, str(out)])
     assert isinstance(again.exception, LoraportError)
     assert CliRunner().invoke(cli, [*command, str(out), "--force"]).exit_code == 0
