@@ -31,7 +31,7 @@ class PeftKey:
         module_path: The adapted module.
         part: What the tensor is; ``None`` for a stored parameter of the model itself.
         parameter: Full parameter path where ``part`` is ``None``, else empty; without the
-            ``base_layer`` that PEFT puts into the paths of adapted modules.
+            ``base_layer`` or ``token_adapter`` that PEFT puts into the paths of adapted modules.
     """
 
     module_path: str
@@ -44,8 +44,10 @@ _PART_ALIASES = {
     "lora_magnitude_vector.weight": Part.MAGNITUDE,
     "trainable_tokens_delta": Part.TOKEN_ROWS,
 }
-# An adapted module keeps its own parameters one level further down in PEFT's models.
+# An adapted module keeps its own parameters one level further down in PEFT's models, two where
+# its rows are trained.
 _WRAPPED = ".base_layer"
+_WRAPPED_ROWS = ".token_adapter.base_layer"
 _PARTS = {**{part.value: part for part in Part}, **_PART_ALIASES}
 
 
@@ -67,7 +69,7 @@ def parse_peft_key(key: str) -> PeftKey | None:
         return None
     path, _, leaf = rest.rpartition(".")
     while path.endswith(_WRAPPED):
-        path = path.removesuffix(_WRAPPED)
+        path = path.removesuffix(_WRAPPED_ROWS).removesuffix(_WRAPPED)
     return PeftKey(path, None, f"{path}.{leaf}" if path else leaf)
 
 

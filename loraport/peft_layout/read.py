@@ -135,8 +135,28 @@ def _replace(
     problems: Problems,
 ) -> None:
     if parameter in replacements:
-        problems.add(key, f"one tensor for {parameter}", "a second one")
+        together = _with_rows(replacements[parameter], replacement)
+        if together is None:
+            problems.add(key, f"one tensor for {parameter}", "a second one")
+        replacement = together or replacement
     replacements[parameter] = replacement
+
+
+def _with_rows(one: Replacement, other: Replacement) -> Replacement | None:
+    """Return a saved embedding with its trained rows, which PEFT saves beside it.
+
+    Returns:
+        The whole of it, or ``None`` where the two are nothing of the kind.
+    """
+    whole, trained = (other, one) if one.rows is not None else (one, other)
+    rows = list(trained.rows or ())
+    if whole.rows is not None or not rows or whole.tensor.dim() != 2:
+        return None
+    if max(rows) >= len(whole.tensor) or trained.tensor.shape != (len(rows), whole.tensor.shape[1]):
+        return None
+    tensor = whole.tensor.clone()
+    tensor[rows] = trained.tensor.to(tensor.dtype)
+    return Replacement(tensor)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
