@@ -65,7 +65,8 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
 
     Differences of weights are factored by a truncated SVD in float64, each expert's by itself;
     biases, norms and every other one-dimensional parameter that differs are stored whole, and so
-    are convolutions with groups. What is tied is said of each parameter that shares the tensor.
+    are convolutions with groups, and embeddings and heads of another vocabulary. What is tied is
+    said of each parameter that shares the tensor.
 
     Args:
         options: What to extract.
@@ -83,7 +84,7 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
     layout = checkpoint_layout(base)
     before = stored_parameters(base, layout)
     after = stored_parameters(tuned, checkpoint_layout(tuned))
-    _check_same_model(before, after)
+    resized = _check_same_model(before, after, layout)
     modules: dict[str, LoraModule] = {}
     replacements: dict[str, Replacement] = {}
     errors: dict[str, float] = {}
@@ -114,7 +115,8 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
                 )
             _require_finite(parameter, old, new)
             path, _, leaf = parameter.rpartition(".")
-            if leaf != "weight" or old.dim() < 2 or path in layout.grouped:
+            whole = leaf != "weight" or old.dim() < 2 or path in layout.grouped
+            if whole or parameter in resized:
                 for name in (parameter, *_tied_to(parameter, before, layout)):
                     replacements[name] = Replacement(new)
                 continue
@@ -135,7 +137,14 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
         base_model=options.base,
         base_fingerprint=BaseFingerprint(hashes) if hashes else None,
     )
-    return Extracted(adapter, errors, unchanged, () if layout.known else (_UNKNOWN,))
+    notes = [] if layout.known else [_UNKNOWN]
+    if resized:
+        rows = max(after[parameter].shape[0] for parameter in resized)
+        notes.append(
+            f"the tuned model's vocabulary has another size: {', '.join(sorted(resized))} stored "
+            f"whole; `loraport merge` resizes the base, for PEFT resize it to {rows} rows first"
+        )
+    return Extracted(adapter, errors, unchanged, tuple(notes))
 
 
 def _module(
@@ -238,13 +247,19 @@ def _require_finite(subject: str, *tensors: torch.Tensor) -> None:
 
 
 def _check_same_model(
-    before: Mapping[str, StoredParameter], after: Mapping[str, StoredParameter]
-) -> None:
+    before: Mapping[str, StoredParameter], after: Mapping[str, StoredParameter], layout: BaseLayout
+) -> set[str]:
+    """Return the embeddings and heads that have other numbers of rows; refuse all else."""
+    resized = set()
     problems = Problems()
     for name in sorted(before.keys() ^ after.keys()):
         where = "base" if name in before else "tuned model"
         problems.add(name, "it in both models", f"it in the {where} only")
     for name in before.keys() & after.keys():
-        if before[name].shape != after[name].shape:
-            problems.add(name, f"{list(before[name].shape)}", f"{list(after[name].shape)}")
+        old, new = before[name].shape, after[name].shape
+        if name in layout.embeddings and len(old) == len(new) == 2 and old[1] == new[1]:
+            resized |= {name} if old != new else set()
+        elif old != new:
+            problems.add(name, f"{list(old)}", f"{list(new)}")
     problems.raise_if_any("the two models are not the same but for their values")
+    return resized

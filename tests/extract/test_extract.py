@@ -228,6 +228,35 @@ def test_experts_with_ranks_of_their_own(tmp_path):
     assert torch.allclose(got, expected, rtol=0, atol=1e-3 * expected.abs().max())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("more", [3, -4])
+def test_another_vocabulary_is_kept_whole(more, tied, tmp_path):
+    """Tokens that were added before the fine-tuning, or rows that a base had to spare."""
+    torch.manual_seed(0)
+    base = llama(tie=tied).eval()
+    size = base.config.vocab_size + more
+    resized = copy.deepcopy(base)
+    resized.resize_token_embeddings(size, mean_resizing=False)
+    tuned = tune(resized)
+    save_base(base, tmp_path / "base")
+    save_base(tuned, tmp_path / "tuned")
+    options = ExtractOptions(str(tmp_path / "base"), str(tmp_path / "tuned"), rank=3)
+    extracted = extract(options, lambda *_: None)
+    (note,) = extracted.notes
+    assert "model.embed_tokens.weight stored whole; `loraport merge` resizes the base" in note
+    assert f"to {size} rows" in note
+    write_peft(extracted.adapter, tmp_path / "adapter")
+    expected = logits(tuned)
+    got = logits(load_with_peft(resized, tmp_path / "adapter"))
+    assert torch.allclose(got, expected, rtol=0, atol=1e-5 * expected.abs().max())
+    command = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), "-o"]
+    assert CliRunner().invoke(cli, [*command, str(tmp_path / "merged")]).exit_code == 0
+    merged = type(base).from_pretrained(tmp_path / "merged").eval()
+    assert merged.config.vocab_size == size
+    assert merged.config.tie_word_embeddings == tied
+    assert torch.allclose(logits(merged), expected, rtol=0, atol=1e-5 * expected.abs().max())
+
+
 def test_what_cannot_be_extracted(tmp_path):
     torch.manual_seed(0)
     save_base(llama(), tmp_path / "base")

@@ -55,5 +55,5 @@ def test_rows_that_the_whole_does_not_have_are_refused(tmp_path):
     stored = load_file(tmp_path / "adapter" / _TENSORS)
     key = f"{_PLACE}base_layer.weight"
     save_file({**stored, key: stored[key][:5].clone()}, tmp_path / "adapter" / _TENSORS)
-    with pytest.raises(LoraportError, match=r"one tensor for model\.embed_tokens\.weight, got a se"):
+    with pytest.raises(LoraportError, match=r"one tensor for model\.embed_tokens\.weight, got a"):
         read_peft(tmp_path / "adapter")
