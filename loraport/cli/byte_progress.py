@@ -1,15 +1,14 @@
-"""Progress by bytes, on stderr: a line that is redrawn on a terminal, else one line per tenth."""
+"""Progress by bytes."""
 
 from __future__ import annotations
 
-import sys
 import time
-from types import TracebackType
 
+from loraport.cli.share_line import ShareLine
 from loraport.cli.sizes import share_text, size_text
 
 
-class ByteProgress:
+class ByteProgress(ShareLine):
     """Call it with the bytes done since the last call.
 
     Args:
@@ -18,39 +17,24 @@ class ByteProgress:
     """
 
     def __init__(self, what: str, total: int = 0) -> None:
+        super().__init__()
         self._what = what
         self._total = total
         self._done = 0
-        self._shown = -1.0
         self._started = time.monotonic()
-        self._live = sys.stderr.isatty()
 
     def __enter__(self) -> ByteProgress:
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live:
-            print(file=sys.stderr)
 
     def __call__(self, nbytes: int, total: int | None = None) -> None:
         """Take note of ``nbytes`` more, of ``total``."""
         self._total = total or self._total
         self._done += nbytes
         share = self._done / self._total if self._total else 1.0
-        if share < 1 and share - self._shown < (0.002 if self._live else 0.1):
+        if not self.is_due(share):
             return
-        self._shown = share
         seconds = max(time.monotonic() - self._started, 1e-9)
-        text = (
-            f"{self._what}: {share_text(self._done, self._total)}, "
-            f"{share:.0%}, {size_text(round(self._done / seconds))}/s"
+        speed = size_text(round(self._done / seconds))
+        self.show(
+            share, f"{self._what}: {share_text(self._done, self._total)}, {share:.0%}, {speed}/s"
         )
-        print(
-            f"\r{text}  " if self._live else text, end="" if self._live else "\n", file=sys.stderr
-        )
-        sys.stderr.flush()

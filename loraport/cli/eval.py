@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loraport.cli.options import log
+from loraport.cli.options import log, progress
+from loraport.cli.share_line import ShareLine
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
@@ -73,20 +74,27 @@ def eval(  # the command's name
     loaded = {name: read_adapter(path, base=base) for name, path in paths.items()}
     tokenizer = load_tokenizer(base)
     max_length = row_length(resolve_base(base), max_length)
-    rows = read_rows(data, tokenizer, max_length)
+    rows = read_rows(data, tokenizer, max_length, progress)
     for note in rows.notes(data, max_length):
         log.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     text = None if held_out is None else _paragraphs(held_out)
     model = load_causal_lm(base, device=str(choose_placement(device, "float32").device))
-    report = evaluate(
-        model,
-        tokenizer,
-        loaded,
-        rows.rows,
-        held_out=None if text is None else text_rows(text, tokenizer, max_length),
-        generations=generations,
-        batch_size=batch_size,
-    )
+    with ShareLine() as line:
+
+        def tell(name: str, done: int, total: int) -> None:
+            if line.is_due(done / total):
+                line.show(done / total, f"scoring {name}: {done} of {total}, {done / total:.0%}")
+
+        report = evaluate(
+            model,
+            tokenizer,
+            loaded,
+            rows.rows,
+            held_out=None if text is None else text_rows(text, tokenizer, max_length),
+            generations=generations,
+            batch_size=batch_size,
+            progress=tell,
+        )
     if per_example is not None:
         _write_rows(per_example, report, force=force)
     for warning in report.warnings:

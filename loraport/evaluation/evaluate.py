@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,7 @@ def evaluate(
     held_out: Sequence[Row] | None = None,
     generations: int = 100,
     batch_size: int = 4,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,  # noqa: ARG005
 ) -> Evaluation:
     """Score a base and adapters on the same rows; the model is left as it was.
 
@@ -102,6 +103,8 @@ def evaluate(
         held_out: Text that the adapters should not make worse; a small neutral one unless given.
         generations: Rows whose last answer is generated and compared, from the first on.
         batch_size: Rows per forward pass.
+        progress: Told which model is being scored, and how many rows and answers are done, of
+            how many with all models.
 
     Raises:
         LoraportError: If there are no rows, held out or not, or an adapter does not fit the base.
@@ -118,8 +121,17 @@ def evaluate(
             "predicted, got none; give more text"
         )
 
+    each = len(rows) + len(held_out) + len(rows[:generations])
+    total, done = each * (1 + len(adapters)), 0
+
     def scored(name: str) -> Scores:
-        return _score(model, tokenizer, name, rows, held_out, generations, batch_size)
+        def tell(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(name, done, total)
+
+        tell(0)
+        return _score(model, tokenizer, name, rows, held_out, generations, batch_size, tell)
 
     found = [scored(BASE)]
     for name, adapter in adapters.items():
@@ -157,22 +169,23 @@ def _score(
     held_out: Sequence[Row],
     generations: int,
     batch_size: int,
+    tell: Callable[[int], None],
 ) -> Scores:
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    scores = score_rows(model, rows, batch_size, pad, model.device)
-    neutral = score_rows(model, held_out, batch_size, pad, model.device)
+    scores = score_rows(model, rows, batch_size, pad, model.device, tell)
+    neutral = score_rows(model, held_out, batch_size, pad, model.device, tell)
     answers = []
     ends = _stop_tokens(model, tokenizer)
     for place, row in enumerate(rows[:generations]):
         parts = question_and_answer(row)
-        if parts is None:
-            continue
-        question, expected = parts
-        got = greedy_answer(model, question, len(expected), ends, model.device)
-        said, wanted = (
-            str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (got, expected)
-        )
-        answers.append(Answer(row.line, wanted, said, place))
+        if parts is not None:
+            question, expected = parts
+            got = greedy_answer(model, question, len(expected), ends, model.device)
+            said, wanted = (
+                str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (got, expected)
+            )
+            answers.append(Answer(row.line, wanted, said, place))
+        tell(1)
     loss = _mean_loss(scores)
     return Scores(
         name=name,

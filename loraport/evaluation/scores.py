@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,12 @@ class RowScore:
 
 @torch.no_grad()
 def score_rows(
-    model: nn.Module, rows: Sequence[Row], batch_size: int, pad: int, device: torch.device
+    model: nn.Module,
+    rows: Sequence[Row],
+    batch_size: int,
+    pad: int,
+    device: torch.device,
+    done: Callable[[int], None] = lambda rows: None,  # noqa: ARG005
 ) -> list[RowScore]:
     """Return each row's score, in the rows' order.
 
@@ -43,6 +48,7 @@ def score_rows(
         batch_size: Rows per forward pass; rows of like length share one.
         pad: Token id to pad with.
         device: Where the model is.
+        done: Told how many rows more are scored.
     """
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
     scores: dict[int, RowScore] = {}
@@ -64,6 +70,7 @@ def score_rows(
                 loss=float(losses[mine].mean()),
                 correct=int(right[mine].sum()),
             )
+        done(len(chosen))
     return [scores[index] for index in range(len(rows))]
 
 

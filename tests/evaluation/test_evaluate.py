@@ -72,8 +72,16 @@ def test_scores_equal_peft_and_transformers(tiny_base, adapters, data, tokenizer
     loaded = {name: read_peft(path) for name, path in adapters.items()}
     model = load(tiny_base)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    report = evaluate(model, tokenizer, loaded, rows, batch_size=3)
+    told = []
+    report = evaluate(
+        model, tokenizer, loaded, rows, batch_size=3, progress=lambda *news: told.append(news)
+    )
     assert [s.name for s in report.scores] == ["base", "a", "b"]
+    assert list(dict.fromkeys(name for name, _, _ in told)) == ["base", "a", "b"]
+    each = 2 * len(rows) + len(neutral_rows(tokenizer))  # scored, and answered
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+    assert {total for _, _, total in told} == {3 * each}
+    assert told[-1][1] == 3 * each
     references = [load(tiny_base)]
     references += [PeftModel.from_pretrained(load(tiny_base), p).eval() for p in adapters.values()]
     for scores, reference in zip(report.scores, references, strict=True):
@@ -254,6 +262,8 @@ def test_the_command(tiny_base, adapter_a, data, tmp_path):
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     assert [scores["name"] for scores in document["scores"]] == ["base", "mine"]
+    shown = [line.split(":")[0] for line in done.stderr.splitlines() if "scoring" in line]
+    assert list(dict.fromkeys(shown)) == ["scoring base", "scoring mine"]
     assert document["scores"][0]["generations"] == 3
     lines = [json.loads(line) for line in per_example.read_text().splitlines()]
     assert [(line["model"], line["line"]) for line in lines] == [

@@ -84,20 +84,26 @@ def _row(whole: str, spans: Sequence[tuple[int, int]], tokenizer: PreTrainedToke
     if melted:  # into one token; at inference the prompt stands alone
         tokens, offsets = _encoded(whole, melted, tokenizer)
     labels = [IGNORED] * len(tokens)
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = tokenizer.eos_token_id  # asked for once: it is looked up by name
     for start_at, end_at in spans:
         inside = [
             i for i, (first, last) in enumerate(offsets) if first < end_at and last > start_at
         ]
         # What a template writes after the end-of-turn token is never generated.
-        ends = [i for i in inside if tokens[i] == tokenizer.eos_token_id]
+        ends = [i for i in inside if tokens[i] == end]
         if not ends:  # Gemma's and Phi's turns end with another token than texts do
+            special = _special(tokenizer)
             marks = [i for i in inside if tokens[i] in special][-1:]
             ends = [i for i in marks if not whole[offsets[i][1] : end_at].strip()]
         for i in inside:
             if not ends or i <= ends[-1]:
                 labels[i] = tokens[i]
     return Row(tuple(tokens), tuple(labels))
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = tokenizer.added_tokens_decoder
+    return {number for number, token in added.items() if token.special}
 
 
 def _encoded(

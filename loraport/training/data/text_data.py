@@ -67,11 +67,11 @@ def read_data(
         LoraportError: If a file cannot be read or nothing is left to train on.
     """
     length = row_length(resolve_base(base), options.max_length)
-    files = {data: read_rows(data, tokenizer, length)}
+    files = {data: read_rows(data, tokenizer, length, observer.note)}
     train_rows = files[data].rows
     held_out: tuple[Row, ...] = ()
     if validation is not None:
-        files[validation] = read_rows(validation, tokenizer, length)
+        files[validation] = read_rows(validation, tokenizer, length, observer.note)
         held_out = files[validation].rows
     elif options.validation_share > 0:
         train_rows, held_out = split_rows(train_rows, options.validation_share, options.loop.seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,8 @@ from loraport.training.data.records import BadLines, Record, read_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_TOLD_EVERY = 10_000  # rows, some ten seconds
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,19 @@ class Rows:
             )
 
 
-def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Rows:
+def read_rows(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    progress: Callable[[str], None] = lambda text: None,  # noqa: ARG005
+) -> Rows:
     """Read a JSONL file and tokenize it.
 
     Args:
         path: See `loraport.training.data.records.read_records`.
         tokenizer: The base's.
         max_length: Rows are cut to this many tokens.
+        progress: Told how far a long file is read.
 
     Raises:
         LoraportError: All bad lines at once, or no row can be used.
@@ -73,7 +81,9 @@ def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -
     records = read_records(path, bad)
     if any(record.messages for record in records):
         _require_chat(tokenizer)
-    for record in records:
+    for count, record in enumerate(records):
+        if count and count % _TOLD_EVERY == 0:
+            progress(f"{path}: {count} of {len(records)} rows read")
         try:
             made = _rows(record, tokenizer)
         except UnusableError as error:
