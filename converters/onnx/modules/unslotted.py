@@ -212,7 +212,7 @@ def _reason(node: ir.Node, shapes: list[tuple[int, ...]]) -> str:
         return f"{operator}: {why}; save the model at ONNX Runtime's level ORT_ENABLE_EXTENDED"
     if node.op_type in _REASONS:
         return f"{operator}: {_REASONS[node.op_type]}"
-    if node.op_type in ("MatMul", "Gemm"):
+    if node.op_type in ("MatMul", "Gemm", "FusedMatMul"):
         if constant(node.inputs[0]) is not None:
             return f"{operator}: its constant is the left factor"
         if node.attributes.get_int("transA", 0):
