@@ -61,6 +61,11 @@ class SlotInput:
         return tuple(1 if isinstance(size, str) else size for size in self.shape)
 
     @property
+    def lanes_shape(self) -> tuple[int | str, ...]:
+        """Shape of a linear module's input that takes adapters one after the other."""
+        return (f"{self.name}.lanes", *self.shape[1:])
+
+    @property
     def rank_axis(self) -> int | None:
         """The dimension that is the rank; ``None`` if there is none."""
         return next((i for i, size in enumerate(self.shape) if isinstance(size, str)), None)
@@ -316,6 +321,11 @@ class SlotTable:
         for slot in self.slots:
             for role, value in slot.inputs.items():
                 yield slot, role, value
+
+    def graph_shape(self, slot: Slot, entry: SlotInput) -> tuple[int | str, ...]:
+        """Return the shape that the graph gives an input of a slot."""
+        in_lanes = self.per_row and slot.kind is ModuleKind.LINEAR
+        return entry.lanes_shape if in_lanes else entry.shape
 
     def modules(self) -> dict[str, tuple[Slot, SlotMember]]:
         """Return module path → its slot and its part of it."""

@@ -140,7 +140,9 @@ class Protocol:
         }
         wrong = []
         table = self._runtime.manifest.slots
-        wanted = {found.name: found.shape for _, _, found in table.low_rank_inputs()}
+        wanted = {
+            found.name: table.graph_shape(slot, found) for slot, _, found in table.low_rank_inputs()
+        }
         wanted |= {found.input: found.shape for found in table.replacements}
         for name, expected in wanted.items():
             shape = entries.pop(name, None)

@@ -66,12 +66,13 @@ def required_graph(
         return Check(title, False, str(error))
     entries = {entry.name: entry for entry in session.get_inputs()}
     slots = runtime.manifest.slots
-    strange = entries.keys() ^ (inputs.keys() | set(slots.inputs()))
+    neutral: dict[str, Any] = {control.input: control.default() for control in slots.controls}
+    strange = entries.keys() ^ (inputs.keys() | set(slots.inputs()) | neutral.keys())
     if strange:
         detail = f"its inputs are not the model's and the slots': {_listed(sorted(strange))}"
         return Check(title, False, detail)
     base_values = BaseValues(runtime.directory)
-    neutral = {slot.input: base_values[slot.input] for slot in slots.replacements}
+    neutral |= {slot.input: base_values[slot.input] for slot in slots.replacements}
     neutral |= {
         entry.name: np.full(entry.neutral_shape, entry.neutral, FLOATS[entries[entry.name].type])
         for _, _, entry in slots.low_rank_inputs()

@@ -13,6 +13,7 @@ from converters.onnx.packing.adding import add_adapters
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.errors import LoraportError
+from loraport.parity import verify_bundle
 from loraport.runtime import Runtime
 
 VOCAB, DIM, WIDE, CHANNELS, OUT = 23, 8, 14, 6, 5
@@ -112,6 +113,12 @@ def close(got, expected):
 def test_every_module_has_its_slot(runtime):
     assert runtime.manifest.unslotted == {}
     assert runtime.manifest.slots.modules().keys() == {"embed", "wide", "flat", "conv", "head"}
+
+
+def test_the_protocol_holds(runtime, net, adapters):
+    """``model.required.onnx`` asks for the strength and the rows' adapters, too."""
+    report = verify_bundle(runtime.directory, net, adapters)
+    assert report.passed, [check for check in report.checks if not check.passed]
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def _add_inputs(graph: ir.Graph, slot: Slot, site: Site, *, lanes: bool) -> dict
     for role, entry in slot.inputs.items():
         value = _overridable(graph, entry, site.dtype)
         if lanes and slot.kind is ModuleKind.LINEAR:  # as long as there are lanes
-            value.shape = ir.Shape([f"{entry.name}.lanes", entry.shape[1]])
+            value.shape = ir.Shape(entry.lanes_shape)
         found[role] = value
     return found
 
