@@ -287,6 +287,20 @@ class TestEncoder:
         changed = relative(wanted, torch_logits(original, inputs))
         assert changed > (1e-5 if precision == "fp16" else 1e-3)
 
+    def test_rows_in_int8_have_adapters_of_their_own(self, encoder_base, encoder_adapter, tmp_path):
+        """The quantizer forgets the shapes, by which rows are told apart."""
+        out, options = tmp_path / "bundle", SlotOptions(per_row=True)
+        export_base(str(encoder_base), out, ExportOptions(precision="int8", slots=options))
+        add_adapters(out, {"a": read_adapter(encoder_adapter)})
+        assert read_manifest(out).unslotted == {}
+        model = load_model(str(encoder_base))
+        load_graph_weights(out / "model.onnx", model)
+        inputs = base_inputs(out, read_manifest(out))
+        wanted, adapted = torch_logits(model, inputs, encoder_adapter)
+        got = Runtime(out, threads=1).rows(["a"]).run(inputs, ["a", None])["logits"]
+        assert relative(got, np.stack([adapted[0], wanted[1]])) < BOUNDS["int8"]
+        assert relative(adapted, wanted) > 0.1
+
     def test_bf16_is_refused(self, encoder_base, tmp_path):
         with pytest.raises(LoraportError, match="no bfloat16"):
             export_base(str(encoder_base), tmp_path / "out", ExportOptions(precision="bf16"))

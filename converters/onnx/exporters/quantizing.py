@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from loraport.bundle.manifest import MODEL_FILE
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, ValueInfoProto
 
 _DATA_FILE = f"{MODEL_FILE}.data"
 _BLOCK = 32
@@ -80,6 +80,7 @@ def _int8(source: Path, target: Path) -> None:
     model = _load(source, gemms=True)
     left = _name_stacked(model)
     # The quantizer infers the shapes inside a graph anew and trips over those that are noted.
+    noted = list(model.graph.value_info)
     del model.graph.value_info[:]
     quantize_dynamic(
         model,
@@ -92,6 +93,20 @@ def _int8(source: Path, target: Path) -> None:
         # Types are not known behind ONNX Runtime's own operators.
         extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
     )
+    _note_shapes(target, noted)
+
+
+def _note_shapes(target: Path, noted: Iterable[ValueInfoProto]) -> None:
+    """Note the shapes of what is still in a graph, by which rows of a batch are told apart."""
+    import onnx
+
+    model = onnx.load(target, load_external_data=False)
+    left = {name for node in model.graph.node for name in node.output}
+    found = {value.name: value for value in model.graph.value_info}
+    found.update((value.name, value) for value in noted if value.name in left)
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(found.values())
+    onnx.save(model, target)
 
 
 def _int4(source: Path, target: Path) -> None:
