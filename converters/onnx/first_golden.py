@@ -12,6 +12,7 @@ from converters.onnx.trial_run import ends_the_process
 from loraport.bundle.golden import record_no_golden
 from loraport.bundle.manifest import MODEL_FILE, read_manifest
 from loraport.errors import LoraportError, first_line
+from loraport.free_memory import free_memory
 from loraport.runtime.recording import write_base_golden
 from loraport.runtime.session import open_session
 
@@ -44,7 +45,7 @@ def record_first_golden(
     Raises:
         LoraportError: If ONNX Runtime opens or runs the model, but not what was made of it.
     """
-    available = _available_memory()
+    available = free_memory()
     if available is not None and weights * _MEMORY_PER_WEIGHT_BYTE > available:
         reason = (
             f"the weights take {weights / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory "
@@ -121,12 +122,3 @@ def _refusal(file: Path, precision: str, inputs: Mapping[str, np.ndarray]) -> _R
     except Exception as error:  # onnxruntime raises classes of its own without a common base
         return _Refusal(first_line(error), opened=True)
     return None
-
-
-def _available_memory() -> int | None:
-    """Return how many bytes of memory are free, where the system tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
-    except (OSError, StopIteration, ValueError, IndexError):
-        return None

@@ -12,6 +12,7 @@ import torch
 
 from loraport.base_model import model_without_weights, read_model_config, resolve_base
 from loraport.errors import LoraportError
+from loraport.free_memory import free_memory
 from loraport.training.base.bitsandbytes_library import require_pageable
 from loraport.training.data.text_data import row_length
 from loraport.training.devices import Placement, choose_placement
@@ -135,15 +136,12 @@ def predict(
 
 
 def available_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device now; of the host, without swapping."""
+    """Return the bytes that are free on a device now; see `loraport.free_memory`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
+    found = free_memory()
+    if found is not None:
+        return found
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
