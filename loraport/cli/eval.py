@@ -95,14 +95,14 @@ def eval(  # the command's name
             batch_size=batch_size,
             progress=tell,
         )
-    if per_example is not None:
-        _write_rows(per_example, report, force=force)
     for warning in report.warnings:
         log.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     if as_json:
         click.echo(json.dumps(_document(report, rows), indent=2))
     else:
         _show(report, len(rows.rows), examples)
+    if per_example is not None:  # after the scores, which a full disk does not take away
+        _write_rows(per_example, report, force=force)
 
 
 def _named(values: tuple[str, ...]) -> dict[str, Path]:

@@ -1,6 +1,8 @@
 """Scores against transformers' own loss and PEFT's own model."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -275,6 +277,23 @@ def test_the_command(tiny_base, adapter_a, data, tmp_path):
     assert "line 1, expected: To the harbour." in done.stdout
     again = CliRunner().invoke(eval_command, [*arguments, "--per-example", str(per_example)])
     assert isinstance(again.exception, LoraportError)
+
+
+@pytest.mark.parametrize("form", ["--json", "--force"])
+def test_a_full_disk_takes_no_scores_away(tiny_base, data, tmp_path, monkeypatch, form):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "rows_out.jsonl")
+
+    monkeypatch.setattr("loraport.output.new_file", full)
+    arguments = [str(tiny_base), str(data), "--device", "cpu", "--generations", "0", form]
+    done = CliRunner().invoke(
+        eval_command, [*arguments, "--per-example", str(tmp_path / "rows_out.jsonl")]
+    )
+    assert isinstance(done.exception, OSError)
+    if form == "--json":
+        assert json.loads(done.stdout)["scores"][0]["loss"] > 0
+    else:
+        assert "held-out loss" in done.stdout
 
 
 def test_each_row_of_a_divided_chat_has_its_own_answer(tiny_base, tmp_path):
