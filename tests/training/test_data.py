@@ -1,5 +1,6 @@
 """What becomes of a JSONL file, and what is said about a bad one."""
 
+import gzip
 import json
 
 import pytest
@@ -333,6 +334,29 @@ def test_files_without_rows(tmp_path, write_jsonl, tokenizer):
         read_rows(tmp_path / "missing.jsonl", tokenizer, 99)
     with pytest.raises(LoraportError, match="expected rows to learn, got none"):
         read_rows(write_jsonl([]), tokenizer, 99)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            json.dumps([{"text": "abc"}] * 40, indent=2).encode(),
+            r"several lines; .* jq -c '\.\[\]'$",
+        ),
+        (json.dumps({"text": "abc"}, indent=2).encode(), r"got JSON over several .* jq -c '\.'$"),
+        (gzip.compress(b'{"text": "abc"}\n' * 40), "expected text, got a gzip file; unpack it"),
+    ],
+)
+def test_another_kind_of_file_is_told_as_a_whole(tmp_path, tokenizer, content, reason):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(LoraportError, match=reason) as raised:
+        read_rows(path, tokenizer, 16)
+    assert "\n" not in str(raised.value)
+    # Control: one line that is not JSON is told by its number, whatever it begins with.
+    path.write_bytes(b'{"text": "abc"}\n[\n')
+    with pytest.raises(LoraportError, match=r"1 bad line\n  .*:2: expected JSON"):
+        read_rows(path, tokenizer, 16)
 
 
 def test_long_rows_are_cut_and_counted_and_rows_without_answer_left_out(write_jsonl, tokenizer):
