@@ -62,7 +62,8 @@ def describe(path: Path, base: str | None = None) -> Description:
     from converters.formats.registry import detect_format
 
     try:
-        detect_format(path)
+        if detect_format(path).name == "gguf" and (model := _gguf_model(path)) is not None:
+            return model
     except LoraportError as no_adapter:
         if foreign_adapter(path) is not None:
             raise
@@ -176,6 +177,38 @@ def _onnx(path: Path) -> Description:
             shown = "slot" if default else role
             rows.append((shown, name, str(value.dtype), str(value.shape), default))
     return Description("ONNX model", facts, ("", "name", "dtype", "shape", "default"), tuple(rows))
+
+
+def _gguf_model(path: Path) -> Description | None:
+    """Describe a whole model in a GGUF file; ``None`` for an adapter, and for a damaged file."""
+    from loraport.gguf_reader import bounded_reader
+
+    try:
+        reader = bounded_reader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    # The reader trusts its input; what is wrong is said where it is read as an adapter.
+    except Exception:
+        return None
+    if fields.get("general.type", "model") == "adapter":
+        return None
+    architecture = fields.get("general.architecture", "?")
+    facts: dict[str, Any] = {
+        "tensors": len(reader.tensors),
+        "size": size_text(sum(int(tensor.n_bytes) for tensor in reader.tensors)),
+        "types": _listed(tensor.tensor_type.name for tensor in reader.tensors),
+        "architecture": architecture,
+        "layers": fields.get(f"{architecture}.block_count", "?"),
+    }
+    rows = tuple(
+        (
+            str(tensor.name),
+            tensor.tensor_type.name,
+            str([int(size) for size in reversed(tensor.shape)]),
+            size_text(int(tensor.n_bytes)),
+        )
+        for tensor in reader.tensors
+    )
+    return Description("GGUF model", facts, ("tensor", "type", "shape", "size"), rows)
 
 
 def _bundle(path: Path) -> Description:

@@ -154,6 +154,26 @@ def test_as_a_directory_for_other_commands(tmp_path):
     assert resolve_base(str(file)) == directory
 
 
+def test_inspect_tells_a_model_from_an_adapter(tmp_path):
+    file = write_gguf_base(tiny_decoder("llama"), tmp_path / "base.gguf", "Q8_0")
+    shown = json.loads(CliRunner().invoke(cli, ["inspect", str(file), "--json"]).stdout)
+    assert shown["kind"] == "GGUF model"
+    matrices, vectors = 2 * 7 + 2, 2 * 2 + 1
+    assert shown["facts"] == {
+        "tensors": matrices + vectors,
+        "size": shown["facts"]["size"],
+        "types": f"Q8_0 ×{matrices}, F32 ×{vectors}",
+        "architecture": "llama",
+        "layers": 2,
+    }
+    rows = {row["tensor"]: row for row in shown["rows"]}
+    row = rows["blk.1.ffn_down.weight"]
+    assert (row["type"], row["shape"], row["size"]) == ("Q8_0", "[64, 96]", "6.5 kB")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(LoraportError, match=r"base\.gguf: expected a GGUF file, got damage"):
+        CliRunner().invoke(cli, ["inspect", str(file)], catch_exceptions=False)
+
+
 def test_files_of_one_name_size_and_time_are_two_bases(tmp_path):
     """As layers of container images have them."""
     found = []
