@@ -109,7 +109,8 @@ def unpack_bundle(
                         shutil.copyfileobj(stream, sink, _COPY_BYTES)
                 elif onto is not None and (onto / path).is_file():
                     _take(onto / path, target, moving=_same(onto, bundle))
-            check_files(manifest, partial)
+            together = f" put onto {onto}, which may not be the bundle it was made for,"
+            check_files(manifest, partial, f"archive {archive}{together if onto else ''}")
     return manifest
 
 

@@ -232,8 +232,13 @@ def write_manifest(manifest: Manifest, directory: Path) -> None:
         partial.write_text(manifest.to_json())
 
 
-def check_files(manifest: Manifest, directory: Path) -> None:
+def check_files(manifest: Manifest, directory: Path, subject: str | None = None) -> None:
     """Compare every file with its hash.
+
+    Args:
+        manifest: What lists them.
+        directory: Where they are.
+        subject: What they are to the user, where that is another than the bundle there.
 
     Raises:
         LoraportError: Naming every file that is missing or differs.
@@ -246,7 +251,7 @@ def check_files(manifest: Manifest, directory: Path) -> None:
         got = file_sha256(directory / path)
         if got != expected:
             problems.add(path, f"sha256 {expected[:12]}", got[:12], "copy the bundle again")
-    problems.raise_if_any(f"bundle {directory} is not intact")
+    problems.raise_if_any(f"{subject or f'bundle {directory}'} is not intact")
 
 
 def file_sha256(path: Path) -> str:

@@ -106,6 +106,9 @@ def test_a_delta_on_its_own_or_on_the_wrong_bundle_is_refused(tmp_path):
         unpack_bundle(tmp_path / "delta.zip", tmp_path / "out")
     with pytest.raises(LoraportError, match=r"not intact[\s\S]*model\.onnx\.data: expected sha256"):
         unpack_bundle(tmp_path / "delta.zip", tmp_path / "out", onto=other)
+    wrong = rf"delta\.zip put onto {re.escape(str(other))}, which may not be the bundle it was made"
+    with pytest.raises(LoraportError, match=wrong):
+        unpack_bundle(tmp_path / "delta.zip", tmp_path / "out", onto=other)
     assert not (tmp_path / "out").exists()
 
 
