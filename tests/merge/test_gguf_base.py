@@ -68,9 +68,12 @@ def test_merged_is_what_peft_computes(
     assert (got - logits(base)).abs().max() > 0.01
 
 
-def write_moe(path):
-    """A tiny Qwen3-MoE: experts stacked, gate and up apart, which transformers holds as one."""
-    hidden, inner, experts, heads = 32, 768, 4, 4  # 768: the one that transformers assumes
+def write_moe(path, inner=768):
+    """A tiny Qwen3-MoE: experts stacked, gate and up apart, which transformers holds as one.
+
+    Its own reader takes the experts for 768 wide, whatever the file says.
+    """
+    hidden, experts, heads = 32, 4, 4
     generator = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "qwen3moe")
     writer.add_context_length(64)
@@ -131,6 +134,15 @@ def test_mixture_of_experts(small, tmp_path, merge_into, monkeypatch):
     got = logits(load_merged(made, tmp_path / "merged"))
     assert torch.allclose(got, expected, rtol=0, atol=1e-5 * expected.abs().max())
     assert (got - logits(base)).abs().max() > 0.01
+
+
+def test_experts_are_as_wide_as_the_file_says(tmp_path):
+    file = write_moe(tmp_path / "base.gguf", inner=40)
+    found = load_file(resolve_base(str(file)) / "model.safetensors")
+    stored = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(file).tensors}
+    halves = [stored[f"blk.1.ffn_{half}_exps.weight"] for half in ("gate", "up")]
+    joined = torch.from_numpy(np.concatenate(halves, axis=1))
+    assert torch.equal(found["model.layers.1.mlp.experts.gate_up_proj"], joined)
 
 
 def test_any_stretch_can_be_read(tmp_path, monkeypatch):
