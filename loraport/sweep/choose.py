@@ -65,7 +65,7 @@ def choose(outcomes: Sequence[Outcome], sizes: Mapping[str, int]) -> Choice:
         sizes: Name → size of the adapter, in whatever unit.
 
     Raises:
-        LoraportError: If all failed.
+        LoraportError: If all failed, or one was measured otherwise than the others.
     """
     sound = {o.name: o for o in outcomes if o.best is not None and not o.failed}
     if not sound:
@@ -76,6 +76,14 @@ def choose(outcomes: Sequence[Outcome], sizes: Mapping[str, int]) -> Choice:
         )
     losses = {name: o.best[1] for name, o in sound.items() if o.best is not None}
     best = min(losses, key=lambda name: (losses[name], sizes[name]))
+    rows = len(sound[best].row_weights)
+    for name, outcome in sound.items():
+        if len(outcome.row_weights) != rows:
+            raise LoraportError(
+                f"candidate {name}: expected {rows} measurements of the validation rows, as {best} "
+                f"has, got {len(outcome.row_weights)}; another version of loraport kept it: sweep "
+                "without --resume"
+            )
     differences = {name: _difference(o, sound[best]) for name, o in sound.items()}
     near = [name for name, difference in differences.items() if difference.within_noise]
     taken = min(near, key=lambda name: (sizes[name], losses[name]))
@@ -84,7 +92,7 @@ def choose(outcomes: Sequence[Outcome], sizes: Mapping[str, int]) -> Choice:
         best=best,
         taken=taken,
         differences=differences,
-        reason=_reason(best, taken, differences[taken], sizes, len(sound[best].row_weights)),
+        reason=_reason(best, taken, differences[taken], sizes, rows),
         better_than_base=losses[taken] < base,
     )
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from loraport.errors import LoraportError
 from loraport.sweep.choose import choose
 from loraport.sweep.loss import grouped_language_model_loss
 from loraport.sweep.trial import Outcome
@@ -71,3 +72,9 @@ def test_the_smallest_within_one_standard_error_is_taken():
         assert difference.mean == pytest.approx(mean)
         assert difference.error == pytest.approx(error)
     assert 0.06 < error < 0.26
+
+
+def test_candidates_that_were_measured_otherwise_are_refused():
+    one, other = outcome("one", [1.0, 2.0], [1, 1]), outcome("other", [4.0], [2])
+    with pytest.raises(LoraportError, match="candidate other: expected 2 measurements .* got 1"):
+        choose([one, other], {"one": 1, "other": 1})
