@@ -76,5 +76,5 @@ def test_the_smallest_within_one_standard_error_is_taken():
 
 def test_candidates_that_were_measured_otherwise_are_refused():
     one, other = outcome("one", [1.0, 2.0], [1, 1]), outcome("other", [4.0], [2])
-    with pytest.raises(LoraportError, match="candidate other: expected 2 measurements .* got 1"):
+    with pytest.raises(LoraportError, match=r"candidate other: expected 2 measurements .* got 1"):
         choose([one, other], {"one": 1, "other": 1})
