@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import session
 
 from converters.onnx.graph.constants import constant
+from loraport.errors import LoraportError
 
 ROWS, COLUMNS = 6, 4
 
@@ -254,3 +255,36 @@ def test_what_an_input_of_the_graph_decides_is_no_constant(name):
     graph = helper.make_graph([node], "g", inputs, [made], [weight])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     assert constant(ir.from_proto(model).graph.outputs[0]) is None
+
+
+IMPOSSIBLE = {
+    "Split": ([[4, 2]], {"axis": 5}),
+    "Slice": ([[0], [4], [7]], {}),
+    "Slice of fewer ends": ([[0, 0], [4]], {}),
+    "Slice by nothing": ([[0], [4], [1], [0]], {}),
+    "Unsqueeze": ([[0, 0]], {}),
+    "Transpose": ([], {"perm": [0, 3]}),
+    "Concat": ([[1, 2, 3]], {"axis": 0}),
+    "Gather": ([[0, 99]], {"axis": 1}),
+    "Reshape": ([[5, -1]], {}),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_no_operator_can_compute_is_no_constant_or_is_told(name):
+    """Such models, which ONNX Runtime refuses, ended in a traceback."""
+    inputs, attributes = IMPOSSIBLE[name]
+    weight = np.ones((ROWS, COLUMNS), np.float32)
+    more = {f"c{number}": np.array(values, np.int64) for number, values in enumerate(inputs)}
+    operator = name.split()[0]
+    outputs = ["y", "z"] if operator == "Split" else ["y"]
+    node = helper.make_node(operator, ["w", *more], outputs, **attributes)
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    stored = [numpy_helper.from_array(array, key) for key, array in ({"w": weight} | more).items()]
+    model = helper.make_model(helper.make_graph([node], "g", [], [made], stored), ir_version=10)
+    with pytest.raises(Exception, match="ONNXRuntimeError"):
+        session(model).run(None, {})
+    found = constant(ir.from_proto(model).graph.outputs[0])
+    if found is not None:
+        with pytest.raises(LoraportError, match="expected operators that can compute it, got"):
+            found.array()

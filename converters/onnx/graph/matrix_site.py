@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.graph.constants import Constant
+from converters.onnx.graph.constant_value import Constant
 from converters.onnx.graph.site import Site
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from converters.onnx.graph.constants import Constant, constant
+from converters.onnx.graph.constant_value import Constant
+from converters.onnx.graph.constants import constant
 
 _QUANTIZE = ("QuantizeLinear", "DynamicQuantizeLinear")
 

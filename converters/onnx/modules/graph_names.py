@@ -29,7 +29,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.graph.constants import Constant, constant
+from converters.onnx.graph.constant_value import Constant
+from converters.onnx.graph.constants import constant
 from converters.onnx.graph.site import Site
 from converters.onnx.modules.bias_names import named_by_bias
 from loraport.adapter import ModuleKind

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converters.onnx.graph.constants import constant, dequantized
+from converters.onnx.graph.constant_numbers import dequantized
+from converters.onnx.graph.constants import constant
 from converters.onnx.graph.site import Site
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.graph.constants import Constant, constant
+from converters.onnx.graph.constant_value import Constant
+from converters.onnx.graph.constants import constant
 from converters.onnx.graph.matrix_site import matrix_site
 from converters.onnx.graph.quantized_values import rounded, unrounded
 from converters.onnx.graph.rewriting import Rewrite

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.graph.constants import Constant, constant, dequantized
+from converters.onnx.graph.constant_numbers import dequantized
+from converters.onnx.graph.constant_value import Constant
+from converters.onnx.graph.constants import constant
 from converters.onnx.graph.quantized_values import rounded
 from converters.onnx.graph.rewriting import Rewrite
 from converters.onnx.graph.site import Site

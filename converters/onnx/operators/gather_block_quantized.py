@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.graph.constants import Constant, constant
+from converters.onnx.graph.constant_value import Constant
+from converters.onnx.graph.constants import constant
 from converters.onnx.graph.site import Site, inputs_of
 from converters.onnx.operators.matmul_nbits import unpack
 from loraport.adapter import ModuleKind

@@ -17,7 +17,8 @@ from converters.onnx.graph.attention_core import (
     hidden_sizes,
     take_apart,
 )
-from converters.onnx.graph.constants import constant, dequantized
+from converters.onnx.graph.constant_numbers import dequantized
+from converters.onnx.graph.constants import constant
 from converters.onnx.graph.quantized_values import quantized_from
 from converters.onnx.graph.rewriting import Rewrite
 from converters.onnx.graph.site import Site, inputs_of

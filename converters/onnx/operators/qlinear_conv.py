@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from converters.onnx.graph.constants import constant, dequantized
+from converters.onnx.graph.constant_numbers import dequantized
+from converters.onnx.graph.constants import constant
 from converters.onnx.graph.quantized_ports import float_input, float_output
 from converters.onnx.graph.site import Site, inputs_of
 from loraport.adapter import ModuleKind
