@@ -7,11 +7,12 @@ stabilisation, ``alpha / sqrt(r)`` (Kalajdzievski 2023, arXiv:2312.03732).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from loraport.errors import LoraportError
+from loraport.patterns import Patterns
 
 
 def lora_scaling(rank: int, alpha: float, *, use_rslora: bool = False) -> float:
@@ -63,21 +64,18 @@ class RankAndAlpha:
 
     def rank(self, module_path: str) -> int:
         """Return the rank of one module."""
-        return int(_first_match(self.rank_pattern, module_path, self.r))
+        pattern = self._ranks.first(module_path)
+        return int(self.r if pattern is None else self.rank_pattern[pattern])
 
     def alpha(self, module_path: str) -> float:
         """Return the alpha of one module."""
-        return float(_first_match(self.alpha_pattern, module_path, self.lora_alpha))
+        pattern = self._alphas.first(module_path)
+        return float(self.lora_alpha if pattern is None else self.alpha_pattern[pattern])
 
+    @cached_property
+    def _ranks(self) -> Patterns:
+        return Patterns(self.rank_pattern)
 
-def _first_match(patterns: Mapping[str, float], module_path: str, default: float) -> float:
-    for pattern, value in patterns.items():
-        try:
-            matched = re.match(rf"(.*\.)?({pattern})$", module_path)
-        except re.error as error:
-            raise LoraportError(
-                f"pattern {pattern!r}: expected a regular expression, got {error}"
-            ) from error
-        if matched:
-            return value
-    return default
+    @cached_property
+    def _alphas(self) -> Patterns:
+        return Patterns(self.alpha_pattern)

@@ -1,6 +1,7 @@
 """Scaling and patterns, against PEFT's own functions."""
 
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -39,7 +40,10 @@ def test_alpha_that_is_no_number_is_refused(alpha):
         lora_scaling(8, alpha)
 
 
-PATHS = ["model.layers.1.q_proj", "model.layers.11.q_proj", "q_proj", "xq_proj", "a.xq_proj"]
+PATHS = [
+    *("model.layers.1.q_proj", "model.layers.11.q_proj", "q_proj", "xq_proj", "a.xq_proj"),
+    *("model.layersX1.q_proj", "model.layers.1.1Xq_proj", "", "model.layers.1."),
+]
 PATTERNS = [
     "q_proj",
     "layers.1.q_proj",
@@ -47,16 +51,39 @@ PATTERNS = [
     "^model.layers.11.q_proj",
     "proj",
     "x?q_proj",
+    r"layers\.1\.q_proj",
+    r"model\.layers.1\.q_proj",
+    "^q_proj",
+    "^.q_proj",
+    "...q_proj",
+    "",
 ]
 
 
-@given(st.permutations(PATTERNS), st.sampled_from(PATHS))
+@given(st.lists(st.sampled_from(PATTERNS), unique=True), st.sampled_from(PATHS))
 def test_patterns_match_as_in_peft(patterns, path):
     values = {pattern: number for number, pattern in enumerate(patterns, start=1)}
     ours = RankAndAlpha(r=99, lora_alpha=98, rank_pattern=values, alpha_pattern=values)
     key = get_pattern_key(values.keys(), path)
     assert ours.rank(path) == values.get(key, 99)
     assert ours.alpha(path) == values.get(key, 98)
+
+
+def test_patterns_of_thousands_of_modules_are_tried_once_each(monkeypatch):
+    paths = [f"model.layers.{n // 64}.mlp.experts.{n % 64}.up_proj" for n in range(2000)]
+    values = {
+        r"layers\.\d+\.q_proj": 1,
+        **{path if n % 2 else re.escape(path): n + 2 for n, path in enumerate(paths)},
+    }
+    compiled = []
+    plain_compile = re.compile
+    monkeypatch.setattr(re, "compile", lambda *a: compiled.append(a) or plain_compile(*a))
+    monkeypatch.setattr(re, "match", None)
+    ranks = RankAndAlpha(r=99, rank_pattern=values)
+    assert [ranks.rank(path) for path in paths] == list(range(2, 2002))
+    assert ranks.rank("layers.12.q_proj") == 1
+    assert ranks.rank("layers.x.q_proj") == 99
+    assert len(compiled) == 1  # the one that is more than a path
 
 
 def test_broken_pattern_is_named():
