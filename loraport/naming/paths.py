@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 PEFT_PREFIX = "base_model.model."
 
@@ -182,6 +183,16 @@ def packed_slot(module_paths: tuple[str, ...]) -> str:
     return "+".join([first, *(path.rpartition(".")[2] for path in module_paths[1:])])
 
 
+def path_endings(path: str) -> list[str]:
+    """Return a path and what comes after each of its dots.
+
+    >>> path_endings("h.0.fc")
+    ['h.0.fc', '0.fc', 'fc']
+    """
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
 class NameIndex:
     """Finds tensors whose names may lack, or have more of, the prefix of a wanted name.
 
@@ -194,9 +205,6 @@ class NameIndex:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(names)
-        self._by_tail: dict[str, list[str]] = defaultdict(list)
-        for name in sorted(self._names):
-            self._by_tail[_tail(name)].append(name)
 
     def candidates(self, wanted: str) -> list[str]:
         """Return the names that ``wanted`` may stand for: itself, or all that differ by a prefix.
@@ -206,12 +214,13 @@ class NameIndex:
         """
         if wanted in self._names:
             return [wanted]
-        return [
-            name
-            for name in self._by_tail[_tail(wanted)]
-            if name.endswith("." + wanted) or wanted.endswith("." + name)
-        ]
+        shorter = [ending for ending in path_endings(wanted)[1:-1] if ending in self._names]
+        return sorted([*shorter, *self._by_ending.get(wanted, ())])
 
-
-def _tail(name: str) -> str:
-    return ".".join(name.split(".")[-2:])
+    @cached_property
+    def _by_ending(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = defaultdict(list)
+        for name in self._names:
+            for ending in path_endings(name)[1:-1]:  # the last word alone tells no tensor
+                found[ending].append(name)
+        return found

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loraport.errors import Problems
+from loraport.naming import path_endings
 
 _WRAPPED = ".base_layer"
 # The order in which models define the parameters of fused experts.
@@ -61,11 +62,18 @@ def parameters_of_keys(
         module, depth = unwrapped(path)
         depths[module][depth] = path
     found: dict[str, str] = {}
+    by_owner: dict[str, set[str]] = defaultdict(set)
+    for target in targets:
+        owner, _, leaf = target.rpartition(".")
+        if owner and leaf:
+            by_owner[owner].add(leaf)
+    bare = {target for target in targets if "." not in target}
+    targeted = _Targeted(target_modules)
     for module, by_depth in depths.items():
-        leaves = {leaf for target in targets if (leaf := _leaf(module, target))}
+        leaves: set[str] = set().union(*(by_owner.get(end, ()) for end in path_endings(module)))
         if len(leaves) < len(by_depth) or not leaves:
-            if not _is_targeted(module, target_modules):
-                leaves |= {target for target in targets if "." not in target}
+            if bare and module not in targeted:
+                leaves |= bare
             if not leaves:
                 continue
         ordered = in_definition_order(leaves)
@@ -92,19 +100,18 @@ def in_definition_order(leaves: Iterable[str]) -> list[str] | None:
     return sorted(leaves, key=_DEFINED.index)
 
 
-def _leaf(module: str, target: str) -> str:
-    """Return the parameter's own name where a target is one of a module's, else nothing."""
-    owner, _, leaf = target.rpartition(".")
-    return leaf if owner and (module == owner or module.endswith("." + owner)) else ""
+class _Targeted:
+    """The modules that ``target_modules``, a list of names or a pattern, names."""
 
+    def __init__(self, target_modules: Any) -> None:
+        self._pattern = target_modules if isinstance(target_modules, str) else None
+        names = target_modules if isinstance(target_modules, list) else ()
+        self._names = frozenset(map(str, names))
 
-def _is_targeted(module: str, target_modules: Any) -> bool:
-    """Tell whether ``target_modules``, a list of names or a pattern, names a module."""
-    if isinstance(target_modules, str):
+    def __contains__(self, module: str) -> bool:
+        if self._pattern is None:
+            return not self._names.isdisjoint(path_endings(module))
         try:
-            return re.fullmatch(target_modules, module) is not None
+            return re.fullmatch(self._pattern, module) is not None
         except re.error:
             return False
-    if not isinstance(target_modules, list):
-        return False
-    return any(module == name or module.endswith(f".{name}") for name in target_modules)

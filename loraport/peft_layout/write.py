@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.errors import LoraportError, Problems
-from loraport.naming import Part, peft_key, peft_parameter_key
+from loraport.naming import Part, path_endings, peft_key, peft_parameter_key
 from loraport.output import new_directory
 from loraport.peft_layout.expert_keys import in_definition_order, wrapped
 from loraport.peft_layout.read import CONFIG_FILE, FINGERPRINT_KEY, WEIGHTS_FILE
@@ -195,10 +195,8 @@ def _patterned(values: dict[str, float], default: float) -> tuple[float, dict[st
     if not values:
         return default, {}
     common = Counter(values.values()).most_common(1)[0][0]
-    differing = [path for path, value in values.items() if value != common]
-    caught = [
-        path for path in values if any(path == end or path.endswith("." + end) for end in differing)
-    ]
+    differing = {path for path, value in values.items() if value != common}
+    caught = [path for path in values if not differing.isdisjoint(path_endings(path))]
     ordered = sorted(caught, key=lambda path: (-len(path), path))
     return common, {re.escape(path): values[path] for path in ordered}
 
