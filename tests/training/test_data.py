@@ -8,6 +8,7 @@ import tokenizers
 
 from loraport.errors import LoraportError
 from loraport.training.data.batches import IGNORED, Row, RowBatches, collate
+from loraport.training.data.chat import chat_rows
 from loraport.training.data.text_data import split_rows
 from loraport.training.data.tokens import read_rows
 
@@ -87,6 +88,49 @@ def test_the_end_of_texts_is_looked_up_once_a_chat(write_jsonl, make_tokenizer, 
     )
     assert len(read_rows(path, tokenizer, 199).rows[0].tokens) > 20
     assert len(asked) == 1
+
+
+def test_a_chat_of_many_turns_is_not_gone_through_for_each_of_them():
+    compared = []
+
+    class Place(int):
+        """Where a token begins or ends; it counts what it is compared with."""
+
+        def __radd__(self, other):
+            return Place(int(self) + other)
+
+        def __lt__(self, other):
+            compared.append(other)
+            return int(self) < int(other)
+
+        def __gt__(self, other):
+            compared.append(other)
+            return int(self) > int(other)
+
+    class Letters:
+        """A tokenizer of single letters, whose turns end with ``~``."""
+
+        eos_token_id = ord("~")
+
+        def apply_chat_template(self, messages, *, add_generation_prompt, **_):
+            turns = [f"{each['role'][0]}:{each['content']}~" for each in messages]
+            return "".join(turns) + "a:" * add_generation_prompt
+
+        def __call__(self, text, **_):
+            offsets = [(Place(at), Place(at + 1)) for at in range(len(text))]
+            return {"input_ids": list(map(ord, text)), "offset_mapping": offsets}
+
+    counts = {}
+    for turns in (10, 40):
+        compared.clear()
+        chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}] * turns
+        (row,) = chat_rows(chat, [], Letters())
+        assert "".join(map(chr, row.tokens)) == "u:hi~a:ho~" * turns
+        answers = [token if token != IGNORED else ord(".") for token in row.labels]
+        assert "".join(map(chr, answers)) == ".......ho~" * turns
+        counts[turns] = len(compared)
+    assert counts[10] > 0
+    assert counts[40] < 8 * counts[10]  # sixteen times, if each turn looked at every token
 
 
 def test_tools_reach_the_chat_template(write_jsonl, make_tokenizer):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from loraport.training.data.batches import IGNORED, Row
@@ -80,15 +82,13 @@ def chat_rows(
 def _row(whole: str, spans: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Row:
     tokens, offsets = _encoded(whole, (), tokenizer)
     bounds = sorted({bound for span in spans for bound in span})
-    melted = [b for b in bounds if any(first < b < last for first, last in offsets)]
+    melted = [bound for bound in bounds if _between(offsets, bound, bound)]
     if melted:  # into one token; at inference the prompt stands alone
         tokens, offsets = _encoded(whole, melted, tokenizer)
     labels = [IGNORED] * len(tokens)
     end = tokenizer.eos_token_id  # asked for once: it is looked up by name
     for start_at, end_at in spans:
-        inside = [
-            i for i, (first, last) in enumerate(offsets) if first < end_at and last > start_at
-        ]
+        inside = _between(offsets, start_at, end_at)
         # What a template writes after the end-of-turn token is never generated.
         ends = [i for i in inside if tokens[i] == end]
         if not ends:  # Gemma's and Phi's turns end with another token than texts do
@@ -99,6 +99,15 @@ def _row(whole: str, spans: Sequence[tuple[int, int]], tokenizer: PreTrainedToke
             if not ends or i <= ends[-1]:
                 labels[i] = tokens[i]
     return Row(tuple(tokens), tuple(labels))
+
+
+def _between(offsets: Sequence[tuple[int, int]], start: int, end: int) -> range:
+    """Return which tokens hold something between two places of the text, or reach over one.
+
+    Tokens stand in the text's order, so a long chat is not gone through for every turn of it.
+    """
+    first = bisect_right(offsets, start, key=itemgetter(1))
+    return range(first, bisect_left(offsets, end, key=itemgetter(0)))
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
