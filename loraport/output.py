@@ -54,8 +54,8 @@ def refuse_existing(path: Path, *, force: bool, inputs: Iterable[Path | str | No
         inputs: What is read for it; only those that are files or directories here matter.
 
     Raises:
-        LoraportError: If ``path`` has no name, exists and ``force`` is false, or is or holds an
-            input.
+        LoraportError: If ``path`` has no name, exists and ``force`` is false, is or holds an
+            input, or is a file of one.
     """
     require_name(path)
     if os.path.lexists(path) and not force:
@@ -68,6 +68,11 @@ def refuse_existing(path: Path, *, force: bool, inputs: Iterable[Path | str | No
             raise LoraportError(
                 f"{path}: expected an output that is no input and holds none, for it is replaced "
                 f"as a whole, got one with {given}; choose another output"
+            )
+        if path.is_file() and found.resolve() in path.resolve().parents:
+            raise LoraportError(
+                f"{path}: expected an output that replaces no file of an input, got one of "
+                f"{given}; choose another output"
             )
 
 

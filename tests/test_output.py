@@ -171,6 +171,18 @@ def test_what_is_read_is_not_replaced_even_with_force(tmp_path):
         refuse_existing(read, force=False, inputs=(read,))
 
 
+def test_a_file_of_what_is_read_is_not_replaced_even_with_force(tmp_path):
+    adapter = tmp_path / "adapter"
+    (adapter / "earlier").mkdir(parents=True)
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_text("numbers")
+    with pytest.raises(LoraportError, match=r"safetensors: expected .* no file of an input, got"):
+        refuse_existing(weights, force=True, inputs=(adapter,))
+    # What is new, or a directory, replaces nothing that is read: a base may be where one works.
+    for output in (adapter / "adapter.gguf", adapter / "earlier"):
+        refuse_existing(output, force=True, inputs=(adapter,))
+
+
 def test_kinds_are_not_mixed_up_even_with_force(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "directory").mkdir()

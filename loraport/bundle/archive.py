@@ -52,8 +52,9 @@ def pack_bundle(
         The number of files packed, the manifest included.
 
     Raises:
-        LoraportError: If a bundle is damaged or the archive exists.
+        LoraportError: If a bundle is damaged, or the archive exists or lies in a bundle.
     """
+    _require_outside(archive, bundle, without)
     manifest = read_manifest(bundle)
     check_files(manifest, bundle)
     known = read_manifest(without).files if without is not None else {}
@@ -94,6 +95,7 @@ def unpack_bundle(
         LoraportError: If the archive is damaged, has anything the manifest does not list, or
             a file is missing or differs from its hash.
     """
+    _require_outside(bundle, onto)
     with _opened(archive) as source:
         manifest = _read_manifest(source, archive)
         entries = _check_entries(source, manifest, archive)
@@ -112,6 +114,16 @@ def unpack_bundle(
             together = f" put onto {onto}, which may not be the bundle it was made for,"
             check_files(manifest, partial, f"archive {archive}{together if onto else ''}")
     return manifest
+
+
+def _require_outside(output: Path, *bundles: Path | None) -> None:
+    """Refuse an output inside a bundle that is read: the bundle would ship with it."""
+    for bundle in bundles:
+        if bundle is not None and bundle.resolve() in output.resolve().parents:
+            raise LoraportError(
+                f"{output}: expected an output outside the bundles that are read, got one inside "
+                f"{bundle}; choose another output"
+            )
 
 
 @contextlib.contextmanager

@@ -71,6 +71,20 @@ def test_both_ways_tell_the_same_number_of_files(tmp_path):
     assert "copy: 5 files, adapters: a" in command("bundle", "unpack", archive, "-o", copy)[1]
 
 
+def test_an_output_inside_a_bundle_that_is_read_is_refused(tmp_path):
+    old = make_bundle(tmp_path / "old", {"a": b"adapter a"})
+    new = make_bundle(tmp_path / "new", {"a": b"adapter a", "b": b"adapter b"})
+    pack_bundle(new, tmp_path / "delta.zip", without=old)
+    before = contents(tmp_path)
+    for inside in (new / "x.zip", old / "x.zip", new / "model.onnx", new / "adapters" / "x.zip"):
+        with pytest.raises(LoraportError, match=r"outside the bundles .* inside .*another output"):
+            pack_bundle(new, inside, without=old, force=True)
+    with pytest.raises(LoraportError, match=r"outside the bundles .* inside .*another output"):
+        unpack_bundle(tmp_path / "delta.zip", old / "adapters", onto=old, force=True)
+    assert contents(tmp_path) == before
+    pack_bundle(new, tmp_path / "new.zip", without=old)
+
+
 def test_files_that_the_manifest_does_not_list_stay_behind(tmp_path):
     bundle = make_bundle(tmp_path / "bundle", {})
     (bundle / "sources.json").write_text("{}")
