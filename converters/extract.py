@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from converters.low_rank import Factors, factor_matrix, require_share
 from converters.merge.layout import BaseLayout
 from converters.merge.opening import open_base
-from converters.merge.sources import OpenFiles, open_files
+from converters.merge.sources import OpenFiles, open_files, torch_dtype
 from converters.stored_parameters import StoredParameter, checkpoint_layout, stored_parameters
 from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.errors import LoraportError, Problems
@@ -66,7 +66,8 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
     Differences of weights are factored by a truncated SVD in float64, each expert's by itself;
     biases, norms and every other one-dimensional parameter that differs are stored whole, and so
     are convolutions with groups, and embeddings and heads of another vocabulary. What is tied is
-    said of each parameter that shares the tensor.
+    said of each parameter that shares the tensor. A fine-tune in fewer bits than its base is
+    compared with the base rounded to them: it was trained from that, or saved so.
 
     Args:
         options: What to extract.
@@ -89,11 +90,13 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
     replacements: dict[str, Replacement] = {}
     errors: dict[str, float] = {}
     hashes: dict[str, str] = {}
+    rounded: set[str] = set()
     unchanged = 0
     total = sum(stored.nbytes for stored in before.values())
     unhandled = {tensor for tensors in layout.unsupported.values() for tensor in tensors}
     with open_files() as files:
         for parameter, stored in before.items():
+            rounded |= _rounded_to(stored, after[parameter])
             if stored.experts:
                 found = _experts(parameter, stored, after[parameter], layout, options, files)
                 progress(stored.nbytes, total)
@@ -104,7 +107,8 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
                 continue
             old, new = stored.read(files), after[parameter].read(files)
             progress(stored.nbytes, total)
-            if old.double().equal(new.double()):
+            compared = old.to(new.dtype)
+            if compared.equal(new):
                 unchanged += 1
                 continue
             if parameter in unhandled:
@@ -113,14 +117,14 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
                     "got one that transformers takes apart or puts together when it loads it; "
                     "save both models with transformers first"
                 )
-            _require_finite(parameter, old, new)
+            _require_finite(parameter, compared, new)
             path, _, leaf = parameter.rpartition(".")
             whole = leaf != "weight" or old.dim() < 2 or path in layout.grouped
             if whole or parameter in resized:
                 for name in (parameter, *_tied_to(parameter, before, layout)):
                     replacements[name] = Replacement(new)
                 continue
-            modules[path], factors = _module(path, old, new, layout, options)
+            modules[path], factors = _module(path, compared, new, layout, options)
             errors[path] = factors.error
             hashes[path] = hash_weight(old)
             for name in _tied_to(parameter, before, layout):
@@ -138,6 +142,11 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
         base_fingerprint=BaseFingerprint(hashes) if hashes else None,
     )
     notes = [] if layout.known else [_UNKNOWN]
+    if rounded:
+        notes.append(
+            f"the tuned model is stored in {', '.join(sorted(rounded))}, the base in more: it is "
+            "compared with the base rounded to that, so that the rounding is no change"
+        )
     if resized:
         rows = max(after[parameter].shape[0] for parameter in resized)
         notes.append(
@@ -171,6 +180,17 @@ def _module(
         ),
         factors,
     )
+
+
+def _rounded_to(before: StoredParameter, after: StoredParameter) -> set[str]:
+    """Return the dtypes of a fine-tuned parameter that do not hold all values of the base's."""
+    old = {torch_dtype(part.dtype) for _, part in before.parts}
+    new = {torch_dtype(part.dtype) for _, part in after.parts}
+    return {
+        str(dtype).removeprefix("torch.")
+        for dtype in new
+        if any(dtype.itemsize < each.itemsize for each in old)
+    }
 
 
 def _tied_to(
@@ -215,8 +235,8 @@ def _experts(
     found: list[Factors] = []
     missed = whole = 0.0
     for expert in range(before.experts):
-        delta = after.read_expert(expert, files).double()
-        delta -= before.read_expert(expert, files).double()
+        new = after.read_expert(expert, files)
+        delta = new.double() - before.read_expert(expert, files).to(new.dtype).double()
         _require_finite(f"{parameter}, expert {expert}", delta)
         matrix = delta.T if parameter in layout.transposed else delta
         factors = factor_matrix(matrix, options.rank, options.energy)

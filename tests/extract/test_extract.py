@@ -166,6 +166,44 @@ def test_errors_are_reported_and_energy_chooses_ranks(tmp_path):
     assert CliRunner().invoke(cli, [*command, str(tmp_path / "three")]).exit_code == 2
 
 
+@pytest.mark.parametrize("make_model", [llama, mixtral])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_fine_tune_in_fewer_bits_is_compared_with_the_base_in_them(dtype, make_model, tmp_path):
+    """The rounding is no change: what was trained, is found alone and whole."""
+    torch.manual_seed(0)
+    base = make_model().eval()
+    save_base(base, tmp_path / "base")
+    tuned = copy.deepcopy(base).to(dtype)
+    changed = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    deltas = {}
+    for path in changed:
+        weight = tuned.get_submodule(path).weight.data
+        before = weight.double()
+        rows, columns = weight.shape
+        weight.add_(torch.randn(rows, 2, dtype=dtype) @ torch.randn(2, columns, dtype=dtype))
+        deltas[path] = weight.double() - before
+    tuned.model.norm.weight.data[3] = 1.5
+    save_base(tuned, tmp_path / "tuned")
+    options = ExtractOptions(str(tmp_path / "base"), str(tmp_path / "tuned"), energy=1.0)
+    extracted = extract(options, lambda *_: None)
+    assert sorted(extracted.adapter.modules) == changed
+    assert set(extracted.adapter.replacements) == {"model.norm.weight"}
+    (note,) = extracted.notes
+    assert f"stored in {str(dtype).removeprefix('torch.')}, the base in more" in note
+    for path, delta in deltas.items():
+        module = extracted.adapter.modules[path]
+        got = module.lora_B.double() @ module.lora_A.double() * module.scaling
+        assert torch.allclose(got, delta, rtol=0, atol=1e-6 * float(delta.abs().max()))
+        noise = base.get_submodule(path).weight.double().to(dtype).double()
+        noise -= base.get_submodule(path).weight.double()
+        assert noise.abs().max() > 1e-5 * delta.abs().max()  # what was extracted with it before
+    # The other way about all bits are there, and nothing is said.
+    save_base(copy.deepcopy(tuned).float(), tmp_path / "more")
+    options = ExtractOptions(str(tmp_path / "tuned"), str(tmp_path / "more"), rank=1)
+    with pytest.raises(LoraportError, match="does not differ"):
+        extract(options, lambda *_: None)
+
+
 def gpt_oss():
     from transformers import GptOssConfig, GptOssForCausalLM
 
