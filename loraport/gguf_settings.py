@@ -47,6 +47,8 @@ def unread_settings(
     settings: dict[str, Any] = {}
     if "rope.freq_base" in own and architecture in _UNREAD_BASE:
         settings["rope_theta"] = float(own["rope.freq_base"])
+    if architecture == "llama":
+        settings["model_type"] = "llama"  # transformers reads one called mistral as another
     scaling = _rope_scaling(own, tables)
     if scaling is not None:
         settings["rope_scaling"] = scaling

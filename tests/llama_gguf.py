@@ -34,6 +34,7 @@ def write_gguf_base(
     quantized: str | None = None,
     fields: Mapping[str, str | float | int] | None = None,
     tables: Mapping[str, np.ndarray] | None = None,
+    name: str | None = None,
 ) -> Path:
     """Write a model; its matrices quantized where a type of gguf's is named.
 
@@ -41,6 +42,8 @@ def write_gguf_base(
     """
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
+    if name is not None:
+        writer.add_name(name)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

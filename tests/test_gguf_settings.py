@@ -187,3 +187,12 @@ _LONG = {"rope_factors_long.weight": [1.0, 9.0], "rope_factors_short.weight": [1
 def test_settings_by_architecture(architecture, fields, tables, expected):
     own = {f"{architecture}.{key}": value for key, value in {**_SIZES, **fields}.items()}
     assert unread_settings(architecture, own, tables) == expected
+
+
+def test_a_llama_called_mistral_is_read_as_what_it_is(tmp_path):
+    """transformers makes a Mistral of it by that name, whose tensors gguf does not know."""
+    made = tiny_decoder("llama")
+    file = write_gguf_base(made, tmp_path / "base.gguf", name="mistral")
+    model = load_model(str(file))
+    assert model.config.model_type == "llama"
+    assert torch.allclose(outputs(model), outputs(made), rtol=0, atol=1e-5)
