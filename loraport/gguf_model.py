@@ -76,6 +76,8 @@ class GgufModel:
             }
             architecture = str(fields["general.architecture"])
             _check_counts(architecture, fields, len(self._tensors))
+            _check_known(architecture, fields)
+            _check_types(self.file, self._tensors)
             settings = unread_settings(architecture, fields, tables)
             with _asked_once(reader):
                 self.config, self._rules = _rules(file, architecture, settings)
@@ -141,8 +143,8 @@ class GgufModel:
             elif name not in _TABLES:
                 raise LoraportError(
                     f"base {self.file}: {name} {[int(n) for n in reversed(tensor.shape)]} is "
-                    "none of the model's weights that transformers knows; convert the file with "
-                    "llama.cpp's tools"
+                    "none of the model's weights that transformers knows; give the model that "
+                    "the file was made of as the base"
                 )
         for target, names in parts.items():
             found[target] = self._weight(target, tuple(names))
@@ -309,6 +311,42 @@ def _check_counts(architecture: str, fields: Mapping[str, Any], tensors: int) ->
     layers = fields.get(f"{architecture}.block_count")
     if not isinstance(layers, int) or not 0 <= layers <= tensors:
         raise ValueError(f"block_count: expected at most its {tensors} tensors, got {layers}")
+
+
+def _check_known(architecture: str, fields: Mapping[str, Any]) -> None:
+    """Refuse Mixtral, whose architecture is Llama's in a file: transformers reads a plain Llama."""
+    experts = int(fields.get(f"{architecture}.expert_count") or 0)
+    if architecture == "llama" and experts:
+        raise ValueError(
+            f"it is a Llama with {experts} experts (Mixtral), of which transformers reads no GGUF "
+            "file; give the model that the file was made of as the base"
+        )
+
+
+def _check_types(file: Path, tensors: Mapping[str, Any]) -> None:
+    """Refuse every tensor whose values gguf does not give back, before any is read."""
+    import gguf
+    import numpy as np
+
+    problems = Problems()
+    tried: dict[Any, bool] = {}
+    for name, tensor in tensors.items():
+        kind = tensor.tensor_type
+        if kind not in tried:
+            size = gguf.GGML_QUANT_SIZES[kind][1]
+            try:
+                gguf.quants.dequantize(np.zeros(size, np.uint8), kind)
+                tried[kind] = True
+            except NotImplementedError:
+                tried[kind] = False
+        if not tried[kind]:
+            problems.add(
+                name,
+                "a type that the gguf package dequantizes",
+                kind.name,
+                "use another file of the model, such as one in F16, Q8_0 or Q4_K",
+            )
+    problems.raise_if_any(f"base {file} cannot be read")
 
 
 def _is_permutation(numbers: np.ndarray, count: int) -> bool:

@@ -11,7 +11,8 @@ def bounded_reader(file: Path) -> Any:
     """Return gguf's reader of a file, which stops at the file's end.
 
     Raises:
-        ValueError: If a length in it goes beyond its end, or two tensors lie in one place.
+        ValueError: If a length in it goes beyond its end, two tensors lie in one place, or
+            a tensor has a type that gguf does not know.
     """
     import gguf
     import numpy as np
@@ -32,6 +33,17 @@ def bounded_reader(file: Path) -> Any:
             if end > len(self.data):
                 raise ValueError(f"it ends at byte {len(self.data)}, its header asks for {end}")
             return super()._get(offset, dtype, count, *rest, **named)
+
+        def _build_tensors(self, start_offs: int, fields: Any) -> None:
+            known = {int(kind) for kind in gguf.GGMLQuantizationType}
+            for field in fields:
+                name, number = bytes(field.parts[1]).decode(), int(field.parts[4][0])
+                if number not in known:
+                    raise ValueError(
+                        f"{name}: expected a type that the installed gguf package knows, got "
+                        f"number {number}; update gguf, or use another file of the model"
+                    )
+            super()._build_tensors(start_offs, fields)
 
     reader = BoundedReader(file)
     in_order = sorted(reader.tensors, key=lambda tensor: int(tensor.data_offset))

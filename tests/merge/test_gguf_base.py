@@ -310,6 +310,30 @@ def test_a_part_of_a_split_file_says_so(tmp_path):
         resolve_base(str(tmp_path / "base-00001-of-00003.gguf"))
 
 
+def test_mixtral_is_told_by_what_it_is(tmp_path):
+    """Its architecture in a file is Llama's, and only the counts of experts tell it."""
+    counts = {"expert_count": 8, "expert_used_count": 2}
+    file = write_gguf_base(tiny_decoder("llama"), tmp_path / "base.gguf", fields=counts)
+    with pytest.raises(LoraportError, match=r"with 8 experts \(Mixtral\).* the file was made of"):
+        resolve_base(str(file))
+
+
+def test_types_that_are_not_dequantized_are_told_with_their_tensors(tmp_path):
+    file = write_gguf_base(tiny_decoder("llama"), tmp_path / "base.gguf", "F16")
+    sound = file.read_bytes()
+    behind = 4 + 2 * 8  # the number of dimensions, and both
+    for name in (b"blk.0.ffn_up.weight", b"blk.1.ffn_down.weight"):
+        sound = damaged_number(sound, name, behind, int(gguf.GGMLQuantizationType.I16))
+    file.write_bytes(sound)
+    with pytest.raises(LoraportError, match="dequantizes, got I16") as refused:
+        resolve_base(str(file))
+    for name in ("blk.0.ffn_up.weight", "blk.1.ffn_down.weight"):
+        assert f"{name}: expected a type that the gguf package dequantizes" in str(refused.value)
+    file.write_bytes(damaged_number(sound, b"blk.1.ffn_up.weight", behind, 999))
+    with pytest.raises(LoraportError, match=r"blk\.1\.ffn_up\.weight: expected .*number 999"):
+        resolve_base(str(file))
+
+
 def plan(file, adapter):
     return make_plan(MergeOptions(base=str(file), adapters=((adapter, 1.0),)))
 
