@@ -20,7 +20,7 @@ from converters.formats.carried import CARRIED_KEY, carried_json, read_carried, 
 from converters.formats.features import Feature, cannot_hold
 from converters.formats.format import AdapterFormat, FormatContext
 from converters.formats.json_object import parse_json_object
-from converters.formats.original_names import is_original_path, named_as_in_base
+from converters.formats.original_names import named_as_in_base, original_model
 from loraport.adapter import Adapter, LoraModule
 from loraport.checkpoint import Checkpoint, read_header
 from loraport.errors import LoraportError, Problems
@@ -91,13 +91,15 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
     problems = cannot_hold(adapter, _HOLDS, FORMAT.name)
     if not adapter.modules:
         problems.add("the adapter", "LoRA modules", "none")
-    for module_path in filter(is_original_path, adapter.modules):
-        problems.add(
-            module_path,
-            "a module of diffusers' transformer",
-            "one of Flux as it was published",
-            "give --base with the transformer in diffusers' layout",
-        )
+    for module_path in adapter.modules:
+        original = original_model(module_path)
+        if original is not None:
+            problems.add(
+                module_path,
+                "a module of diffusers' transformer",
+                f"one of {original} as it was published",
+                "give --base with the transformer in diffusers' layout",
+            )
     problems.raise_if_any(f"{FORMAT.name} cannot hold this adapter")
     settings: dict[str, Any] = {}
     renamed: dict[str, torch.Tensor] = {}

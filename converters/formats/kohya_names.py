@@ -11,6 +11,7 @@ from converters.formats.format import FormatContext
 from loraport.errors import LoraportError
 from loraport.naming.kohya import component_of, flattened, in_pipeline, without_prefix
 from loraport.naming.original_diffusion import flux_modules, unet_name
+from loraport.naming.original_wan import wan_name
 
 _TRANSFORMER = "transformer"  # sd-scripts calls it the UNet too
 
@@ -57,7 +58,7 @@ class KnownModules:
             LoraportError: If it is no module of the base, or not a certain one.
         """
         original = unet_name(name, self.blocks) if self.blocks else None
-        for each in (name, original):
+        for each in (name, original, wan_name(name)):
             paths = self.flat.get(each, []) if each else []
             if len(paths) == 1:
                 return [Target(self.prefix + paths[0])]

@@ -9,6 +9,7 @@ from converters.formats.kohya_names import Target, modules_of_base
 from loraport.adapter import Adapter, LoraModule
 from loraport.errors import LoraportError, Problems
 from loraport.naming.original_diffusion import flux_modules
+from loraport.naming.original_wan import wan_name
 
 
 def named_as_in_base(adapter: Adapter, context: FormatContext, source: str) -> Adapter:
@@ -48,13 +49,16 @@ def named_as_in_base(adapter: Adapter, context: FormatContext, source: str) -> A
     return replace(adapter, modules=modules)
 
 
-def is_original_path(module_path: str) -> bool:
-    """Tell whether a path is one of the transformer of Flux as its authors named it.
+def original_model(module_path: str) -> str | None:
+    """Return whose transformer a path is of, as its authors named it: Flux's or Wan's.
 
-    >>> is_original_path("double_blocks.0.img_attn.qkv"), is_original_path("proj_out")
-    (True, False)
+    >>> original_model("double_blocks.0.img_attn.qkv"), original_model("proj_out")
+    ('Flux', None)
     """
-    return flux_modules(module_path.replace(".", "_")) is not None
+    flat = module_path.replace(".", "_")
+    if flux_modules(flat) is not None:
+        return "Flux"
+    return "Wan" if wan_name(flat) is not None else None
 
 
 def _part(module: LoraModule, target: Target) -> LoraModule:
