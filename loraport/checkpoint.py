@@ -246,7 +246,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
         if not isinstance(header, dict):
             raise ValueError("not an object")
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        if metadata is None:  # MLX writes a null where there is none
+            metadata = {}
         if not isinstance(metadata, dict) or not all(
             isinstance(value, str) for value in metadata.values()
         ):

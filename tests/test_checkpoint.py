@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import load, save, save_file
 
 from loraport.checkpoint import Checkpoint, read_header
 from loraport.errors import LoraportError
@@ -239,3 +239,11 @@ def test_any_damage_is_an_error_or_a_sound_file(data, tmp_path):
     for name, tensor in loaded.items():
         assert tuple(tensor.shape) == checkpoint.info(name).shape
         assert tensor.nbytes == checkpoint.info(name).nbytes
+
+
+def test_metadata_may_be_null_as_mlx_writes_it(tmp_path):
+    file = tmp_path / "adapters.safetensors"
+    file.write_bytes(with_header({"__metadata__": None, "a": entry()}, bytes(4)))
+    checkpoint = Checkpoint(file)
+    assert checkpoint.metadata == {}
+    assert list(checkpoint) == ["a"] == list(load(file.read_bytes()))

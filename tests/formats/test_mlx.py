@@ -88,6 +88,41 @@ def test_foreign_directories_are_read(case_of, tmp_path) -> None:
     )
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_mlx_lm_trained_is_what_it_computes(dora, case_of, tmp_path) -> None:
+    """Its own layers, saved by MLX itself as mlx-lm's trainer does."""
+    pytest.importorskip("mlx_lm", reason="mlx-lm (pip install 'mlx[cpu]' mlx-lm) is not installed")
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_unflatten
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
+
+    mx.set_default_device(mx.cpu)
+    case = case_of("plain")
+    model, _ = load_model(Path(case.base))
+    ids = mx.array(inputs().numpy())
+    bare = np.array(model(ids))
+    model.freeze()
+    parameters = {"rank": 3, "scale": 2.5, "dropout": 0.0}
+    linear_to_lora_layers(model, 1, parameters, use_dora=dora)
+    trained = {
+        name: value + 0.1 * mx.random.normal(value.shape, key=mx.random.key(number))
+        for number, (name, value) in enumerate(tree_flatten(model.trainable_parameters()))
+    }
+    model.update(tree_unflatten(list(trained.items())))
+    model.eval()
+    (tmp_path / "mlx").mkdir()
+    mx.save_safetensors(str(tmp_path / "mlx" / "adapters.safetensors"), trained)
+    kind = "dora" if dora else "lora"
+    config = {"fine_tune_type": kind, "num_layers": 1, "lora_parameters": parameters}
+    (tmp_path / "mlx" / "adapter_config.json").write_text(json.dumps(config))
+    write_adapter(read_adapter(tmp_path / "mlx", base=case.base), tmp_path / "peft", "peft")
+    got = logits(load_with_peft(case.made.fresh_base(), tmp_path / "peft")).numpy()
+    expected = np.array(model(ids))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(bare - expected).max() > 0.1
+
+
 def test_tied_and_normalised_embeddings_are_refused(case_of, tmp_path) -> None:
     tied = case_of("tied_embedding")
     with pytest.raises(LoraportError, match="MLX would adapt the head too"):
