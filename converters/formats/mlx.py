@@ -21,7 +21,7 @@ from converters.formats.format import AdapterFormat, FormatContext
 from converters.formats.json_object import read_json_object
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.checkpoint import Checkpoint
-from loraport.errors import Problems
+from loraport.errors import LoraportError, Problems
 from loraport.naming.mlx import mlx_key, mlx_module, mlx_targets, parse_mlx_key, torch_module
 from loraport.output import new_directory
 from loraport.safetensors_file import write_safetensors
@@ -47,6 +47,11 @@ def read(path: Path, context: FormatContext) -> Adapter:
         LoraportError: All problems of the adapter at once.
     """
     config = read_json_object(path / CONFIG_FILE)
+    if config.get("fine_tune_type") == "full":
+        raise LoraportError(
+            f"adapter {path}: expected fine_tune_type lora or dora, got full, whole weights; fuse "
+            "it into its base with mlx-lm, and extract an adapter with `loraport extract`"
+        )
     problems = Problems()
     scaling = _scale(config, problems)
     carried_text = config.get(CARRIED_KEY)

@@ -138,3 +138,13 @@ def test_a_config_without_a_scale_is_refused(case_of, tmp_path) -> None:
     (tmp_path / "mlx" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(LoraportError, match=r"lora_parameters.scale: expected a number, got null"):
         read_adapter(tmp_path / "mlx")
+
+
+def test_a_full_fine_tune_is_told_as_that(tmp_path) -> None:
+    config = {"fine_tune_type": "full", "num_layers": 2, "lora_parameters": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    weights = {f"model.layers.{layer}.mlp.up_proj.weight": torch.ones(4, 3) for layer in (0, 1)}
+    save_file(weights, tmp_path / "adapters.safetensors")
+    with pytest.raises(LoraportError, match=r"got full, whole weights; fuse .* extract") as refused:
+        read_adapter(tmp_path)
+    assert len(str(refused.value).splitlines()) == 1
