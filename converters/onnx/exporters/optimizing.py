@@ -1,37 +1,57 @@
-"""Optimize what torch exported, but leave normalizations beside the products they follow.
+"""Optimize what torch exported, but leave normalizations and their vectors what they are.
 
 The exporter's own optimization folds a ``BatchNormalization`` into the convolution or the linear
 layer before it, whose weight is then another: no adapter of the module fits it, and nothing is left
-of the normalization that one could replace. ONNX Runtime folds it while it loads a model, wherever
-no slot lies between.
+of the normalization that one could replace. It folds the ``Unsqueeze`` that spreads a vector over
+channels (``GroupNorm``'s weight, layer scales) into a constant of another name and shape, too.
+ONNX Runtime folds both while it loads a model, wherever no slot lies between.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+
 import onnx_ir as ir
 import torch
 
-_NORMALIZATION = "BatchNormalization"
+_NORMALIZATION, _SPREADING = "BatchNormalization", "Unsqueeze"
 _APART = "loraport.apart"  # a domain that no rule of the optimizer knows
 
 
-def optimize(program: torch.onnx.ONNXProgram) -> ir.Model:
-    """Optimize an export, in place, without folding normalizations.
+def optimize(program: torch.onnx.ONNXProgram, parameters: Collection[str]) -> ir.Model:
+    """Optimize an export, in place, without folding normalizations and spread vectors.
 
     Args:
         program: What ``torch.onnx.export(..., optimize=False)`` gave.
+        parameters: The names of the module's parameters.
 
     Returns:
         Its model.
     """
-    _rename(program.model, "", _APART)
+    for node in _nodes(program.model):
+        if node.domain == "" and (
+            node.op_type == _NORMALIZATION
+            or (node.op_type == _SPREADING and _is_vector(node.inputs[0], parameters))
+        ):
+            node.domain = _APART
+            if node.op_type == _SPREADING and node.inputs[0] is not None:
+                node.outputs[0].type = node.inputs[0].type  # else what follows casts it
     program.optimize()
-    _rename(program.model, _APART, "")
+    for node in _nodes(program.model):
+        if node.domain == _APART:
+            node.domain = ""
     return program.model
 
 
-def _rename(model: ir.Model, domain: str, new: str) -> None:
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
-        for node in graph.all_nodes():
-            if node.op_type == _NORMALIZATION and node.domain == domain:
-                node.domain = new
+        yield from graph.all_nodes()
+
+
+def _is_vector(value: ir.Value | None, parameters: Collection[str]) -> bool:
+    return (
+        value is not None
+        and value.name in parameters
+        and value.shape is not None
+        and len(value.shape) == 1
+    )

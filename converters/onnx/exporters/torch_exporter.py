@@ -81,7 +81,7 @@ def _exported(
             )
             if program is not None:
                 input_names = [str(value.name) for value in program.model.graph.inputs]
-                model = optimize(program)
+                model = optimize(program, dict(module.named_parameters()))
                 name_inputs_and_outputs(model, input_names, output_names)
                 return model
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
