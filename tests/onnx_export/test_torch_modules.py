@@ -113,6 +113,21 @@ def test_a_module_torch_cannot_export_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_output_that_is_no_tensor_is_named(tmp_path):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return {"y": self.mix(x), "auxiliary": None, "count": 3}
+
+    expected = r"Counting failed: output 2: expected a tensor, got 3, of type int; wrap"
+    with pytest.raises(LoraportError, match=expected):
+        export_torch_module(Counting(), {"x": torch.randn(2, 6)}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_existing_output_is_kept(net, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(LoraportError, match="already exists"):

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from converters.onnx.exporters.distinct_parameters import distinct_parameters, put_back
 from converters.onnx.exporters.input_output_names import name_inputs_and_outputs
@@ -88,7 +89,9 @@ def _exported(
         cause: BaseException = error
         while cause.__cause__ is not None:  # what is around it says in which step that was
             cause = cause.__cause__
-        first = first_line(cause)
+        # The exporter asks each output for its name.
+        told = _no_tensor(module, inputs) if isinstance(cause, AttributeError) else None
+        first = told or first_line(cause)
         raise LoraportError(
             f"torch.onnx.export of {type(module).__name__} failed: {first}"
         ) from error
@@ -124,6 +127,19 @@ def _output_names(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list
         ) from error
     names = _leaf_names("", result) if isinstance(result, Mapping) else None
     return names if names is not None and len(set(names)) == len(names) else None
+
+
+def _no_tensor(module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> str | None:
+    """Say which of a module's outputs is a number of Python, where one is; no graph has those."""
+    with torch.no_grad():
+        leaves = tree_leaves(module(**inputs))
+    for number, leaf in enumerate(leaves):
+        if isinstance(leaf, int | float | complex | str):
+            return (
+                f"output {number}: expected a tensor, got {leaf!r}, of type {type(leaf).__name__}; "
+                "wrap the module in one that returns tensors alone"
+            )
+    return None
 
 
 def _leaf_names(name: str, value: object) -> list[str] | None:
