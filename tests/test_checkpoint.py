@@ -213,7 +213,9 @@ def test_file_that_cannot_be_read(tmp_path):
         read_header(tmp_path / "none.safetensors")
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_damage_is_an_error_or_a_sound_file(data, tmp_path):
     """Flipped, lost and added bytes: a `LoraportError`, or exactly what safetensors reads."""

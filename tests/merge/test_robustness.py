@@ -116,7 +116,9 @@ def test_pickled_adapters_are_plain_tensors_or_refused(content, tmp_path, capsys
     assert "this ran" not in capsys.readouterr().out
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_damaged_adapters_are_errors_or_adapters(data, tmp_path):
     """Any byte of either file flipped: a `LoraportError` or a readable adapter."""
