@@ -5,6 +5,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from call_counts import calls
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import DOMAINS, run, session
 from torch import nn
@@ -237,3 +238,30 @@ def test_an_old_ir_version_is_raised_to_where_initializers_can_be_overridden(net
     model = graph_of(net)
     model.ir_version = 3
     assert insert_slots(ir.from_proto(model), linear_modules(net)).model.ir_version >= 4
+
+
+def deep(layers):
+    """Return a graph of many layers, and its modules."""
+    net = nn.ModuleList([nn.Linear(2, 2, bias=False) for _ in range(layers)])
+    weights = {f"{n}.weight": layer.weight.detach().numpy().T for n, layer in enumerate(net)}
+    nodes = [
+        helper.make_node("MatMul", [f"x{n}", name], [f"x{n + 1}"]) for n, name in enumerate(weights)
+    ]
+    ends = [
+        [helper.make_tensor_value_info(f"x{n}", TensorProto.FLOAT, ["rows", 2])]
+        for n in (0, layers)
+    ]
+    constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "deep", *ends, constants)
+    model = helper.make_model(graph, opset_imports=DOMAINS[:1], ir_version=10)
+    return ir.from_proto(model), linear_modules(net)
+
+
+def test_putting_in_slots_grows_with_the_slots():
+    made = {}
+    for layers in (40, 160):
+        model, modules = deep(layers)
+        made[layers] = calls(insert_slots, model, modules)
+        names = {value.name for value in model.graph.inputs}
+        assert names == {"x0"} | {each(path) for path in modules for each in (slot_a, slot_b)}
+    assert made[160] < 5 * made[40]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -60,6 +61,9 @@ class Matcher:
             kind: {path: module for path, module in modules.items() if module.kind is kind}
             for kind in ModuleKind
         }
+        self._by_layer: dict[tuple[ModuleKind, str], list[SlottableModule]] = defaultdict(list)
+        for module in modules.values():
+            self._by_layer[module.kind, _layer(module.path)].append(module)
         self._search = WeightSearch(modules.values())
 
     def match(self, site: Site) -> Match | Unmatched:
@@ -86,7 +90,7 @@ class Matcher:
             yield "the node's name", (modules[path],)
             return
         leaf = path.rpartition(".")[2]
-        layer = [module for module in modules.values() if _layer(module.path) == _layer(path)]
+        layer = self._by_layer.get((site.kind, _layer(path)), [])
         for leaves in ((leaf,), *_PACKED.get(leaf, ())):
             found = [
                 [module for module in layer if module.path.rpartition(".")[2] == wanted]

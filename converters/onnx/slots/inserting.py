@@ -13,7 +13,7 @@ Sites that compute the same modules (a module called twice) share one slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -153,6 +153,7 @@ def insert_slots(
             unslotted.update({slot_gain(module.path): _FIXED_BIAS for module in matched})
     if not options.per_row:
         flatten_rows(model.graph, [node for node, _ in chosen])
+    taken = {value.name for value in model.graph.inputs}
     for node, slot in chosen:
         paths = [member.module_path for member in slot.members]
         if any(path in unslotted for path in paths):
@@ -162,6 +163,7 @@ def insert_slots(
         site = find_site(node)  # anew: its values may be rows now
         assert site is not None
         if slot.name not in table:
+            _check_names(slot, model.graph, taken)
             inputs[slot.name] = _add_inputs(model.graph, slot, site, lanes=options.per_row)
             table[slot.name] = slot
         if slot != table[slot.name]:
@@ -234,6 +236,16 @@ def _slot(site: Site, modules: Match, options: SlotOptions) -> Slot:
     )
 
 
+def _check_names(slot: Slot, graph: ir.Graph, taken: Container[str | None]) -> None:
+    """Refuse a slot whose inputs have names of the graph's own inputs, ``taken``, or constants."""
+    for entry in slot.inputs.values():
+        if entry.name in graph.initializers or entry.name in taken:
+            raise LoraportError(
+                f"{entry.name}: expected a graph without an input of this name, got one with; it "
+                "has slots already: export the model that they were put in"
+            )
+
+
 def _add_inputs(graph: ir.Graph, slot: Slot, site: Site, *, lanes: bool) -> dict[str, ir.Value]:
     found = {}
     for role, entry in slot.inputs.items():
@@ -246,11 +258,6 @@ def _add_inputs(graph: ir.Graph, slot: Slot, site: Site, *, lanes: bool) -> dict
 
 def _overridable(graph: ir.Graph, entry: SlotInput, dtype: ir.DataType) -> ir.Value:
     """Add a graph input with a default that changes nothing."""
-    if entry.name in graph.initializers or any(v.name == entry.name for v in graph.inputs):
-        raise LoraportError(
-            f"{entry.name}: expected a graph without an input of this name, got one with; it has "
-            "slots already: export the model that they were put in"
-        )
     value = ir.Value(name=entry.name, shape=ir.Shape(entry.shape), type=ir.TensorType(dtype))
     default = np.full(entry.neutral_shape, entry.neutral, dtype.numpy())
     value.const_value = ir.tensor(default, name=entry.name)
