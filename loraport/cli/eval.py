@@ -76,7 +76,7 @@ def eval(  # the command's name
     max_length = row_length(resolve_base(base), max_length)
     rows = read_rows(data, tokenizer, max_length, progress)
     for note in rows.notes(data, max_length):
-        log.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        log.print(f"note: {note}", soft_wrap=True)
     text = None if held_out is None else _paragraphs(held_out)
     model = load_causal_lm(base, device=str(choose_placement(device, "float32").device))
     with ShareLine() as line:
@@ -96,7 +96,7 @@ def eval(  # the command's name
             progress=tell,
         )
     for warning in report.warnings:
-        log.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+        log.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if as_json:
         click.echo(json.dumps(_document(report, rows), indent=2))
     else:

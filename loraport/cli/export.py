@@ -125,7 +125,7 @@ def export(
     manifest = read_manifest(output)
     if base.lower().endswith(".onnx"):
         for name, reason in manifest.unslotted.items():
-            log.print(f"no slot: {name}: {reason}", markup=False)
+            log.print(f"no slot: {name}: {reason}")
     log.print(
         f"{output}: {len(manifest.slots.slots)} slots for {len(manifest.slots.modules())} modules, "
         f"{len(manifest.adapters)} adapters"

@@ -11,12 +11,19 @@ from rich.console import Console
 from loraport.errors import LoraportError
 
 # Data goes to stdout, everything else here. What a program reads has a line for each message.
-log = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+# Names are printed as they are: "[bold]" and ":cat:" in a path are no markup.
+log = Console(
+    stderr=True,
+    highlight=False,
+    markup=False,
+    emoji=False,
+    soft_wrap=not (sys.stderr and sys.stderr.isatty()),
+)
 
 
 def progress(text: str) -> None:
     """Tell what is being done."""
-    log.print(f"· {text}", style="dim", markup=False)
+    log.print(f"· {text}", style="dim")
 
 
 def named_paths(values: tuple[str, ...], what: str) -> dict[str, Path]:

@@ -45,8 +45,8 @@ def print_verification(report: Verification) -> None:
 
 def table_console() -> Console:
     """Return a console for tables on stdout; piped into a file there is no window to fit."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_PIPED_WIDTH)
+    console = Console(emoji=False)
+    return console if console.is_terminal else Console(width=_PIPED_WIDTH, emoji=False)
 
 
 def print_description(description: Description) -> None:

@@ -46,7 +46,7 @@ def run(
     for piece in generator.stream(text, selection or None, sampling, chat=not raw):
         click.echo(piece, nl=False)
     click.echo()
-    log.print(f"[dim]{generator.last_speed}[/dim]")
+    log.print(generator.last_speed, style="dim")
 
 
 def _read_stdin() -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from loraport.cli.options import log
 from loraport.cli.train import _names_or_regex, options_from
 from loraport.cli.train import train as train_command
 
@@ -112,7 +113,6 @@ def sweep(
     The one with the lowest validation loss is the best. Taken is the smallest whose loss is
     higher by no more than one standard error of the difference on the same validation rows.
     """
-    from rich.console import Console
     from transformers.utils import logging
 
     from loraport.cli.reports import table_console
@@ -132,7 +132,7 @@ def sweep(
         keep_all=keep_all,
         spread=None if address is None else Spread(address, workers),
     )
-    report = SweepReport(Console(stderr=True))
+    report = SweepReport(log)
     # Ray prints what its machines report; data alone goes to stdout.
     with redirect_stdout(sys.stderr):
         result = run_sweep(

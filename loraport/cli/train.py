@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from loraport.cli.options import log
 from loraport.training.options import ALL_LINEAR, LoopOptions, LoraOptions, TrainOptions
 
 # Defaults are declared once, in the options.
@@ -158,9 +159,9 @@ def train(
         return
     if out is None:
         raise click.MissingParameter(param_hint="-o / --out", param_type="option")
-    from rich.console import Console
     from transformers.utils import logging
 
+    from loraport.cli.reports import table_console
     from loraport.training import train_language_model
     from loraport.training.distributed.processes import joined
     from loraport.training.report import ProgressReport, summary_table
@@ -177,7 +178,7 @@ def train(
                 validation=validation,
                 resume=resume,
                 force=force,
-                observer=None if quiet else ProgressReport(Console(stderr=True)),
+                observer=None if quiet else ProgressReport(log),
             )
     except Stopped:
         click.echo("continue with the same command and --resume", err=True)
@@ -187,12 +188,12 @@ def train(
     if as_json:
         click.echo(json.dumps(asdict(summary), indent=2))
     elif not quiet:
-        Console().print(summary_table(summary))
+        table_console().print(summary_table(summary))
 
 
 def _dry_run(base: str, data: Path, options: TrainOptions, *, as_json: bool) -> None:
-    from rich.console import Console
 
+    from loraport.cli.reports import table_console
     from loraport.errors import LoraportError
     from loraport.training.memory.dry_run import dry_run
     from loraport.training.report import memory_table
@@ -209,7 +210,7 @@ def _dry_run(base: str, data: Path, options: TrainOptions, *, as_json: bool) -> 
         }
         click.echo(json.dumps(document, indent=2))
     else:
-        Console().print(memory_table(found))
+        table_console().print(memory_table(found))
 
 
 def options_from(chosen: dict[str, Any]) -> TrainOptions:

@@ -58,7 +58,10 @@ def verify(
         click.echo(json.dumps(report.to_json(), indent=1))
     else:
         print_verification(report)
-    log.print("parity holds" if report.passed else f"[red]parity fails[/red]{_cause(report)}")
+    if report.passed:
+        log.print("parity holds")
+    else:
+        log.print(f"parity fails{_cause(report)}", style="red")
     sys.exit(0 if report.passed else 1)
 
 

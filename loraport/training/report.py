@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -84,10 +85,12 @@ class ProgressReport:
 
 def summary_table(summary: TrainingSummary) -> Table:
     """Return the table shown at the end."""
-    table = Table(title=f"adapter {summary.adapter}", show_header=False, title_justify="left")
+    table = Table(
+        title=f"adapter {escape(summary.adapter)}", show_header=False, title_justify="left"
+    )
     table.add_column(justify="left")
     table.add_column(justify="right")
-    table.add_row("base", summary.base)
+    table.add_row("base", escape(summary.base))
     share = f"{summary.trainable_parameters:,} ({summary.trainable_share:.2%})"
     table.add_row("trainable parameters", share)
     table.add_row("adapter size", f"{summary.adapter_bytes / 1e6:.1f} MB")
@@ -112,7 +115,7 @@ def summary_table(summary: TrainingSummary) -> Table:
 
 def memory_table(found: DryRun) -> Table:
     """Return the table of ``--dry-run``."""
-    table = Table(title=f"memory of a run on {found.base}, predicted", title_justify="left")
+    table = Table(title=f"memory of a run on {escape(found.base)}, predicted", title_justify="left")
     table.add_column("what", justify="left")
     table.add_column("GB", justify="right")
     kept = found.prediction.kept

@@ -1,0 +1,42 @@
+"""What is printed, whatever names there are and whatever takes it."""
+
+import pytest
+
+from loraport.cli import main
+from loraport.cli.reports import table_console
+from loraport.training.report import summary_table
+from loraport.training.text import TrainingSummary
+
+# To rich: an end of nothing (an error), the beginning of something (left out), an emoji.
+MARKS = "[/red] [bold] a:cat:s"
+
+
+def call(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def test_paths_in_messages_are_as_they_are_called(bundle, tmp_path, monkeypatch, capsys):
+    (tmp_path / "[").mkdir()
+    monkeypatch.chdir(tmp_path)
+    zipped, made, delta = f"{MARKS}.zip", f"{MARKS}.bundle", f"{MARKS}.delta"
+    for line, output in (
+        (("bundle", "pack", bundle), zipped),
+        (("bundle", "unpack", zipped), made),
+        (("bundle", "diff", made, bundle), delta),
+    ):
+        code, out, err = call(capsys, *line, "-o", output)
+        assert (code, out) == (0, "")
+        assert f"{output}: " in err
+
+
+def test_paths_in_a_trainings_table_are_as_they_are_called(capsys):
+    summary = TrainingSummary(
+        MARKS, f"base {MARKS}", 1, 0.5, 4, None, None, 1, 1.0, 1, 1, 1, 0, 0, 0, "cpu", "float32", 0
+    )
+    table_console().print(summary_table(summary))
+    shown = capsys.readouterr().out
+    assert f"adapter {MARKS}" in shown
+    assert f" base {MARKS} " in shown
