@@ -7,6 +7,7 @@ Each command is one file in this package and is imported only when it runs, so
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
@@ -68,6 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
     # Before torch is imported: its threads then sleep while they wait for each other. By default
     # they spin, and where another process wants a core too, a step takes many times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        # What an encoding has no character for is written as \xd7, as Python does on stderr.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(args=arguments, prog_name="loraport", standalone_mode=False)
     except click.exceptions.Exit as stop:

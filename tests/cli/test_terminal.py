@@ -1,5 +1,8 @@
 """What is printed, whatever names there are and whatever takes it."""
 
+import io
+import sys
+
 import pytest
 
 from loraport.cli import main
@@ -40,3 +43,16 @@ def test_paths_in_a_trainings_table_are_as_they_are_called(capsys):
     shown = capsys.readouterr().out
     assert f"adapter {MARKS}" in shown
     assert f" base {MARKS} " in shown
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_stdout_that_lacks_characters(bundle, monkeypatch, encoding):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(bundle)])
+    sys.stdout.flush()
+    assert stop.value.code == 0
+    shown = written.getvalue().decode(encoding)
+    assert ("×" in shown) is (encoding != "ascii")
+    assert (r"\xd7" in shown) is (encoding == "ascii")
