@@ -34,6 +34,7 @@ COMMANDS = {
     "run": "Run a bundle with any of its adapters, or several blended.",
     "bundle": "Check a bundle, pack it for shipping, ship only what changed.",
 }
+_BROKEN_PIPE = 128 + 13  # SIGPIPE, which Windows has no name for
 
 
 class LazyGroup(click.Group):
@@ -42,6 +43,27 @@ class LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
         """Return the command names in the order of the story they tell."""
         return list(COMMANDS)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; where nobody reads what it prints, end as a shell reports SIGPIPE.
+
+        click and rich end it with 1, which is what parity that fails ends with.
+        """
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            pass
+        except SystemExit as stop:
+            if not isinstance(stop.__context__, BrokenPipeError):
+                raise
+        # What is left in the streams would break when Python closes them.
+        with open(os.devnull, "w") as nowhere:
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                try:
+                    stream.flush()
+                except OSError:
+                    os.dup2(nowhere.fileno(), stream.fileno())
+        raise click.exceptions.Exit(_BROKEN_PIPE)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
         """Import one command."""

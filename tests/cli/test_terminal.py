@@ -1,6 +1,7 @@
 """What is printed, whatever names there are and whatever takes it."""
 
 import io
+import os
 import sys
 
 import pytest
@@ -56,3 +57,14 @@ def test_stdout_that_lacks_characters(bundle, monkeypatch, encoding):
     shown = written.getvalue().decode(encoding)
     assert ("×" in shown) is (encoding != "ascii")
     assert (r"\xd7" in shown) is (encoding == "ascii")
+
+
+@pytest.mark.parametrize("arguments", [("bundle", "check"), ("inspect", "--json")])
+def test_a_reader_that_goes_is_not_parity_that_fails(bundle, monkeypatch, arguments):
+    reads, writes = os.pipe()
+    os.close(reads)
+    with monkeypatch.context() as patched, os.fdopen(writes, "w") as pipe:
+        patched.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, str(bundle)])
+    assert stop.value.code == 141  # as a shell reports SIGPIPE
