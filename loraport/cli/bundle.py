@@ -18,7 +18,7 @@ def bundle() -> None:
 
 
 @bundle.command()
-@click.argument("directory", type=_BUNDLE)
+@click.argument("directory", metavar="BUNDLE", type=_BUNDLE)
 def check(directory: Path) -> None:
     """Check BUNDLE's manifest, file hashes and golden outputs on this machine."""
     from loraport.cli.reports import print_golden
@@ -31,7 +31,7 @@ def check(directory: Path) -> None:
 
 
 @bundle.command()
-@click.argument("directory", type=_BUNDLE)
+@click.argument("directory", metavar="BUNDLE", type=_BUNDLE)
 @click.option("-o", "--output", required=True, type=_BUNDLE, help="The archive, e.g. bundle.zip.")
 @click.option("--force", is_flag=True, help="Replace an existing archive.")
 def pack(directory: Path, output: Path, force: bool) -> None:

@@ -54,3 +54,14 @@ def test_python_m_loraport():
     assert done.returncode == 2
     assert "No such command 'no-such-command'" in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["check", "pack", "unpack", "diff"])
+def test_the_help_of_bundle_names_its_arguments_as_its_usage_does(name):
+    group = cli.get_command(click.Context(cli), "bundle")
+    assert isinstance(group, click.Group)
+    command = group.commands[name]
+    context = click.Context(command)
+    named = [p.make_metavar(context) for p in command.params if isinstance(p, click.Argument)]
+    assert named
+    assert all(argument in command.help for argument in named)
