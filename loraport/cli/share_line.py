@@ -11,7 +11,8 @@ class ShareLine:
 
     def __init__(self) -> None:
         self._shown = -1.0
-        self._live = sys.stderr.isatty()
+        self._stream = sys.stderr or None  # nothing where it is closed
+        self._live = self._stream is not None and self._stream.isatty()
 
     def __enter__(self) -> ShareLine:
         return self
@@ -23,7 +24,7 @@ class ShareLine:
         trace: TracebackType | None,
     ) -> None:
         if self._live:
-            print(file=sys.stderr)
+            print(file=self._stream)
 
     def is_due(self, share: float) -> bool:
         """Tell whether what is done since the last text is worth another."""
@@ -37,5 +38,6 @@ class ShareLine:
             text: One line.
         """
         self._shown = share
-        line, end = (f"\r{text}  ", "") if self._live else (text, "\n")
-        print(line, end=end, file=sys.stderr, flush=True)
+        if self._stream is not None:
+            line, end = (f"\r{text}  ", "") if self._live else (text, "\n")
+            print(line, end=end, file=self._stream, flush=True)

@@ -68,3 +68,14 @@ def test_a_reader_that_goes_is_not_parity_that_fails(bundle, monkeypatch, argume
         with pytest.raises(SystemExit) as stop:
             main([*arguments, str(bundle)])
     assert stop.value.code == 141  # as a shell reports SIGPIPE
+
+
+def test_progress_without_a_stderr_is_shown_nowhere(monkeypatch, capsys):
+    """A closed stderr is None in Python, and print writes to stdout then."""
+    from loraport.cli.byte_progress import ByteProgress
+
+    monkeypatch.setattr(sys, "stderr", None)
+    with ByteProgress("merging", 4) as progress:
+        for _ in range(4):
+            progress(1)
+    assert capsys.readouterr().out == ""
