@@ -8,6 +8,10 @@ else that escapes is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import dropwhile
+
+_TRACEBACK = "Traceback (most recent call last)"
+_LAST_LINES = 8
 
 
 class LoraportError(Exception):
@@ -67,3 +71,19 @@ def first_line(error: BaseException) -> str:
     ('no such axis', 'KeyError')
     """
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def last_words(said: str) -> list[str]:
+    r"""Return what a program that failed said last, lines of text without empty ones.
+
+    Of a Python program that is the error that ended it, not where in its code that was.
+
+    >>> last_words("loading\nTraceback (most recent call last):\n  File ...\nKeyError: 'a'\n")
+    ["KeyError: 'a'"]
+    """
+    lines = [line for line in said.splitlines() if line.strip()]
+    traced = [at for at, line in enumerate(lines) if line.startswith(_TRACEBACK)]
+    error = list(
+        dropwhile(lambda line: line[0].isspace(), lines[traced[-1] + 1 :] if traced else [])
+    )
+    return error[:_LAST_LINES] or lines[-_LAST_LINES:]

@@ -11,13 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, last_words
 
 # Precisions by provider, as far as version 0.18's graphs run: fp32 for CUDA lacks the producers of
 # its cache outputs, fp16 for the CPU fails on a wrong shape annotation as soon as a second prompt
 # has another length. bf16 runs on CUDA alone, so its bundles have no golden outputs.
 PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "cuda": ("fp16", "bf16", "int8", "int4")}
-_ERROR_LINES = 8
 
 
 def builds(architecture: str) -> bool:
@@ -53,7 +52,7 @@ def build_with_genai(base: Path, out: Path, *, precision: str, provider: str) ->
     if cache.is_dir():
         cache.rmdir()
     if done.returncode != 0 or not (out / "model.onnx").is_file():
-        lines = [line for line in done.stderr.splitlines() if line.strip()][-_ERROR_LINES:]
+        lines = last_words(done.stderr)
         raise LoraportError(
             f"ONNX Runtime GenAI's model builder could not export {base} as {precision}:\n  "
             + "\n  ".join(lines)

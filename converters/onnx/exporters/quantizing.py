@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraport.bundle.manifest import MODEL_FILE
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, last_words
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _DATA_FILE = f"{MODEL_FILE}.data"
 _BLOCK = 32
 _INT8_ACTIVATIONS = 4
-_ERROR_LINES = 4
 
 
 def quantize_graph(file: Path, out: Path, precision: str) -> None:
@@ -48,7 +47,7 @@ def quantize_graph(file: Path, out: Path, precision: str) -> None:
     command = [sys.executable, "-m", __name__, str(file), str(out / MODEL_FILE), precision]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not (out / MODEL_FILE).is_file():
-        lines = [line for line in done.stderr.splitlines() if line.strip()][-_ERROR_LINES:]
+        lines = last_words(done.stderr)
         raise LoraportError(
             f"ONNX Runtime's quantizer could not store {file.name} as {precision}:\n  "
             + "\n  ".join(lines)
