@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from converters.low_rank import Factors, factor_matrix, require_share
 from converters.merge.layout import BaseLayout
 from converters.merge.opening import open_base
-from converters.merge.sources import OpenFiles, open_files, torch_dtype
+from converters.merge.sources import FLOATING, OpenFiles, open_files, torch_dtype
 from converters.stored_parameters import StoredParameter, checkpoint_layout, stored_parameters
 from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.errors import LoraportError, Problems
@@ -184,12 +184,17 @@ def _module(
 
 def _rounded_to(before: StoredParameter, after: StoredParameter) -> set[str]:
     """Return the dtypes of a fine-tuned parameter that do not hold all values of the base's."""
-    old = {torch_dtype(part.dtype) for _, part in before.parts}
-    new = {torch_dtype(part.dtype) for _, part in after.parts}
+    import torch
+
+    old, new = (
+        [torch_dtype(part.dtype) for _, part in each.parts if part.dtype in FLOATING]
+        for each in (before, after)
+    )
+    infos = [torch.finfo(dtype) for dtype in old]
     return {
         str(dtype).removeprefix("torch.")
         for dtype in new
-        if any(dtype.itemsize < each.itemsize for each in old)
+        if any(torch.finfo(dtype).eps > i.eps or torch.finfo(dtype).max < i.max for i in infos)
     }
 
 

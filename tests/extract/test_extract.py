@@ -331,3 +331,21 @@ def test_a_model_that_diverged_is_named(make_model, name, value, tmp_path):
     options = ExtractOptions(str(tmp_path / "base"), str(tmp_path / "tuned"), rank=2)
     with pytest.raises(LoraportError, match=f"{name}.*: expected finite values in both models"):
         extract(options, lambda *_: None)
+
+
+def test_a_base_in_as_many_but_other_bits_is_rounded_too_and_that_is_said(tmp_path):
+    """float16 has finer steps than bfloat16; tables of integers are as they are."""
+    base = llama().eval().half()
+    tuned = copy.deepcopy(base).bfloat16()
+    path = "model.layers.0.self_attn.q_proj"
+    tuned.get_submodule(path).weight.data[:, 0] += 1
+    for model, name in ((base, "base"), (tuned, "tuned")):
+        save_base(model, tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        numbers = {"model.position_ids": torch.arange(9)}
+        save_file(load_file(file) | numbers, file, {"format": "pt"})
+    options = ExtractOptions(str(tmp_path / "base"), str(tmp_path / "tuned"), energy=1.0)
+    extracted = extract(options, lambda *_: None)
+    assert list(extracted.adapter.modules) == [path]
+    assert not extracted.adapter.replacements
+    assert "stored in bfloat16, the base in more" in extracted.notes[0]
