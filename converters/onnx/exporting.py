@@ -42,7 +42,7 @@ from loraport.errors import LoraportError, first_line
 from loraport.fingerprint import fingerprint
 from loraport.output import new_directory
 from loraport.parity.tolerances import golden_tolerance, golden_tolerances
-from loraport.runtime.generation import GENAI_CONFIG
+from loraport.runtime.decoder import GENAI_CONFIG
 from loraport.runtime.recording import write_base_golden
 
 GOLDEN_TEXT = "The port keeps its light on."
@@ -311,7 +311,7 @@ def _head_path(model: nn.Module) -> str | None:
 
 def _decoder_golden_inputs(bundle: Path) -> dict[str, np.ndarray]:
     from loraport.runtime import Runtime
-    from loraport.runtime.generation import first_step_inputs, read_decoder
+    from loraport.runtime.decoder import first_step_inputs, read_decoder
 
     token_ids = load_tokenizer(str(bundle))(GOLDEN_TEXT)["input_ids"]
     return first_step_inputs(Runtime(bundle, check=False), read_decoder(bundle), token_ids)

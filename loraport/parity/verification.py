@@ -23,8 +23,8 @@ from loraport.parity.prompts import PROMPTS
 from loraport.parity.protocol import Protocol, Sample
 from loraport.parity.tolerances import Tolerance, tolerance_for
 from loraport.runtime import Runtime
+from loraport.runtime.decoder import GENAI_CONFIG, first_step_inputs, read_decoder
 from loraport.runtime.full_precision import with_float32_activations
-from loraport.runtime.generation import GENAI_CONFIG, first_step_inputs, read_decoder
 
 _BEYOND = 16  # tokens, of a text that is longer than a window
 _MOST_PRODUCTS = 10**12  # of one such run; some minutes on two cores

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from loraport.errors import LoraportError, Problems
+from loraport.runtime.decoder import read_decoder
 from loraport.runtime.model import Runtime, Selection
-from loraport.runtime.values import FLOATS
-
-GENAI_CONFIG = "genai_config.json"
+from loraport.runtime.steps import open_steps
 
 
 @dataclass(frozen=True)
@@ -46,72 +42,6 @@ class Sampling:
         if self.seed < 0:
             problems.add("seed", "0 or more", str(self.seed))
         problems.raise_if_any("how to sample")
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """Names and sizes of a decoder's inputs, from ``genai_config.json``.
-
-    Attributes:
-        layers: Number of attention layers.
-        cache_shape: ``[1, kv_heads, 0, head_dim]`` of an empty cache.
-        past: Input names of the cache, with ``%d`` for the layer: key and value.
-        present: Output names that become the next step's ``past``.
-        stop_ids: Tokens that end the text.
-        context_length: Most tokens that fit.
-        vocabulary: Number of tokens that there are.
-    """
-
-    layers: int
-    cache_shape: tuple[int, int, int, int]
-    past: tuple[str, str]
-    present: tuple[str, str]
-    stop_ids: frozenset[int]
-    context_length: int
-    vocabulary: int
-
-
-def read_decoder(bundle: Path) -> Decoder:
-    """Read what generation needs to know.
-
-    Raises:
-        LoraportError: If the bundle is no decoder language model.
-    """
-    try:
-        model = json.loads((bundle / GENAI_CONFIG).read_bytes())["model"]
-        decoder = model["decoder"]
-        inputs, outputs = decoder["inputs"], decoder["outputs"]
-        stop = model["eos_token_id"]
-        return Decoder(
-            layers=int(decoder["num_hidden_layers"]),
-            cache_shape=(1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"])),
-            past=(inputs["past_key_names"], inputs["past_value_names"]),
-            present=(outputs["present_key_names"], outputs["present_value_names"]),
-            stop_ids=frozenset([stop] if isinstance(stop, int) else stop),
-            context_length=int(model["context_length"]),
-            vocabulary=int(model["vocab_size"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LoraportError(
-            f"{bundle}: expected a decoder language model with {GENAI_CONFIG}, got: {error!r}"
-        ) from error
-
-
-def first_step_inputs(
-    runtime: Runtime, decoder: Decoder, token_ids: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """Return all inputs of a run over a prompt with an empty cache."""
-    names = {entry.name: entry.type for entry in runtime.session.get_inputs()}
-    inputs = _token_inputs(names, token_ids, past=0)
-    for layer in range(decoder.layers):
-        for pattern in decoder.past:
-            name = pattern % layer
-            if name in names:
-                dtype = FLOATS.get(names[name])
-                if dtype is None:
-                    raise LoraportError(f"input {name}: cannot be fed as {names[name]} from numpy")
-                inputs[name] = np.zeros(decoder.cache_shape, dtype)
-    return inputs
 
 
 def generate(
@@ -145,37 +75,16 @@ def generate(
         raise LoraportError(
             f"prompt: expected tokens from 0 to {decoder.vocabulary - 1}, got {unknown}"
         )
-    lane = runtime.lane(adapter)
     random = np.random.default_rng(sampling.seed)
-    types = {entry.name: entry.type for entry in runtime.session.get_inputs()}
-    inputs: dict[str, Any] = dict(first_step_inputs(runtime, decoder, token_ids))
-    length = len(token_ids)
-    for _ in range(min(sampling.max_new_tokens, decoder.context_length - length)):
-        outputs = lane.run_on_device(inputs)
-        logits = outputs["logits"].numpy()[0, -1].astype(np.float32)
-        token = _choose(logits, sampling, random)
-        if token in decoder.stop_ids:
-            return
-        yield token
-        inputs = _token_inputs(types, [token], past=length)
-        for layer in range(decoder.layers):
-            for past, present in zip(decoder.past, decoder.present, strict=True):
-                if past % layer in types:
-                    inputs[past % layer] = outputs[present % layer]
-        length += 1
-
-
-def _token_inputs(
-    names: Mapping[str, str], token_ids: Sequence[int], *, past: int
-) -> dict[str, Any]:
-    """Return the inputs that depend on the tokens; ``past`` tokens are in the cache."""
-    stop = past + len(token_ids)
-    inputs: dict[str, Any] = {"input_ids": np.array([token_ids], np.int64)}
-    if "attention_mask" in names:
-        inputs["attention_mask"] = np.ones((1, stop), np.int64)
-    if "position_ids" in names:
-        inputs["position_ids"] = np.arange(past, stop, dtype=np.int64)[None]
-    return inputs
+    most = min(sampling.max_new_tokens, decoder.context_length - len(token_ids))
+    new = list(token_ids)
+    with open_steps(runtime, decoder, adapter, len(token_ids) + most) as steps:
+        for _ in range(most):
+            token = _choose(steps.run(new), sampling, random)
+            if token in decoder.stop_ids:
+                return
+            yield token
+            new = [token]
 
 
 def _choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 
 from loraport.bundle.slots import BASE, Control
 from loraport.errors import LoraportError, Problems, first_line
+from loraport.runtime.capturing import CapturingSession
 from loraport.runtime.resident import ResidentAdapter
 from loraport.runtime.values import as_numpy, as_value
 
@@ -52,9 +53,15 @@ class Lane:
             Output name → ``OrtValue``.
 
         Raises:
-            LoraportError: If an input is missing, unknown or refused by the model, or it has no
-                such output.
+            LoraportError: If an input is missing, unknown or refused by the model, it has no
+                such output, or the session captures runs: a repeated run writes into memory that
+                outputs on the device would be in.
         """
+        if isinstance(self._session, CapturingSession):
+            raise LoraportError(
+                "outputs on the device: expected a runtime without CUDA graphs, which write into "
+                "the same memory; open another one, or use run"
+            )
         return self._run(inputs, outputs, self._device)
 
     def run(

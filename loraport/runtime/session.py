@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loraport.errors import LoraportError, first_line
+from loraport.runtime.capturing import CapturingSession
 from loraport.runtime.full_precision import with_float32_activations
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -30,6 +31,7 @@ def open_session(
     profile: Path | None = None,
     precision: str = "fp32",
     graph: bytes | None = None,
+    cuda_graphs: bool = False,
 ) -> Any:
     """Open an ``onnxruntime.InferenceSession``.
 
@@ -44,6 +46,7 @@ def open_session(
         profile: Write a profile to a file that begins so, when ``end_profiling`` is called.
         precision: How the graph's weights are stored.
         graph: A graph over the model's data file, to be opened in place of the model's own.
+        cuda_graphs: Let runs be captured and repeated: a `CapturingSession`.
 
     Raises:
         LoraportError: If the model cannot be opened or the provider is not to be had; a
@@ -53,6 +56,8 @@ def open_session(
 
     if provider not in PROVIDERS:
         raise LoraportError(f"provider: expected one of {', '.join(PROVIDERS)}, got {provider!r}")
+    if cuda_graphs and provider != "cuda":
+        raise LoraportError(f"CUDA graphs: expected provider cuda, got {provider}")
     wanted = PROVIDERS[provider]
     if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
         # Finds the CUDA and cuDNN libraries that PyTorch brings; prints what it does not find.
@@ -69,6 +74,8 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     settings = {"use_tf32": "0"} if provider == "cuda" and float32_activations else {}
+    if cuda_graphs:
+        settings["enable_cuda_graph"] = "1"
     source: str | bytes = str(model)
     try:
         for name, value in (defaults or {}).items():
@@ -94,4 +101,4 @@ def open_session(
             f"provider {provider}: expected {wanted}, got {', '.join(session.get_providers())}; "
             f"available here: {available}"
         )
-    return session
+    return CapturingSession(session) if cuda_graphs else session

@@ -29,7 +29,7 @@ from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.base_model import resolve_base
 from loraport.bundle.manifest import MODEL_FILE
 from loraport.runtime import Lane, Runtime
-from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime.decoder import first_step_inputs, read_decoder
 from loraport.runtime.session import open_session
 
 PROMPT = list(range(100, 164))

@@ -21,7 +21,7 @@ from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.packing.pack import pack
 from loraport.bundle.manifest import MODEL_FILE
 from loraport.runtime import Lane, Runtime
-from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime.decoder import first_step_inputs, read_decoder
 from loraport.runtime.resident import make_resident
 from loraport.runtime.session import open_session
 from loraport.runtime.values import numpy_of

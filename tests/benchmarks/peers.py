@@ -43,7 +43,7 @@ from loraport.bundle.manifest import MODEL_FILE
 from loraport.peft_layout.read import read_peft
 from loraport.peft_layout.write import write_peft
 from loraport.runtime import Lane, Runtime
-from loraport.runtime.generation import GENAI_CONFIG, first_step_inputs, read_decoder
+from loraport.runtime.decoder import GENAI_CONFIG, first_step_inputs, read_decoder
 from loraport.runtime.resident import make_resident
 from loraport.runtime.session import open_session
 

@@ -32,7 +32,7 @@ from loraport.base_model import resolve_base
 from loraport.bundle.manifest import MODEL_FILE
 from loraport.parity.tolerances import tolerance_for
 from loraport.runtime import Lane, Runtime
-from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime.decoder import first_step_inputs, read_decoder
 from loraport.runtime.rows import Rows
 from loraport.runtime.session import open_session
 

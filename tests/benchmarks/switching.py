@@ -22,7 +22,7 @@ from merged import export_merged
 from converters.onnx import ExportOptions, add_adapters, export_base
 from loraport.bundle.manifest import MODEL_FILE
 from loraport.runtime import Lane, Runtime
-from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime.decoder import first_step_inputs, read_decoder
 from loraport.runtime.session import open_session
 
 

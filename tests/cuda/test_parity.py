@@ -15,10 +15,12 @@ from converters.onnx.modules.graph_weights import load_graph_weights
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.base_model import load_model
 from loraport.bundle.manifest import MODEL_FILE, read_manifest, write_manifest
+from loraport.errors import LoraportError
 from loraport.parity import verify_bundle
 from loraport.parity.tolerances import tolerance_for
-from loraport.runtime import Runtime
-from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime import Runtime, generate
+from loraport.runtime.decoder import first_step_inputs, read_decoder
+from loraport.runtime.steps import CapturedSteps, GrowingSteps
 
 
 @pytest.fixture(scope="module", params=PRECISIONS["cuda"])
@@ -105,6 +107,37 @@ def test_adapters_stay_on_the_device_and_swaps_take_effect(gpu_bundle):
         assert np.abs(logits[name] - logits[other]).max() > bound
         again = lanes[name].run(inputs, ["logits"])["logits"]
         np.testing.assert_array_equal(again.astype(np.float32), logits[name])
+
+
+def test_captured_steps_give_what_growing_caches_give(gpu_bundle):
+    """Three texts in turn, and runs of lanes between them, which use the same memory."""
+    bundle, _, _ = gpu_bundle
+    plain, captured = (Runtime(bundle, provider="cuda", cuda_graphs=each) for each in (False, True))
+    decoder = read_decoder(bundle)
+    ids, new = tokenizer()(TEXTS[0])["input_ids"], [7, 130, 12, 9, 301, 44, 8, 15]
+    inputs = first_step_inputs(plain, decoder, ids)
+
+    def logits(runtime, kind, *more):
+        texts = {name: kind(runtime, decoder, name, *more) for name in (None, "a", "b")}
+        found = {name: [text.run(ids)] for name, text in texts.items()}
+        for token in new:
+            for name, text in texts.items():
+                found[name].append(text.run([token]))
+                runtime.run(inputs, "b", "logits")
+        return {name: np.stack(rows) for name, rows in found.items()}
+
+    expected = logits(plain, GrowingSteps)
+    bound = tolerance_for(plain.manifest.precision, "cuda").max_abs
+    for _ in range(2):
+        got = logits(captured, CapturedSteps, len(ids) + len(new) + 8)
+        for name, rows in expected.items():
+            np.testing.assert_allclose(got[name], rows, rtol=0, atol=bound)
+    for one, other in ((None, "a"), ("a", "b"), ("b", None)):
+        assert np.abs(expected[one] - expected[other]).max() > bound
+    with pytest.raises(LoraportError, match="outputs on the device"):
+        captured.lane("a").run_on_device(inputs)
+    texts = [list(generate(each, ids, "a")) for each in (plain, captured, captured)]
+    assert texts[1] == texts[2]
 
 
 def test_rows_with_adapters_of_their_own_equal_one_by_one(tiny_base, adapters, tmp_path):

@@ -13,7 +13,7 @@ from loraport.bundle.manifest import read_manifest
 from loraport.errors import LoraportError
 from loraport.parity import verification, verify_bundle
 from loraport.runtime import Runtime
-from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime.decoder import first_step_inputs, read_decoder
 
 WINDOW, PROMPT, STEPS = 8, 21, 3
 LOCAL = ["sliding_attention", "full_attention"]

@@ -22,7 +22,7 @@ from loraport.errors import LoraportError
 from loraport.parity import Sample, verify_bundle
 from loraport.parity.reference import next_token_logits
 from loraport.runtime import Runtime
-from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime.decoder import first_step_inputs, read_decoder
 
 DOWN = "model.layers.1.mlp.down_proj"
 PACKED = "model.layers.0.self_attn.q_proj+k_proj+v_proj"

@@ -15,7 +15,7 @@ from loraport.parity import verify_bundle
 from loraport.parity.prompts import PROMPTS
 from loraport.parity.verification import default_samples
 from loraport.runtime import Runtime, Sampling, generate
-from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime.decoder import first_step_inputs, read_decoder
 
 pytestmark = pytest.mark.real
 

@@ -12,7 +12,7 @@ from tiny_llm import TEXTS, peft_model, tokenizer
 from loraport.base_model import load_model
 from loraport.errors import LoraportError
 from loraport.runtime import Runtime, Sampling, generate
-from loraport.runtime.generation import read_decoder
+from loraport.runtime.decoder import read_decoder
 
 NEW = 24
 GREEDY = Sampling(max_new_tokens=NEW)

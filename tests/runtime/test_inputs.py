@@ -5,7 +5,7 @@ import pytest
 
 from loraport.errors import LoraportError
 from loraport.runtime import Runtime
-from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime.decoder import first_step_inputs, read_decoder
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from loraport.base_model import load_model
 from loraport.bundle.manifest import read_manifest, write_manifest
 from loraport.errors import LoraportError
 from loraport.runtime import Lane, Runtime
-from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime.decoder import first_step_inputs, read_decoder
 from loraport.runtime.session import open_session
 
 # float32 sums in another order; logits are of the order of 10.

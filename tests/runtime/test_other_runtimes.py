@@ -10,7 +10,7 @@ from tiny_llm import TEXTS, peft_model, tokenizer
 from loraport.base_model import load_model
 from loraport.bundle.manifest import read_manifest
 from loraport.runtime import Runtime
-from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime.decoder import first_step_inputs, read_decoder
 
 ATOL = 1e-4  # float32 sums in another order
 

@@ -9,7 +9,7 @@ from tiny_llm import TEXTS, tokenizer
 from loraport.errors import LoraportError
 from loraport.parity import placement as checks
 from loraport.runtime import Runtime
-from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime.decoder import first_step_inputs, read_decoder
 from loraport.runtime.placement import NodeRun, node_runs, read_profile, strays
 from loraport.runtime.session import open_session
 

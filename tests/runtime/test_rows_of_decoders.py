@@ -10,7 +10,7 @@ from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.modules.graph_weights import load_graph_weights
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.runtime import Runtime
-from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime.decoder import first_step_inputs, read_decoder
 
 PICKED = ["b", None, "a", "b"]
 

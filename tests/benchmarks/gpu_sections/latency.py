@@ -1,6 +1,8 @@
 """Swaps, decoding and rows: how long one run takes."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,8 +10,9 @@ import numpy as np
 from gpu_sections.place import PROMPT, RANK, ROWS, Place, Row, medians
 from loraport.bundle.manifest import MODEL_FILE
 from loraport.runtime import Lane, Runtime
-from loraport.runtime.generation import first_step_inputs, read_decoder
+from loraport.runtime.decoder import first_step_inputs, read_decoder
 from loraport.runtime.session import open_session
+from loraport.runtime.steps import CapturedSteps, InPlaceSteps
 
 
 def swaps(place: Place) -> Iterator[Row]:
@@ -43,13 +46,41 @@ def decode(place: Place) -> Iterator[Row]:
         if plain is not None:
             session = open_session(plain / MODEL_FILE, provider=place.device)
             lanes = {"plain": Lane(session, None, place.device), **lanes}
-        times = medians(place.steps, *(decoding(runtime, lane) for lane in lanes.values()))
-        named = dict(zip(lanes, times, strict=True))
-        base = named.get("plain", named["idle"])
-        figures = ", ".join(
-            f"{name} {1e3 * t:.2f} ms ({t / base:.3f})" for name, t in named.items()
-        )
-        yield Row(f"decode, {precision}, rank {RANK}", figures)
+        growing = {name: decoding(runtime, lane) for name, lane in lanes.items()}
+        yield in_turns(place, f"decode, {precision}, rank {RANK}", growing)
+        del growing, lanes
+        for title, graphs in (("in place", False), ("captured", True)):
+            found = in_place(place, bundle, plain, cuda_graphs=graphs and place.device == "cuda")
+            yield in_turns(place, f"decode, {precision}, rank {RANK}, {title}", found)
+
+
+def in_turns(place: Place, title: str, actions: dict[str, Callable[[], Any]]) -> Row:
+    """Return medians, and their ratios to the graph without slots."""
+    times = dict(zip(actions, medians(place.steps, *actions.values()), strict=True))
+    base = times.get("plain", times["idle"])
+    figures = ", ".join(f"{name} {1e3 * t:.2f} ms ({t / base:.3f})" for name, t in times.items())
+    return Row(title, figures)
+
+
+def in_place(
+    place: Place, bundle: Path, plain: Path | None, *, cuda_graphs: bool
+) -> dict[str, Callable[[], Any]]:
+    """Return what decodes one token after another with a cache that is written in place."""
+    expected = PROMPT + 2 * place.steps + 64
+
+    def steps(runtime: Any, name: str | None) -> Callable[[], Any]:
+        kind = CapturedSteps if cuda_graphs else InPlaceSteps
+        made = kind(runtime, read_decoder(bundle), name, expected)
+        made.run([5 + i % 200 for i in range(PROMPT)])
+        return lambda: made.run([7])
+
+    runtime = Runtime(bundle, provider=place.device, check=False, cuda_graphs=cuda_graphs)
+    found = {"idle": steps(runtime, None), "active": steps(runtime, "a0")}
+    if plain is not None:
+        session = open_session(plain / MODEL_FILE, provider=place.device, cuda_graphs=cuda_graphs)
+        bare = SimpleNamespace(session=session, provider=place.device, load=lambda _: None)
+        found = {"plain": steps(bare, None), **found}
+    return found
 
 
 def decoding(runtime: Runtime, lane: Lane) -> Callable[[], Any]:
