@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from loraport.base_model import load_model, resolve_base
+from loraport.base_model import load_model, read_model_config, resolve_base
 from loraport.checkpoint import Checkpoint
 from loraport.errors import LoraportError
 from loraport.naming import NameIndex, weight_name
@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_PLAIN = ("F64", "F32", "F16", "BF16")  # safetensors' names
+
 
 class StoredWeights:
     """A base's weights as they are stored, each read when it is asked for.
 
-    The whole model is loaded only where the checkpoint has other names, or no plain floats.
+    The whole model is loaded only where the checkpoint has other names, or no plain floats: a
+    quantized one holds codes, which are numbers of another scale.
 
     Args:
         base: See `resolve_base`.
@@ -43,14 +46,15 @@ class StoredWeights:
         """Return a parameter by its path.
 
         Raises:
-            LoraportError: If the base has none of this name.
+            LoraportError: If the base has none of this name, or it stays quantized when the model
+                is loaded.
         """
         if self._checkpoint is not None:
             names = self._names.candidates(name)
-            if len(names) == 1:
-                found = self._checkpoint.load(names[0])
-                if found.is_floating_point():
-                    return found
+            if len(names) == 1 and self._checkpoint.info(names[0]).dtype in _PLAIN:
+                return self._checkpoint.load(names[0])
+        from torch.nn import Parameter
+
         try:
             found = self._model.get_parameter(name)
         except AttributeError as error:
@@ -58,10 +62,19 @@ class StoredWeights:
                 f"{name}: expected this parameter in the base {self.base}, got none; give --base "
                 "with the model that the adapter was trained on"
             ) from error
+        # Quantized ones are parameters of classes of their own, or float8.
+        if type(found) is not Parameter or not found.is_floating_point() or found.itemsize < 2:
+            raise LoraportError(
+                f"{name}: expected its numbers in the base {self.base}, got the codes of a "
+                f"quantization ({found.dtype}); give --base with the float model that it was made "
+                "from"
+            )
         return found.detach()
 
     @cached_property
     def _checkpoint(self) -> Checkpoint | None:
+        if read_model_config(self._directory).get("quantization_config"):
+            return None
         try:
             return Checkpoint(self._directory)
         except LoraportError:

@@ -1,0 +1,69 @@
+"""Single weights of bases that are quantized or cannot be loaded."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_llm import save_base
+
+from loraport.base_weights import StoredWeights
+from loraport.errors import LoraportError
+
+BLOCK = 16
+NAME = "model.layers.1.mlp.down_proj.weight"  # [32, 48]: two blocks by three
+
+
+def quantize(base, settings, change):
+    """Replace the linear weights of a base by what ``change`` makes of them."""
+    file = base / "model.safetensors"
+    stored = {}
+    for name, tensor in load_file(file).items():
+        stored |= change(name, tensor) if name.endswith("_proj.weight") else {name: tensor}
+    save_file(stored, file, metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+
+
+def in_blocks(name, weight):
+    """DeepSeek's: float8 and a scale a block, slowly."""
+    codes, scales = torch.zeros_like(weight), torch.zeros([-(-n // BLOCK) for n in weight.shape])
+    for row in range(scales.shape[0]):
+        for column in range(scales.shape[1]):
+            of = (
+                slice(row * BLOCK, (row + 1) * BLOCK),
+                slice(column * BLOCK, (column + 1) * BLOCK),
+            )
+            scales[row, column] = weight[of].abs().max() / 448 * (1 + row + column)
+            codes[of] = weight[of] / scales[row, column]
+    return {name: codes.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+
+
+def test_float8_in_blocks_is_read_with_its_scales(tmp_path):
+    base = save_base(tmp_path / "base")
+    weight = load_file(base / "model.safetensors")[NAME]
+    settings = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+    quantize(base, settings | {"activation_scheme": "dynamic"}, in_blocks)
+    parts = in_blocks(NAME, weight)
+    codes, scales = parts[NAME].double(), parts[f"{NAME}_scale_inv"].double()
+    wide = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    read = StoredWeights(str(base)).parameter(NAME).double()
+    torch.testing.assert_close(read, codes * wide, rtol=2**-23, atol=0)  # one product in float32
+    assert ((codes - read).abs() > read.abs()).float().mean() > 0.9  # the codes alone are others
+
+
+def test_codes_are_no_weights(tmp_path):
+    """A DoRA magnitude over the norm of int8 codes would be a thousandth of what it is."""
+    pytest.importorskip("bitsandbytes")
+    base = save_base(tmp_path / "base")
+
+    def rows(name, weight):
+        scale = weight.abs().amax(1)
+        codes = (weight / scale[:, None] * 127).round().to(torch.int8)
+        return {name: codes, name.replace(".weight", ".SCB"): scale}
+
+    quantize(base, {"quant_method": "bitsandbytes", "load_in_8bit": True}, rows)
+    weights = StoredWeights(str(base))
+    with pytest.raises(LoraportError, match=rf"{NAME}: expected its numbers .*torch.int8.*--base"):
+        weights.parameter(NAME)
+    assert weights.parameter("model.norm.weight").shape == (32,)
