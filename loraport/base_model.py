@@ -204,7 +204,8 @@ def load_model(
     model_class = getattr(transformers, architecture, transformers.AutoModel)
     try:
         model = model_class.from_pretrained(directory, dtype=dtype or torch.float32)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    # A torn file, a quantization whose package is not here: each raises in a way of its own.
+    except Exception as error:
         raise LoraportError(f"base {base}: cannot be loaded: {error}") from error
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from command_line import command
 from safetensors.torch import load_file, save_file
 from tiny_llm import save_base
 
+from loraport.base_model import load_model
 from loraport.base_weights import StoredWeights
 from loraport.errors import LoraportError
 
@@ -67,3 +69,21 @@ def test_codes_are_no_weights(tmp_path):
     with pytest.raises(LoraportError, match=rf"{NAME}: expected its numbers .*torch.int8.*--base"):
         weights.parameter(NAME)
     assert weights.parameter("model.norm.weight").shape == (32,)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "torchao"])
+def test_a_quantization_whose_package_is_not_here_is_one_sentence(method, tmp_path):
+    base = save_base(tmp_path / "base")
+    quantize(base, {"quant_method": method, "bits": 4}, lambda name, tensor: {name: tensor})
+    with pytest.raises(LoraportError, match=f"base {base}: cannot be loaded: "):
+        load_model(str(base))
+
+
+def test_a_torn_file_is_one_sentence(tmp_path):
+    base, rows = save_base(tmp_path / "base"), tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "Ships swap their cargo."}')
+    weights = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    code, said = command("eval", base, rows)
+    assert code == 2
+    assert f"base {base}: cannot be loaded: " in said
