@@ -13,6 +13,7 @@ from typing import Any
 from loraport.base_model import load_tokenizer, resolve_base
 from loraport.errors import LoraportError
 from loraport.output import refuse_existing
+from loraport.process_lock import only_process
 from loraport.sweep.choose import choose
 from loraport.sweep.groups import most_together
 from loraport.sweep.observer import SilentSweep, SweepObserver
@@ -27,7 +28,6 @@ from loraport.training.data.text_data import TextData, digest, padding_token, re
 from loraport.training.devices import choose_placement
 from loraport.training.kernels.cuda_graphs import asked_to_record
 from loraport.training.run.faults import faults_explained
-from loraport.training.run.lock import only_process
 
 
 def run_sweep(

@@ -19,6 +19,7 @@ from loraport.fingerprint import BaseFingerprint
 from loraport.output import new_directory, refuse_existing
 from loraport.peft_layout.misread import misread_by_peft
 from loraport.peft_layout.write import peft_contents, save_contents
+from loraport.process_lock import only_process
 from loraport.training.base.frozen_base import QUANTIZED, checkpoint_activations, load_base, narrow
 from loraport.training.data.batches import Row
 from loraport.training.data.packing import make_batches
@@ -44,7 +45,6 @@ from loraport.training.options import TrainOptions
 from loraport.training.run.checkpoints import require_same_run
 from loraport.training.run.curve import draw_losses
 from loraport.training.run.faults import MemoryRanOutError, faults_explained, kept
-from loraport.training.run.lock import only_process
 from loraport.training.run.loop import TrainingResult, loop_identity, train
 from loraport.training.run.metrics import METRICS_FILE
 from loraport.training.run.observer import Observer, Silent

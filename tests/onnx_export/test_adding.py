@@ -84,6 +84,30 @@ def test_a_name_that_is_taken_is_refused_and_nothing_changes(own_bundle, adapter
     assert contents(own_bundle) == before
 
 
+def test_one_process_at_a_time(own_bare, adapter_a, adapter_b):
+    """Whoever wrote the manifest last would have left the other's adapter out of it."""
+    refused = []
+
+    def meanwhile(_):
+        with pytest.raises(LoraportError, match="expected no other process at work") as told:
+            add_adapters(own_bare, {"b": read_adapter(adapter_b)})
+        refused.append(told)
+
+    before = set(contents(own_bare))
+    add_adapters(own_bare, {"a": read_adapter(adapter_a)}, progress=meanwhile)
+    assert refused
+    add_adapters(own_bare, {"b": read_adapter(adapter_b)})
+    manifest = read_manifest(own_bare)
+    assert list(manifest.adapters) == ["a", "b"]
+    assert set(contents(own_bare)) == before | manifest.files.keys()
+
+
+def test_no_bundle_is_made_where_there_is_none(tmp_path, adapter_a):
+    with pytest.raises(LoraportError):
+        add_adapters(tmp_path / "none", {"a": read_adapter(adapter_a)})
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_bad_adapter_keeps_all_out(own_bare, adapter_a):
     good = read_adapter(adapter_a)
     bad = replace(good, modules={"nowhere": next(iter(good.modules.values()))})

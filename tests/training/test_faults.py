@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from loraport.errors import LoraportError
+from loraport.process_lock import only_process
 from loraport.training import (
     LoopOptions,
     LoraOptions,
@@ -23,7 +24,6 @@ from loraport.training import (
     train_language_model,
 )
 from loraport.training.run.interruption import Stopped, stop_requests
-from loraport.training.run.lock import only_process
 from loraport.training.run.observer import Silent
 from loraport.training.run.optimizer import make_optimizer
 from loraport.training.text import work_directory

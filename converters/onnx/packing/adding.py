@@ -14,9 +14,16 @@ from converters.onnx.modules.base_parameters import BaseParameters
 from converters.onnx.packing.pack import PackedAdapter, pack
 from loraport.adapter import Adapter
 from loraport.bundle.golden import base_inputs, golden_reason
-from loraport.bundle.manifest import BundledAdapter, Manifest, read_manifest, write_manifest
+from loraport.bundle.manifest import (
+    MANIFEST_FILE,
+    BundledAdapter,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
 from loraport.errors import LoraportError, Problems
 from loraport.output import new_file
+from loraport.process_lock import only_process
 from loraport.runtime.recording import write_golden
 from loraport.runtime.values import as_value, numpy_of
 
@@ -53,8 +60,21 @@ def add_adapters(
 
     Raises:
         LoraportError: If a name is taken or unfit, an adapter belongs to another base, or has
-            anything that finds no slot.
+            anything that finds no slot; if another process adds to the bundle meanwhile.
     """
+    read_manifest(bundle)  # nothing is created where there is no bundle
+    with only_process(bundle / MANIFEST_FILE):
+        return _add(bundle, adapters, force, ignore_fingerprint, base, progress)
+
+
+def _add(
+    bundle: Path,
+    adapters: Mapping[str, Adapter],
+    force: bool,
+    ignore_fingerprint: bool,
+    base: str | None,
+    progress: Callable[[str], None],
+) -> Manifest:
     manifest = read_manifest(bundle)
     without_golden = not manifest.golden and golden_reason(bundle) is not None
     if not without_golden:
