@@ -77,6 +77,27 @@ def test_names_that_are_no_file_names_are_refused(own_bare, adapter_a, name):
         add_adapters(own_bare, {name: read_adapter(adapter_a)})
 
 
+@pytest.mark.parametrize("name", ["CON", "nul.v2", "com1", "LPT9"])
+def test_names_of_devices_are_refused(own_bare, adapter_a, name):
+    """A bundle with one could not be unpacked on Windows."""
+    with pytest.raises(LoraportError, match=rf"{name}: expected a name for files everywhere"):
+        add_adapters(own_bare, {name: read_adapter(adapter_a)})
+
+
+@pytest.mark.parametrize("names", [["A"], ["A2", "a2"]])
+@pytest.mark.parametrize("force", [False, True])
+def test_names_that_differ_in_capitals_only_are_refused(own_bundle, adapter_a, names, force):
+    """Where a disk tells no capitals apart, one's file would be the other's."""
+    before = contents(own_bundle)
+    given = dict.fromkeys(names, read_adapter(adapter_a))
+    with pytest.raises(
+        LoraportError, match=f"{names[-1]}: expected .* differs from .*{names[-1][1:]}"
+    ):
+        add_adapters(own_bundle, given, force=force)
+    assert contents(own_bundle) == before
+    add_adapters(own_bundle, {"contents": read_adapter(adapter_a)})  # no device
+
+
 def test_a_name_that_is_taken_is_refused_and_nothing_changes(own_bundle, adapter_a):
     before = contents(own_bundle)
     with pytest.raises(LoraportError, match="a: expected a new name, got one the bundle has"):

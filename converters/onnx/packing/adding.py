@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,14 @@ from loraport.runtime.values import as_value, numpy_of
 
 ADAPTERS_DIRECTORY = "adapters"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# What Windows opens instead of a file of this name, whatever follows a dot.
+_DEVICES = (
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    *(f"{port}{n}" for port in ("com", "lpt") for n in range(10)),
+)
 
 
 def add_adapters(
@@ -79,13 +87,7 @@ def _add(
     without_golden = not manifest.golden and golden_reason(bundle) is not None
     if not without_golden:
         base_inputs(bundle, manifest)  # what the golden cases need, before anything is written
-    problems = Problems()
-    for name in adapters:
-        if not _NAME.fullmatch(name):
-            problems.add(name, "letters, digits, '.', '_' and '-'", "another name")
-        elif name in manifest.adapters and not force:
-            problems.add(name, "a new name", "one the bundle has", "choose another, or --force")
-    problems.raise_if_any("adapters cannot be added under these names")
+    _check_names(adapters, manifest.adapters, force=force)
     packed = {}
     parameters = BaseParameters(bundle, manifest, base)
     for name, adapter in adapters.items():
@@ -120,6 +122,28 @@ def _add(
         return manifest
     progress("recording golden outputs")
     return write_golden(bundle, manifest, packed)
+
+
+def _check_names(names: Iterable[str], present: Mapping[str, object], *, force: bool) -> None:
+    """Refuse names that are no file names, or not everywhere (Windows', macOS' disks).
+
+    Raises:
+        LoraportError: Naming all of them.
+    """
+    problems = Problems()
+    taken = {name.lower(): name for name in present}
+    for name in names:
+        other = taken.setdefault(name.lower(), name)
+        if not _NAME.fullmatch(name):
+            problems.add(name, "letters, digits, '.', '_' and '-'", "another name")
+        elif name.partition(".")[0].lower() in _DEVICES:
+            problems.add(name, "a name for files everywhere", "a device of Windows'")
+        elif other != name:
+            what = f"one that differs from {other} in capitals only, one file on some disks"
+            problems.add(name, "a new name", what, "choose another")
+        elif name in present and not force:
+            problems.add(name, "a new name", "one the bundle has", "choose another, or --force")
+    problems.raise_if_any("adapters cannot be added under these names")
 
 
 def write_onnx_adapter(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
