@@ -10,6 +10,9 @@ import importlib
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import click
 
@@ -37,6 +40,30 @@ COMMANDS = {
 _BROKEN_PIPE = 128 + 13  # SIGPIPE, which Windows has no name for
 
 
+@contextmanager
+def _nobody_reads() -> Iterator[None]:
+    """Where nobody reads what is printed, end as a shell reports SIGPIPE.
+
+    click and rich end it with 1, which is what parity that fails ends with.
+    """
+    try:
+        yield
+        return
+    except BrokenPipeError:
+        pass
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
+    # What is left in the streams would break when Python closes them.
+    with open(os.devnull, "w") as nowhere:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(nowhere.fileno(), stream.fileno())
+    raise click.exceptions.Exit(_BROKEN_PIPE)
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are used."""
 
@@ -44,26 +71,15 @@ class LazyGroup(click.Group):
         """Return the command names in the order of the story they tell."""
         return list(COMMANDS)
 
-    def invoke(self, ctx: click.Context) -> object:
-        """Run a command; where nobody reads what it prints, end as a shell reports SIGPIPE.
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the arguments; the group's own help is printed here, see `_nobody_reads`."""
+        with _nobody_reads():
+            return super().make_context(*args, **kwargs)
 
-        click and rich end it with 1, which is what parity that fails ends with.
-        """
-        try:
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command, see `_nobody_reads`."""
+        with _nobody_reads():
             return super().invoke(ctx)
-        except BrokenPipeError:
-            pass
-        except SystemExit as stop:
-            if not isinstance(stop.__context__, BrokenPipeError):
-                raise
-        # What is left in the streams would break when Python closes them.
-        with open(os.devnull, "w") as nowhere:
-            for stream in filter(None, (sys.stdout, sys.stderr)):
-                try:
-                    stream.flush()
-                except OSError:
-                    os.dup2(nowhere.fileno(), stream.fileno())
-        raise click.exceptions.Exit(_BROKEN_PIPE)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
         """Import one command."""

@@ -59,14 +59,17 @@ def test_stdout_that_lacks_characters(bundle, monkeypatch, encoding):
     assert (r"\xd7" in shown) is (encoding == "ascii")
 
 
-@pytest.mark.parametrize("arguments", [("bundle", "check"), ("inspect", "--json")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("bundle", "check", "BUNDLE"), ("inspect", "--json", "BUNDLE"), ("--help",), ("add", "-h")],
+)
 def test_a_reader_that_goes_is_not_parity_that_fails(bundle, monkeypatch, arguments):
     reads, writes = os.pipe()
     os.close(reads)
     with monkeypatch.context() as patched, os.fdopen(writes, "w") as pipe:
         patched.setattr(sys, "stdout", pipe)
         with pytest.raises(SystemExit) as stop:
-            main([*arguments, str(bundle)])
+            main([str(bundle) if word == "BUNDLE" else word for word in arguments])
     assert stop.value.code == 141  # as a shell reports SIGPIPE
 
 
