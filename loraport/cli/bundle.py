@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from loraport.cli.counts import counted
 from loraport.cli.options import log, progress
 from loraport.cli.sizes import size_text
 
@@ -39,7 +40,7 @@ def pack(directory: Path, output: Path, force: bool) -> None:
     from loraport.bundle.archive import pack_bundle
 
     count = pack_bundle(directory, output, force=force, progress=progress)
-    log.print(f"{output}: {count} files, {size_text(output.stat().st_size)}")
+    log.print(f"{output}: {counted(count, 'file')}, {size_text(output.stat().st_size)}")
 
 
 @bundle.command()
@@ -55,7 +56,9 @@ def unpack(archive: Path, output: Path, onto: Path | None, force: bool) -> None:
     refuse_existing(output, force=force, inputs=(archive,))
     manifest = unpack_bundle(archive, output, onto=onto, force=force, progress=progress)
     count = len(manifest.files) + 1  # the manifest itself
-    log.print(f"{output}: {count} files, adapters: {', '.join(manifest.adapters) or 'none'}")
+    log.print(
+        f"{output}: {counted(count, 'file')}, adapters: {', '.join(manifest.adapters) or 'none'}"
+    )
 
 
 @bundle.command()
@@ -77,4 +80,4 @@ def diff(old: Path, new: Path, output: Path | None, force: bool) -> None:
         click.echo(f"{'gone':8} {'':>12} {path}")
     if output is not None:
         count = pack_bundle(new, output, without=old, force=force)
-        log.print(f"{output}: {count} files, {size_text(output.stat().st_size)}")
+        log.print(f"{output}: {counted(count, 'file')}, {size_text(output.stat().st_size)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from converters.formats.registry import adapter_formats, read_adapter, write_adapter
+from loraport.cli.counts import counted
 from loraport.output import refuse_existing
 
 
@@ -50,4 +51,4 @@ def convert(
     copies = write_adapter(read, output, format_name, base=base, force=force)
     for name in copies:
         click.echo(f"{name}: left out, it equals the base's own", err=True)
-    click.echo(f"{output}: {len(read.modules)} modules as {format_name}", err=True)
+    click.echo(f"{output}: {counted(len(read.modules), 'module')} as {format_name}", err=True)

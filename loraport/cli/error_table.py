@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from loraport.adapter import Adapter
+from loraport.cli.counts import counted
 from loraport.cli.sizes import size_text
 
 
@@ -42,7 +43,7 @@ def show_errors(
         for path, error in sorted(errors.items(), key=lambda item: -item[1]):
             click.echo(f"{path:{width}}  {adapter.modules[path].rank:4}  {error:.3e}")
     click.echo(
-        f"{output}: {len(adapter.modules)} modules, {len(adapter.replacements)} replaced "
-        f"parameters, {size_text(adapter.nbytes)}",
+        f"{output}: {counted(len(adapter.modules), 'module')}, "
+        f"{counted(len(adapter.replacements), 'replaced parameter')}, {size_text(adapter.nbytes)}",
         err=True,
     )

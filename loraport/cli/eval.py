@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from loraport.cli.counts import counted
 from loraport.cli.options import log, progress
 from loraport.cli.share_line import ShareLine
 from loraport.errors import LoraportError
@@ -175,7 +176,7 @@ def _show(report: Evaluation, rows: int, examples: int) -> None:
 
     from loraport.cli.reports import table_console
 
-    table = Table(title=f"{rows} rows", title_justify="left")
+    table = Table(title=counted(rows, "row"), title_justify="left")
     table.add_column("model")
     for heading in ("loss", "perplexity", "token accuracy", "exact match", "held-out loss"):
         table.add_column(heading, justify="right")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from loraport.cli.counts import counted
 from loraport.cli.options import log, named_paths, progress
 
 if TYPE_CHECKING:
@@ -127,8 +128,9 @@ def export(
         for name, reason in manifest.unslotted.items():
             log.print(f"no slot: {name}: {reason}")
     log.print(
-        f"{output}: {len(manifest.slots.slots)} slots for {len(manifest.slots.modules())} modules, "
-        f"{len(manifest.adapters)} adapters"
+        f"{output}: {counted(len(manifest.slots.slots), 'slot')} for "
+        f"{counted(len(manifest.slots.modules()), 'module')}, "
+        f"{counted(len(manifest.adapters), 'adapter')}"
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraport.cli.byte_progress import ByteProgress
+from loraport.cli.counts import counted
 from loraport.cli.sizes import size_text
 from loraport.errors import LoraportError
 
@@ -115,7 +116,7 @@ def _report(plan: MergePlan, output: Path | None, *, as_json: bool) -> None:
     if output is None:
         for tensor in changed:
             click.echo(f"{tensor.name}  {tensor.dtype} {list(tensor.shape)}")
-    text = f"{len(changed)} tensors changed, {copied} copied, "
+    text = f"{counted(len(changed), 'tensor')} changed, {copied} copied, "
     text += f"{dequantized} dequantized, " if dequantized else ""
     text += size_text(plan.nbytes)
     click.echo(text if output is None else f"{output}: {text}", err=True)

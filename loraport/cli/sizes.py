@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from loraport.cli.counts import counted
+
 
 def size_text(count: int) -> str:
     """Return a number of bytes in the unit that suits it.
@@ -10,7 +12,7 @@ def size_text(count: int) -> str:
     '420.1 kB'
     """
     factor, unit = _unit(count)
-    return f"{count} bytes" if factor == 1 else f"{count / factor:.1f} {unit}"
+    return counted(count, "byte") if factor == 1 else f"{count / factor:.1f} {unit}"
 
 
 def share_text(done: int, total: int) -> str:

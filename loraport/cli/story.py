@@ -11,6 +11,7 @@ import click
 from rich.table import Table
 
 import loraport
+from loraport.cli.counts import counted
 from loraport.cli.options import log, progress
 from loraport.cli.reports import print_verification, table_console
 from loraport.errors import LoraportError
@@ -121,7 +122,7 @@ class Story:
                 record_adapter(bundle, task, str((self._output / task).resolve()))
 
         export_base(self._base, self._bundle, force=self._force, progress=progress, finish=finish)
-        click.echo(f"{self._bundle} holds the model and {len(adapters)} adapters")
+        click.echo(f"{self._bundle} holds the model and {counted(len(adapters), 'adapter')}")
 
     def swap(self) -> None:
         """Run the same model as base, with each adapter, blended, and as base again."""

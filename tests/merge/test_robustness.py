@@ -219,7 +219,7 @@ def test_force_and_the_base_itself(tmp_path):
     assert first.exit_code == 0
     size = sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values())
     assert f"merging: {size} of {size} bytes, 100%" in first.stderr
-    assert f"{out}: 1 tensors changed, 0 copied, {size} bytes" in first.stderr
+    assert f"{out}: 1 tensor changed, 0 copied, {size} bytes" in first.stderr
     again = CliRunner().invoke(cli, [*command, str(out)])
     assert isinstance(again.exception, LoraportError)
     assert CliRunner().invoke(cli, [*command, str(out), "--force"]).exit_code == 0
