@@ -54,10 +54,17 @@ def refuse_existing(path: Path, *, force: bool, inputs: Iterable[Path | str | No
         inputs: What is read for it; only those that are files or directories here matter.
 
     Raises:
-        LoraportError: If ``path`` has no name, exists and ``force`` is false, is or holds an
-            input, or is a file of one.
+        LoraportError: If ``path`` has no name, is a device or pipe, exists and ``force`` is
+            false, is or holds an input, or is a file of one.
     """
     require_name(path)
+    # Renamed over, a device would be gone for every program of the machine.
+    special = path.exists() and not path.is_file() and not path.is_dir()
+    if special or path.absolute().parent == Path("/dev"):
+        raise LoraportError(
+            f"{path}: expected a file or directory to write, got a device or pipe, which cannot be "
+            "replaced; choose another output"
+        )
     if os.path.lexists(path) and not force:
         raise LoraportError(f"{path} already exists; choose another output or pass --force")
     for given in inputs:
@@ -123,7 +130,7 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
             if entry.is_file():
                 _finish(entry)
         refuse_existing(path, force=force)
-        if path.exists():
+        if os.path.lexists(path):
             replaced = path.with_name(f".{path.name}.replaced.partial-{os.getpid()}")
             path.rename(replaced)
             try:
@@ -131,7 +138,10 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
             except OSError:
                 replaced.rename(path)
                 raise
-            shutil.rmtree(replaced, ignore_errors=True)
+            if replaced.is_symlink():
+                replaced.unlink()
+            else:
+                shutil.rmtree(replaced, ignore_errors=True)
         else:
             partial.rename(path)
         _sync(path.parent)

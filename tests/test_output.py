@@ -3,9 +3,11 @@
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -181,6 +183,41 @@ def test_a_file_of_what_is_read_is_not_replaced_even_with_force(tmp_path):
     # What is new, or a directory, replaces nothing that is read: a base may be where one works.
     for output in (adapter / "adapter.gguf", adapter / "earlier"):
         refuse_existing(output, force=True, inputs=(adapter,))
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("writer", [new_file, new_directory])
+def test_a_device_or_pipe_is_never_replaced(writer, force, tmp_path):
+    """`-o /dev/null --force` by root took the machine's null device away."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with (
+            pytest.raises(LoraportError, match=f"{path}: expected a file or directory"),
+            writer(path, force=force),
+        ):
+            raise AssertionError
+    with pytest.raises(LoraportError, match="/dev/stdout: expected a file or directory"):
+        refuse_existing(Path("/dev/stdout"), force=force)
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+    assert link.is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_replaced_and_what_it_points_to_is_kept(there, tmp_path):
+    target, out = tmp_path / "target", tmp_path / "out"
+    if there:
+        target.mkdir()
+        (target / "kept").write_text("kept")
+    out.symlink_to(target)
+    with new_directory(out, force=True) as partial:
+        (partial / "new").write_text("new")
+    assert not out.is_symlink()
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert {path.name for path in tmp_path.iterdir()} == ({"out", "target"} if there else {"out"})
+    assert not there or (target / "kept").read_text() == "kept"
 
 
 def test_kinds_are_not_mixed_up_even_with_force(tmp_path):
