@@ -194,6 +194,13 @@ def load_model(
     Raises:
         LoraportError: If the base cannot be found or loaded.
     """
+    return _load(base, dtype, device)[0]
+
+
+def _load(
+    base: str, dtype: torch.dtype | None, device: str
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return the model, and those of its parameters that the files do not hold."""
     import torch
     import transformers
 
@@ -203,12 +210,13 @@ def load_model(
     architecture = (read_model_config(directory).get("architectures") or ["AutoModel"])[0]
     model_class = getattr(transformers, architecture, transformers.AutoModel)
     try:
-        model = model_class.from_pretrained(directory, dtype=dtype or torch.float32)
+        model, loading = model_class.from_pretrained(
+            directory, dtype=dtype or torch.float32, output_loading_info=True
+        )
     # A torn file, a quantization whose package is not here: each raises in a way of its own.
     except Exception as error:
         raise LoraportError(f"base {base}: cannot be loaded: {error}") from error
-    loaded: PreTrainedModel = model.to(device).eval()
-    return loaded
+    return model.to(device).eval(), tuple(sorted(loading["missing_keys"]))
 
 
 def model_without_weights(directory: Path) -> PreTrainedModel | None:
@@ -244,13 +252,21 @@ def load_causal_lm(
     """Load a base that is a decoder language model; see `load_model`.
 
     Raises:
-        LoraportError: If it is something else.
+        LoraportError: If it is something else, or its files lack weights, which transformers would
+            draw at random.
     """
     directory = resolve_base(base)
     if not is_causal_lm(directory):
         found = read_model_config(directory).get("architectures")
         raise LoraportError(f"base {base}: expected a decoder language model, got {found}")
-    return load_model(str(directory), dtype=dtype, device=device)
+    model, missing = _load(str(directory), dtype, device)
+    if missing:
+        raise LoraportError(
+            f"base {base}: expected all of the model's weights in its files, got none for "
+            f"{len(missing)}, {missing[0]} among them; fetch all files again, config.json with "
+            "them (of a quantized base it says how the weights are stored)"
+        )
+    return model
 
 
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from command_line import command
 from safetensors.torch import load_file, save_file
 from tiny_llm import save_base
 
-from loraport.base_model import load_model
+from loraport.base_model import load_causal_lm, load_model
 from loraport.base_weights import StoredWeights
 from loraport.errors import LoraportError
 
@@ -87,3 +87,16 @@ def test_a_torn_file_is_one_sentence(tmp_path):
     code, said = command("eval", base, rows)
     assert code == 2
     assert f"base {base}: cannot be loaded: " in said
+
+
+def test_a_base_that_lacks_weights_is_refused(tmp_path):
+    """transformers draws them at random, and an adapter would be trained on that."""
+    base = save_base(tmp_path / "base")
+    file = base / "model.safetensors"
+    weights = load_file(file)
+    codes = {f"{name}_packed" if name == NAME else name: each for name, each in weights.items()}
+    save_file(codes, file, metadata={"format": "pt"})
+    with pytest.raises(LoraportError, match=f"got none for 1, {NAME} among them; fetch all files"):
+        load_causal_lm(str(base))
+    save_file(weights, file, metadata={"format": "pt"})
+    assert torch.equal(load_causal_lm(str(base)).get_parameter(NAME), weights[NAME])
