@@ -116,6 +116,15 @@ def unpack_bundle(
     return manifest
 
 
+def is_packed_bundle(path: Path) -> bool:
+    """Tell whether a path is an archive of a bundle, whole or a delta."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return MANIFEST_FILE in archive.namelist()
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError):
+        return False
+
+
 def _require_outside(output: Path, *bundles: Path | None) -> None:
     """Refuse an output inside a bundle that is read: the bundle would ship with it."""
     for bundle in bundles:

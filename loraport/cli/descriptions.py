@@ -50,11 +50,12 @@ def describe(path: Path, base: str | None = None) -> Description:
     Raises:
         LoraportError: If there is nothing, or it is nothing loraport knows.
     """
+    from loraport.bundle.archive import is_packed_bundle
     from loraport.bundle.manifest import MANIFEST_FILE
 
     if not path.exists():
         raise LoraportError(f"{path}: expected a file or directory, got nothing of this name")
-    if (path / MANIFEST_FILE).is_file():
+    if (path / MANIFEST_FILE).is_file() or is_packed_bundle(path):  # packed: refused with a remedy
         return _bundle(path)
     if path.suffix == ".onnx":
         return _onnx(path)

@@ -92,8 +92,9 @@ def _adapter_sources(
         path = given or adapter_source(bundle, name)
         if not path or not Path(path).exists():
             raise LoraportError(
-                f"adapter {name!r}: expected the adapter it was packed from at {path or '?'}, got "
-                f"none; give --adapter {name}=PATH"
+                f"adapter {name!r}: expected the adapter it was packed from"
+                f"{f' at {path}' if path else ', which the bundle does not say'}, got none; "
+                f"give --adapter {name}=PATH"
             )
         adapter = read_adapter(Path(path))
         if adapter_sha256(adapter) != entry.source_sha256:

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ def places(bundle, tiny_base, adapter_a, adapter_b, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("no model")
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    with zipfile.ZipFile(tmp_path / "packed", "w") as packed:
+        packed.write(bundle / "manifest.json", "manifest.json")
     (tmp_path / "taken").mkdir()
     damaged = shutil.copytree(adapter_a, tmp_path / "damaged")
     (damaged / "adapter_config.json").write_text("{")
@@ -112,13 +115,14 @@ CASES = [
     ("verify BUNDLE --base HERE/nowhere", "nowhere"),
     ("verify BUNDLE --base OTHER", "model.layers.0.mlp.up_proj: expected base weight"),
     ("verify ORPHAN", "give --base"),
-    ("verify ORPHAN --base BASE", "give --adapter a=PATH"),
+    ("verify ORPHAN --base BASE", "which the bundle does not say, got none; give --adapter a=PATH"),
     ("verify ODD", "give --adapter a=PATH"),
     # inspect
     ("inspect", "Missing argument 'PATH'"),
     ("inspect HERE/nowhere", "got nothing of this name"),
     ("inspect HERE/empty", "expected an adapter, a checkpoint, an .onnx file or a bundle"),
     ("inspect HERE/notes.txt", "expected an adapter, a checkpoint, an .onnx file or a bundle"),
+    ("inspect HERE/packed", "'loraport bundle unpack' makes one of a packed bundle"),
     ("inspect HERE/broken.onnx", "expected an ONNX model"),
     ("inspect CUT", "adapter_model.safetensors"),
     ("inspect TORN", "manifest.json: expected its own sha256"),
