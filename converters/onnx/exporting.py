@@ -146,7 +146,7 @@ def export_base(
 def export_torch_module(
     module: nn.Module,
     inputs: Mapping[str, torch.Tensor],
-    out: Path,
+    out: Path | str,
     *,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
     slots: SlotOptions | None = None,
@@ -169,7 +169,7 @@ def export_torch_module(
             linear layer.
     """
     dynamic = dynamic if dynamic is not None else {name: {0: "batch"} for name in inputs}
-    with new_directory(out, force=force) as bundle:
+    with new_directory(Path(out), force=force) as bundle:
         _export_attention(module.eval(), inputs, bundle, dynamic)
         options = ExportOptions(slots=slots or SlotOptions())
         _slot_and_describe(bundle, module, options, base_name=base_name or type(module).__name__)

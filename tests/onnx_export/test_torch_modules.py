@@ -63,7 +63,7 @@ def net_adapter(net, tmp_path_factory):
 @pytest.fixture(scope="module")
 def net_bundle(net, net_adapter, tmp_path_factory):
     out = tmp_path_factory.mktemp("net") / "bundle"
-    export_torch_module(net, as_torch(signals(2)), out)
+    export_torch_module(net, as_torch(signals(2)), str(out))  # a string, as in the README
     add_adapters(out, {"a": read_adapter(net_adapter.path)})
     return out
 
