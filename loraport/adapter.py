@@ -83,7 +83,7 @@ class LoraModule:
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """A parameter of the base that the adapter stores anew.
+    """A parameter, or a running statistic, of the base that the adapter stores anew.
 
     Attributes:
         tensor: The whole parameter, or its rows ``[n, dim]`` where ``rows`` is given.
@@ -100,10 +100,12 @@ class Adapter:
 
     Attributes:
         modules: Module path → its low-rank tensors.
-        replacements: Parameter path → what it is replaced with.
+        replacements: Path of a parameter, or of a buffer of floats → what it is replaced with.
         base_model: Name or path of the base, as the adapter's own file gives it.
         base_fingerprint: Content hashes of the base weights it was trained on, where known.
         training: Facts about the training that do not change the maths (dropout, task type).
+        counters: Buffer path → how many batches a normalization that is stored as a whole has
+            seen (``num_batches_tracked``, an integer); no output depends on it.
     """
 
     modules: Mapping[str, LoraModule]
@@ -111,6 +113,7 @@ class Adapter:
     base_model: str | None = None
     base_fingerprint: BaseFingerprint | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    counters: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -43,7 +43,7 @@ class StoredWeights:
         return self.parameter(weight_name(path))
 
     def parameter(self, name: str) -> torch.Tensor:
-        """Return a parameter by its path.
+        """Return a parameter, or a buffer of floats, by its path.
 
         Raises:
             LoraportError: If the base has none of this name, or it stays quantized when the model
@@ -53,17 +53,21 @@ class StoredWeights:
             names = self._names.candidates(name)
             if len(names) == 1 and self._checkpoint.info(names[0]).dtype in _PLAIN:
                 return self._checkpoint.load(names[0])
+        from torch import Tensor
         from torch.nn import Parameter
 
+        from loraport.stored_tensors import stored_tensor
+
         try:
-            found = self._model.get_parameter(name)
+            found = stored_tensor(self._model, name)
         except AttributeError as error:
             raise LoraportError(
                 f"{name}: expected this parameter in the base {self.base}, got none; give --base "
                 "with the model that the adapter was trained on"
             ) from error
         # Quantized ones are parameters of classes of their own, or float8.
-        if type(found) is not Parameter or not found.is_floating_point() or found.itemsize < 2:
+        plain = type(found) in (Parameter, Tensor)
+        if not plain or not found.is_floating_point() or found.itemsize < 2:
             raise LoraportError(
                 f"{name}: expected its numbers in the base {self.base}, got the codes of a "
                 f"quantization ({found.dtype}); give --base with the float model that it was made "

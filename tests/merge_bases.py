@@ -41,7 +41,7 @@ def save_base(base: torch.nn.Module, path, **options) -> None:
 def load_merged(made: Made, path) -> torch.nn.Module:
     """Load what was merged: every tensor used, none missing."""
     if isinstance(made.base, ConvNet):
-        model = ConvNet()
+        model = type(made.base)()
         model.load_state_dict(load_file(path / "model.safetensors"))
         return model.eval()
     import transformers

@@ -38,6 +38,22 @@ class ConvNet(torch.nn.Module):
         return self.head(torch.tanh(self.grouped(hidden)).mean((2, 3)))
 
 
+class NormNet(ConvNet):
+    """The same, with batch norms, one as it is made and one that has seen data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(10)
+        self.seen = torch.nn.BatchNorm2d(12)
+        self.seen.running_mean += torch.linspace(-1, 1, 12)
+        self.seen.running_var += torch.linspace(0, 2, 12)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(self.conv1d(self.embed(input_ids).transpose(1, 2)))
+        hidden = self.seen(self.pointwise(torch.tanh(self.conv2d(hidden.unsqueeze(1)))))
+        return self.head(torch.tanh(self.grouped(hidden)).mean((2, 3)))
+
+
 def llama(tie: bool = False, attention_bias: bool = False) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -221,6 +237,9 @@ CASES: dict[str, Case] = {
         {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier", "pooler"]},
     ),
     "router": Case(mixtral, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}),
+    "batch_norms": Case(
+        NormNet, {"target_modules": ["conv2d", "head"], "modules_to_save": ["norm", "seen"], "r": 3}
+    ),
     "conv_grouped": Case(ConvNet, {"target_modules": ["grouped"], "r": 4}),
 }
 UNMERGEABLE = frozenset({"conv_grouped"})  # a base kernel cannot hold its update; PEFT refuses too
@@ -278,6 +297,10 @@ def make_case(case: Case, path: Path, seed: int = 0, base: torch.nn.Module | Non
                 if parameter.requires_grad:
                     spread = parameter.std() if parameter.numel() > 1 else parameter.abs().sum()
                     parameter.add_(torch.randn_like(parameter) * (0.2 + 0.5 * spread))
+            for buffer_name, buffer in model.named_buffers():
+                if "modules_to_save" in buffer_name:  # the statistics of a batch norm
+                    moved = torch.rand(buffer.shape) + 0.5 if buffer.is_floating_point() else 7
+                    buffer.add_(moved)
         model.save_pretrained(path)
     return Made(case, base, model.eval(), path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from converters.merge.experts import (
 )
 from converters.merge.layout import BaseLayout, Piece
 from converters.merge.plan import TensorPlan
-from converters.merge.sources import FLOATING, GivenSource, Source
-from converters.merge.targets import Said, Tie
+from converters.merge.sources import COUNTER, FLOATING, GivenSource, Source
+from converters.merge.targets import NamedAdapter, Said, Tie
 from loraport.adapter import LoraModule, ModuleKind
 from loraport.errors import LoraportError, Problems
 from loraport.storage import is_transposed
@@ -192,6 +193,19 @@ class PlanBuilder:
                     "model that transformers knows",
                     "put the model's config.json beside its weights, or mend fan_in_fan_out",
                 )
+
+    def count(self, adapters: Sequence[NamedAdapter]) -> None:
+        """Take normalizations' counters from the one adapter at strength 1; sums count nothing."""
+        index = self.layout.index()
+        for each in adapters:
+            for asked, counter in each.adapter.counters.items():
+                names = index.candidates(asked)
+                pieces = self.pieces.get(names[0], ()) if len(names) == 1 else ()
+                alone = sum(asked in other.adapter.counters for other in adapters) == 1
+                if pieces and alone and each.strength == 1.0:
+                    name = pieces[0].tensor
+                    if self.sources[name].dtype == COUNTER and self.sources[name].shape == ():
+                        self.sources[name] = GivenSource(counter, COUNTER)
 
     def _check_rows(self, rows: tuple[int, ...] | None, shape: tuple[int, ...]) -> None:
         beyond = [row for row in rows or () if row >= shape[0]]

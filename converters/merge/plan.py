@@ -9,7 +9,7 @@ from typing import Any
 
 from converters.merge.arithmetic import Change
 from converters.merge.base import BaseCheckpoint
-from converters.merge.sources import FLOATING, GivenSource, Source
+from converters.merge.sources import GivenSource, Source, torch_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class TensorPlan:
         """Its bytes in the output."""
         if not self.changes and self.source.stored is not None:
             return self.source.stored.nbytes
-        return math.prod(self.shape) * FLOATING[self.dtype]
+        return math.prod(self.shape) * torch_dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, eq=False)

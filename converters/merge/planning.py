@@ -31,6 +31,7 @@ def plan_merge(
     for parameter, entries in said.items():
         builder.change(parameter, entries, ties)
     builder.check_orientations()
+    builder.count(adapters)
     config = config_after(
         base.config,
         layout,

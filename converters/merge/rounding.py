@@ -35,11 +35,12 @@ def round_into(exact: torch.Tensor, single: torch.Tensor, rounded: torch.Tensor)
     Args:
         exact: float64, any shape, contiguous.
         single: float32, the same shape, contiguous; its values are overwritten.
-        rounded: A floating dtype of at least 16 bits, the same shape, contiguous.
+        rounded: A floating dtype of at least 16 bits, or int64 for what is whole; the same shape,
+            contiguous.
     """
     import torch
 
-    if rounded.dtype in (torch.float32, torch.float64):
+    if rounded.dtype in (torch.float32, torch.float64, torch.int64):
         return rounded.copy_(exact)
     flat_exact, flat = exact.view(-1), single.copy_(exact).view(-1)
     ties = _bfloat16_ties if rounded.dtype == torch.bfloat16 else _float16_ties

@@ -150,7 +150,7 @@ class GivenSource:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return torch's dtype for a floating dtype of safetensors that can be merged into.
+    """Return torch's dtype for a dtype of safetensors that can be merged into.
 
     Raises:
         KeyError: If it is none.
@@ -162,7 +162,9 @@ def torch_dtype(name: str) -> torch.dtype:
         "F32": torch.float32,
         "F16": torch.float16,
         "BF16": torch.bfloat16,
+        COUNTER: torch.int64,
     }[name]
 
 
 FLOATING = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes of each
+COUNTER = "I64"  # what normalizations count their batches in

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]
 _COPY_BYTES = 64 << 20
+_VARIANCE = ".running_var"
 _BLOCK_ELEMENTS = 1 << 19  # 4 MiB in float64: stays in a core's cache
 _Task = Callable[[], int]
 
@@ -250,6 +251,11 @@ def _block_task(
         single = buffers.of(torch.float32, exact.numel()).view(exact.shape)
         rounded = buffers.of(dtype, exact.numel()).view(exact.shape)
         round_into(exact, single, rounded)
+        if tensor.name.endswith(_VARIANCE) and (rounded < 0).any():
+            raise LoraportError(
+                f"{tensor.name}: expected a variance of zero or more after the merge, got "
+                f"{float(rounded.min()):.3g}; use smaller strengths"
+            )
         # The sum is the quick look: it is finite unless an element, or the sum itself, is not.
         wide = torch.promote_types(dtype, torch.float32)
         if not rounded.sum(dtype=wide).isfinite() and not rounded.isfinite().all():

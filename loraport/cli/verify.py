@@ -118,6 +118,7 @@ def _reference_model(
     from converters.onnx.modules.graph_weights import load_graph_weights
     from loraport.base_model import fingerprint_model, load_model
     from loraport.bundle.manifest import MODEL_FILE
+    from loraport.stored_tensors import stored_tensor, stored_tensors
 
     progress(f"loading {base} in PyTorch")
     model = load_model(base)
@@ -128,11 +129,11 @@ def _reference_model(
     kept: dict[str, torch.Tensor] = {}
     if manifest.precision in ("int4", "int8"):
         names = {name for adapter in adapters.values() for name in _compared(adapter)}
-        known = dict(model.named_parameters(remove_duplicate=False))
+        known = stored_tensors(model)
         kept = {name: known[name].detach().clone() for name in names & known.keys()}
         replaced = load_graph_weights(bundle / MODEL_FILE, model)
         progress(f"{len(replaced)} weights taken dequantized from the graph")
-    return model, lambda name: kept[name] if name in kept else model.get_parameter(name)
+    return model, lambda name: kept[name] if name in kept else stored_tensor(model, name)
 
 
 def _compared(adapter: Adapter) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from loraport.adapter import Adapter, Replacement
 from loraport.errors import LoraportError, Problems
 from loraport.naming import weight_name
 from loraport.storage import is_transposed, stores_in_out
+from loraport.stored_tensors import stored_tensor, stored_tensors
 from loraport.update import LowRankUpdate
 from loraport.variants import lower
 
@@ -44,7 +46,7 @@ class Changes:
 
     Attributes:
         terms: Module path → the updates that act beside it.
-        replaced: Parameter path → its new values.
+        replaced: Path of a parameter, or of a buffer → its new values.
     """
 
     terms: Mapping[str, tuple[Term, ...]] = field(default_factory=dict)
@@ -67,15 +69,15 @@ def changes_of(
     Args:
         parts: Adapter and strength.
         model: The base they run on.
-        original: Gives the parameters that the adapters were made for, by path, where the model
-            has others (a quantized graph's); the model's own unless given.
+        original: Gives the parameters and buffers that the adapters were made for, by path, where
+            the model has others (a quantized graph's); the model's own unless given.
 
     Raises:
         LoraportError: Naming everything that does not fit the base.
     """
-    original = original or model.get_parameter
+    original = original or partial(stored_tensor, model)
     ties = _ties_of_inputs(model)
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known = set(stored_tensors(model))
     problems = Problems()
     terms: dict[str, list[Term]] = {}
     replaced: dict[str, list[NewValue]] = {}

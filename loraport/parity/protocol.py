@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from torch import nn
@@ -39,6 +40,7 @@ from loraport.parity.tolerances import AS_DEPLOYED, Tolerance
 from loraport.runtime import Runtime, Sampling, Selection, generate
 from loraport.runtime.resident import read_packed
 from loraport.runtime.values import torch_of
+from loraport.stored_tensors import stored_tensor
 
 _GREEDY_TOKENS = 12
 _GREEDY_PROMPTS = 3
@@ -96,7 +98,7 @@ class Protocol:
         self._deployed = deployed
         self._calibration = Calibration(runtime)
         self._model = model
-        self._original = original or model.get_parameter
+        self._original = original or partial(stored_tensor, model)
         self._adapters = adapters
         self._samples = samples
         self._tolerance = tolerance
@@ -184,7 +186,7 @@ class Protocol:
         file = self._runtime.directory / manifest.require_adapter(name).tensors
         packed = read_packed(file, manifest.slots)
         tensors = {key: torch_of(array) for key, array in packed.items()}
-        computed = self._model.get_parameter
+        computed = partial(stored_tensor, self._model)
         wrong = differences(tensors, manifest.slots, changes, self._original, computed)
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         count = f"{len(changes.terms)} modules"

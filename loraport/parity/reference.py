@@ -15,6 +15,7 @@ from loraport.errors import LoraportError
 from loraport.naming import bias_name, weight_name
 from loraport.parity.changes import Changes, Term, added_bias, changed_value, merged_matrix
 from loraport.storage import stores_in_out
+from loraport.stored_tensors import stored_tensor
 from loraport.update import LowRankUpdate
 
 
@@ -160,25 +161,27 @@ def _mergeable(module: nn.Module, terms: Sequence[Term]) -> bool:
 
 def _parameter(model: nn.Module, name: str) -> torch.Tensor:
     try:
-        return model.get_parameter(name).detach()
+        return stored_tensor(model, name).detach()
     except AttributeError as error:
         raise LoraportError(f"{name}: expected this parameter in the base, got none") from error
 
 
 @contextlib.contextmanager
 def _parameters(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Run the model with other parameters; where several modules share one, each has its own."""
+    """Run the model with other parameters and buffers; each module has its own for a while."""
     kept = []
     try:
         for name, value in values.items():
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)
-            kept.append((module, leaf, module._parameters[leaf]))
-            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            buffer = leaf in module._buffers
+            own: Any = module._buffers if buffer else module._parameters
+            kept.append((own, leaf, own[leaf]))
+            own[leaf] = value if buffer else nn.Parameter(value, requires_grad=False)
         yield
     finally:
-        for module, leaf, parameter in reversed(kept):
-            module._parameters[leaf] = parameter
+        for own, leaf, tensor in reversed(kept):
+            own[leaf] = tensor
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:

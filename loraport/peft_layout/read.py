@@ -11,7 +11,7 @@ from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.checkpoint import Checkpoint
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint
-from loraport.naming import Part, parse_peft_key, peft_key, peft_parameter_key, weight_name
+from loraport.naming import Part, PeftKey, parse_peft_key, peft_key, peft_parameter_key, weight_name
 from loraport.peft_layout.config import LoraSettings, read_config
 from loraport.peft_layout.expert_keys import parameters_of_keys
 
@@ -22,6 +22,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
 FINGERPRINT_KEY = "loraport.base_fingerprint"
+_COUNTER = "num_batches_tracked"  # of a batch norm among the modules to save
 _ATTENTION_OUTPUT = ".base_layer.out_proj"  # inside PEFT's wrapper of an attention of torch's
 
 
@@ -70,9 +71,13 @@ def adapter_of_contents(
     problems = Problems()
     parts: dict[str, dict[Part, torch.Tensor]] = defaultdict(dict)
     replacements: dict[str, Replacement] = {}
+    counters: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        _check_values(key, tensor, problems)
         parsed = parse_peft_key(key)
+        if parsed is not None and _is_counter(parsed, tensor):
+            counters[parsed.parameter] = tensor
+            continue
+        _check_values(key, tensor, problems)
         if parsed is None:
             problems.add(key, "a key of PEFT's LoRA layout", f"a tensor {_shape(tensor)}")
         elif parsed.part is None:
@@ -109,7 +114,13 @@ def adapter_of_contents(
         base_model=settings.base_model,
         base_fingerprint=BaseFingerprint.from_json(fingerprint) if fingerprint else None,
         training=settings.training,
+        counters=counters,
     )
+
+
+def _is_counter(parsed: PeftKey, tensor: torch.Tensor) -> bool:
+    name = parsed.parameter.rpartition(".")[2]
+    return name == _COUNTER and tensor.dim() == 0 and not tensor.is_floating_point()
 
 
 def _is_own_copy(parameter: str, tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> bool:

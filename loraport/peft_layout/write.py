@@ -89,6 +89,8 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Ten
             biases = True
         elif not adapted:
             saved.append(path)
+    for buffer, count in adapter.counters.items():
+        tensors[peft_parameter_key(buffer)] = count
     ranks = {path: float(module.rank) for path, module in modules.items()}
     alphas = {path: module.alpha for path, module in modules.items()}
     rank, rank_pattern = _patterned(ranks, 8)

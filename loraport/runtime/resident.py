@@ -153,6 +153,7 @@ def _blended(
             blended[name] = found[0][0]
         elif found:
             blended[name] = _moved(found, base_values[name])
+            _refuse_negative(replacement.parameter, blended[name])
     return blended
 
 
@@ -163,6 +164,14 @@ def _moved(parts: list[tuple[np.ndarray, float]], base: np.ndarray) -> np.ndarra
     for tensor, strength in parts:
         moved += strength * (tensor.astype(np.float64) - start)
     return moved.astype(base.dtype)
+
+
+def _refuse_negative(parameter: str, values: np.ndarray) -> None:
+    if parameter.endswith(".running_var") and (lowest := float(values.min())) < 0:
+        raise LoraportError(
+            f"{parameter}: expected a variance of zero or more in the blend, got {lowest:.3g}; use "
+            "smaller strengths"
+        )
 
 
 def _refuse_products(blended: Mapping[str, np.ndarray], table: SlotTable) -> None:

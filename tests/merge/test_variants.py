@@ -84,3 +84,22 @@ def test_grouped_convolution_is_refused_by_name(tmp_path, merge_into):
     with pytest.raises(LoraportError, match=r"grouped\.weight.*2 groups.*loraport export"):
         merge_into(tmp_path / "base", tmp_path / "merged", made.path)
     assert not (tmp_path / "merged").exists()
+
+
+def test_the_counter_of_a_batch_norm_is_the_one_adapter_s(tmp_path, merge_into):
+    """PEFT stores it beside the statistics; of several adapters, or of a part of one, none is."""
+    made = make("batch_norms", tmp_path / "adapter")
+    save_base(made.base, tmp_path / "base")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    merge_into(tmp_path / "base", tmp_path / "merged", made.path)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, wanted in merge_with_peft(made).state_dict().items():
+        torch.testing.assert_close(merged[name], wanted, rtol=1e-6, atol=1e-7)
+    assert merged["seen.num_batches_tracked"] == stored["seen.num_batches_tracked"] + 7
+    merge_into(tmp_path / "base", tmp_path / "half", (made.path, 0.5))
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    assert torch.equal(half["seen.num_batches_tracked"], stored["seen.num_batches_tracked"])
+    mean = "seen.running_mean"
+    torch.testing.assert_close(half[mean], (stored[mean] + merged[mean]) / 2)
+    with pytest.raises(LoraportError, match=r"running_var: expected a variance of zero or more"):
+        merge_into(tmp_path / "base", tmp_path / "wrong", (made.path, -3.0))

@@ -1,6 +1,7 @@
 """Attaching, detaching, and the adapter in between."""
 
 import peft
+import peft_cases
 import pytest
 import torch
 from torch import nn
@@ -220,6 +221,19 @@ def test_trained_tokens_hold_for_a_tied_head_too(llama, fresh, tmp_path):
     detach(fresh)
     assert torch.equal(logits(fresh), base)
     assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
+
+
+def test_statistics_of_saved_normalizations_are_put_in_and_taken_out(tmp_path):
+    made = peft_cases.make("batch_norms", tmp_path / "adapter")
+    before = {name: tensor.clone() for name, tensor in made.base.state_dict().items()}
+    base, theirs = peft_cases.logits(made.base), peft_cases.logits(made.peft_model)
+    load_into(made.base, read_peft(made.path))
+    torch.testing.assert_close(peft_cases.logits(made.base), theirs, rtol=1e-5, atol=1e-5)
+    assert (theirs - base).abs().max() > 0.1
+    detach(made.base)
+    after = made.base.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("options", [LoraOptions, LoopOptions])

@@ -1,4 +1,4 @@
-"""Keep parameters apart that happen to be equal while a model is exported.
+"""Keep parameters and running statistics apart that happen to be equal in an export.
 
 Exporters share one constant among equal ones and drop what is zero. So a fresh classifier's bias
 would vanish, and norms that are all ones would become one, which no adapter could replace alone.
@@ -14,6 +14,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from loraport.stored_tensors import stored_tensor, stored_tensors
+
 _DTYPES = (torch.float16, torch.float32, torch.float64)
 
 
@@ -25,21 +27,21 @@ def distinct_parameters(
 
     Args:
         module: The module; it is as it was afterwards.
-        leave: Parameters to leave as they are.
+        leave: Those to leave as they are.
 
     Yields:
-        The true values, by parameter.
+        The true values, by path.
     """
-    true = {name: module.get_parameter(name).data for name in _alike(module) if name not in leave}
+    true = {name: stored_tensor(module, name).data for name in _alike(module) if name not in leave}
     random = torch.Generator().manual_seed(0)
     try:
         for name, values in true.items():
             drawn = torch.rand(values.shape, generator=random, dtype=torch.float64) + 0.5
-            module.get_parameter(name).data = drawn.to(values)
+            stored_tensor(module, name).data = drawn.to(values)
         yield true
     finally:
         for name, values in true.items():
-            module.get_parameter(name).data = values
+            stored_tensor(module, name).data = values
 
 
 def put_back(model: ir.Model, true: Mapping[str, torch.Tensor]) -> set[str]:
@@ -67,10 +69,13 @@ def _alike(module: nn.Module) -> list[str]:
     """Return the vectors that are constant or equal to others; shared ones are left out."""
     seen: dict[bytes, str] = {}
     found: dict[str, None] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.dim() != 1 or parameter.dtype not in _DTYPES or parameter.numel() == 0:
+    shared: set[int] = set()
+    for name, tensor in stored_tensors(module).items():
+        unfit = tensor.dim() != 1 or tensor.dtype not in _DTYPES or tensor.numel() == 0
+        if unfit or id(tensor) in shared:
             continue
-        values = parameter.detach().cpu()
+        shared.add(id(tensor))
+        values = tensor.detach().cpu()
         content = values.numpy().tobytes()
         if content in seen:
             found.update(dict.fromkeys((seen[content], name)))

@@ -23,7 +23,7 @@ def optimize(program: torch.onnx.ONNXProgram, parameters: Collection[str]) -> ir
 
     Args:
         program: What ``torch.onnx.export(..., optimize=False)`` gave.
-        parameters: The names of the module's parameters.
+        parameters: The names of the module's parameters and stored buffers.
 
     Returns:
         Its model.

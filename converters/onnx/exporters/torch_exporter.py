@@ -20,6 +20,7 @@ from converters.onnx.exporters.input_output_names import name_inputs_and_outputs
 from converters.onnx.exporters.named_arguments import named_arguments
 from converters.onnx.exporters.optimizing import optimize
 from loraport.errors import LoraportError, first_line
+from loraport.stored_tensors import stored_tensors
 
 DATA_FILE = "model.onnx.data"
 _EXPORTERS_LOGS = ("torch.onnx", "onnxscript", "onnx_ir")
@@ -82,7 +83,7 @@ def _exported(
             )
             if program is not None:
                 input_names = [str(value.name) for value in program.model.graph.inputs]
-                model = optimize(program, dict(module.named_parameters()))
+                model = optimize(program, stored_tensors(module))
                 name_inputs_and_outputs(model, input_names, output_names)
                 return model
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:

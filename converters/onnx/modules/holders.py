@@ -20,6 +20,7 @@ from converters.onnx.graph.torch_dtypes import TORCH_DTYPES
 from converters.onnx.modules.graph_names import NamedSite
 from loraport.adapter import ModuleKind
 from loraport.naming import bias_name, is_module_path, weight_name
+from loraport.stored_tensors import stored_tensors
 
 _NOT_AS_IT_IS = (
     "the graph does not hold it as it is: it is quantized, packed with others or part of an "
@@ -78,7 +79,8 @@ class BaseHolders:
 
     Args:
         graph: The graph.
-        parameters: Parameter path → its value; those that are shared, under every path.
+        parameters: Path of a parameter, or of a stored buffer → its value; those that are shared,
+            under every path.
         embeddings: Paths of the modules that look rows up: they tell apart the two users of a
             weight that an embedding and an output head share.
     """
@@ -94,10 +96,9 @@ class BaseHolders:
 
     @classmethod
     def of_module(cls, graph: ir.Graph, module: nn.Module) -> BaseHolders:
-        """Return what finds the parameters of a loaded base."""
-        parameters = dict(module.named_parameters(remove_duplicate=False))
+        """Return what finds the parameters and stored buffers of a loaded base."""
         embeddings = [p for p, found in module.named_modules() if isinstance(found, nn.Embedding)]
-        return cls(graph, parameters, embeddings)
+        return cls(graph, stored_tensors(module), embeddings)
 
     def parameters(self) -> Iterable[str]:
         """Return the base's parameters."""

@@ -28,11 +28,11 @@ class BeforeAttach:
 
     Attributes:
         trainable: Names of the parameters that were trainable.
-        replaced: Module path and parameter name → the parameter that stood there.
+        replaced: Module path and name of a parameter or buffer → what stood there.
     """
 
     trainable: frozenset[str]
-    replaced: dict[tuple[str, str], nn.Parameter] = field(default_factory=dict)
+    replaced: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
 
 def attach(model: nn.Module, options: LoraOptions | None = None) -> dict[str, LoraLayer]:

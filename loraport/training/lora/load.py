@@ -10,6 +10,7 @@ from torch import nn
 from loraport.adapter import Adapter, LoraModule, Replacement
 from loraport.base_model import fingerprint_model
 from loraport.errors import Problems
+from loraport.stored_tensors import stored_tensor
 from loraport.training.lora.inject import BeforeAttach, freeze, insert, refuse_attached
 from loraport.training.lora.layers import lora_layer_for
 from loraport.training.lora.lora_layer import LoraLayer
@@ -99,7 +100,7 @@ def _check_replacement(
     model: nn.Module, name: str, replacement: Replacement, problems: Problems
 ) -> None:
     try:
-        parameter = model.get_parameter(name)
+        parameter = stored_tensor(model, name)
     except AttributeError:
         problems.add(name, "a parameter of the model", "no such parameter")
         return
@@ -114,7 +115,7 @@ def _check_replacement(
 
 
 def _replace(model: nn.Module, name: str, replacement: Replacement, before: BeforeAttach) -> None:
-    old = model.get_parameter(name)
+    old = stored_tensor(model, name)
     tensor = replacement.tensor.to(old.device, old.dtype)
     holders = [name]
     if replacement.rows is not None:
@@ -124,7 +125,8 @@ def _replace(model: nn.Module, name: str, replacement: Replacement, before: Befo
         # Trained tokens hold for the output head too, where it is tied to the embedding.
         named = model.named_parameters(remove_duplicate=False)
         holders = [other for other, parameter in named if parameter is old]
-    new = nn.Parameter(tensor.clone(), requires_grad=False)
+    whole = tensor.clone()
+    new = nn.Parameter(whole, requires_grad=False) if isinstance(old, nn.Parameter) else whole
     for holder in holders:
         path, _, leaf = holder.rpartition(".")
         before.replaced[path, leaf] = old
