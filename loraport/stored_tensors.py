@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from loraport.computed_weights import computed_weights
+
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return a model's parameters and the buffers of floats that a checkpoint stores, by path.
@@ -21,7 +23,7 @@ def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """Return a parameter or a buffer by its path.
+    """Return a parameter or a buffer by its path, or a weight that is computed in every pass.
 
     Raises:
         AttributeError: If the model has none of this name.
@@ -32,4 +34,6 @@ def stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
         found = tensors.get(leaf)
         if found is not None:
             return found
+    if (computed := computed_weights(module).get(leaf)) is not None:
+        return computed
     raise AttributeError(f"{type(module).__name__} has neither a parameter nor a buffer {leaf!r}")

@@ -12,7 +12,13 @@ from converters.merge.layout import BaseLayout
 from converters.merge.stored_names import Place
 from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.errors import Problems
-from loraport.naming import weight_name
+from loraport.naming import NameIndex, weight_name
+
+_STORE = (
+    "save a base that stores the weight itself (torch.nn.utils.remove_weight_norm, "
+    "remove_spectral_norm or parametrize.remove_parametrizations), or keep the adapter beside the "
+    "base"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +98,10 @@ def resolve(
             if len(found) != 1:
                 got = f"{len(found)} that it may mean: {', '.join(found[:4])}" if found else "none"
                 remedy = _remedy(each.adapter, asked)
+                sources = [] if found else _computed_from(asked, index)
+                if sources:
+                    got = f"none: the model computes it from {' and '.join(sources)} in every pass"
+                    remedy = _STORE
                 problems.add(subject, "one parameter of the base of this name", got, remedy)
                 continue
             name = found[0]
@@ -102,6 +112,15 @@ def resolve(
             claimed[name, part] = asked
             said[name].append(replace(_said(each, asked, name, layout), part=part))
     return said
+
+
+def _computed_from(weight: str, index: NameIndex) -> list[str]:
+    """Return what a weight that is normed in every pass is computed from, as torch names it."""
+    path, _, leaf = weight.rpartition(".")
+    parametrized = f"{path}.parametrizations.{leaf}.original"
+    names = (f"{weight}_g", f"{weight}_v", f"{weight}_orig")
+    wanted = (*names, parametrized, f"{parametrized}0", f"{parametrized}1")
+    return [found for name in wanted for found in index.candidates(name)]
 
 
 def _remedy(adapter: Adapter, asked: str) -> str:

@@ -38,6 +38,7 @@ from loraport.bundle.base_values import write_base_values
 from loraport.bundle.golden import record_no_golden
 from loraport.bundle.manifest import MODEL_FILE, REQUIRED_MODEL_FILE, Manifest, write_manifest
 from loraport.bundle.sources import record_base
+from loraport.computed_weights import weights_stored
 from loraport.errors import LoraportError, first_line
 from loraport.fingerprint import fingerprint
 from loraport.output import new_directory
@@ -170,9 +171,11 @@ def export_torch_module(
     """
     dynamic = dynamic if dynamic is not None else {name: {0: "batch"} for name in inputs}
     with new_directory(Path(out), force=force) as bundle:
-        _export_attention(module.eval(), inputs, bundle, dynamic)
         options = ExportOptions(slots=slots or SlotOptions())
-        _slot_and_describe(bundle, module, options, base_name=base_name or type(module).__name__)
+        with weights_stored(module.eval()):
+            _export_attention(module, inputs, bundle, dynamic)
+            name = base_name or type(module).__name__
+            _slot_and_describe(bundle, module, options, base_name=name)
         write_base_golden(bundle, {name: tensor.numpy() for name, tensor in inputs.items()})
 
 

@@ -87,10 +87,11 @@ def changes_of(
             replaced.setdefault(name, []).append(NewValue(replacement, strength))
         for path, module in adapter.modules.items():
             name = weight_name(path)
-            if name not in known:
+            try:
+                weight = own[name].tensor if _is_whole(own.get(name)) else original(name)
+            except AttributeError:
                 problems.add(path, "this module in the base", "none")
                 continue
-            weight = own[name].tensor if _is_whole(own.get(name)) else original(name)
             # The model knows; the adapter's one flag may be wrong for some modules.
             turned = stores_in_out(model.get_submodule(path))
             module = replace(module, fan_in_fan_out=turned)

@@ -56,8 +56,8 @@ def adapted(model: nn.Module, changes: Changes) -> Iterator[None]:
 def merged(model: nn.Module, changes: Changes) -> Iterator[None]:
     """Run the model with all changes merged into its parameters, which are put back afterwards.
 
-    What no parameter can hold (a grouped convolution's update, a bias of a module that has none)
-    stays beside.
+    What no parameter can hold (a grouped convolution's update, one of a weight that is normed in
+    every pass, a bias of a module that has none) stays beside.
     """
     values = {
         name: changed_value(_parameter(model, name), found)
@@ -155,6 +155,8 @@ def _over(module: nn.Module, vector: torch.Tensor) -> torch.Tensor:
 def _mergeable(module: nn.Module, terms: Sequence[Term]) -> bool:
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1:
         return False
+    if module._parameters.get("weight") is None:
+        return False  # it is computed in every pass
     has_bias = getattr(module, "bias", None) is not None
     return has_bias or all(term.update.bias is None for term in terms)
 

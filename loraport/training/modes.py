@@ -7,18 +7,21 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from loraport.computed_weights import norms_by_iteration
+
 
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into training mode, but for what would change the frozen base.
 
-    Layers with running statistics (batch normalisation) stay in evaluation mode.
+    Layers with running statistics (batch normalisation), and what norms a weight by vectors that it
+    iterates (spectral norm), stay in evaluation mode.
     """
     with _restored(model):
         model.train()
         for module in model.modules():
             # Looked up in the module's own buffers: a LoRA layer answers for its base.
-            if module._buffers.get("running_mean") is not None:
+            if module._buffers.get("running_mean") is not None or norms_by_iteration(module):
                 module.training = False
         yield
 

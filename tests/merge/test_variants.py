@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from merge_bases import load_merged, save_base
+from merge_bases import load_merged, save_base, write_adapter
 from peft_cases import (
     CASES,
     UNMERGEABLE,
@@ -103,3 +103,23 @@ def test_the_counter_of_a_batch_norm_is_the_one_adapter_s(tmp_path, merge_into):
     torch.testing.assert_close(half[mean], (stored[mean] + merged[mean]) / 2)
     with pytest.raises(LoraportError, match=r"running_var: expected a variance of zero or more"):
         merge_into(tmp_path / "base", tmp_path / "wrong", (made.path, -3.0))
+
+
+@pytest.mark.parametrize(
+    ("stored", "shown"),
+    [
+        (("fc.weight_g", "fc.weight_v"), "fc.weight_g and fc.weight_v"),
+        (("fc.weight_orig",), "fc.weight_orig"),
+        (
+            ("fc.parametrizations.weight.original0", "fc.parametrizations.weight.original1"),
+            "fc.parametrizations.weight.original0 and fc.parametrizations.weight.original1",
+        ),
+    ],
+)
+def test_a_weight_that_is_normed_in_every_pass_is_told_as_that(stored, shown, tmp_path, merge_into):
+    write_adapter(tmp_path / "adapter")
+    (tmp_path / "base").mkdir()
+    save_file({name: torch.ones(4, 6) for name in stored}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(LoraportError) as raised:
+        merge_into(tmp_path / "base", tmp_path / "merged", tmp_path / "adapter")
+    assert f"none: the model computes it from {shown} in every pass; save" in str(raised.value)
