@@ -13,7 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-MODULES = ("onnxruntime_genai.models.builder", "converters.onnx.exporters.quantizing")
+MODULES = (
+    "onnxruntime_genai.models.builder",
+    "converters.onnx.exporters.flat_rotations",
+    "converters.onnx.exporters.quantizing",
+)
 
 
 class WarmModules:

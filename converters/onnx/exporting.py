@@ -15,6 +15,7 @@ from torch import nn
 from converters.onnx.exporters.attention_windows import set_attention_windows
 from converters.onnx.exporters.genai_builder import PRECISIONS, build_with_genai, builds
 from converters.onnx.exporters.quantizing import PRECISIONS as QUANTIZED
+from converters.onnx.exporters.rotations import require_rotations
 from converters.onnx.exporters.storing import store_as
 from converters.onnx.exporters.torch_exporter import export_module
 from converters.onnx.graph.provenance import MADE_BY, record_provenance
@@ -269,6 +270,7 @@ def _slot_and_describe(
     graph = ir.load(bundle / MODEL_FILE)
     if (bundle / GENAI_CONFIG).is_file():
         set_attention_windows(graph, model.config)
+        require_rotations(graph, model)
     slotted = insert_slots(graph, modules, options.slots, exclude=exclude)
     holders = BaseHolders.of_module(slotted.model.graph, model)
     slotted = with_replacements(slotted, options.slots, holders)
