@@ -248,6 +248,29 @@ def test_nothing_is_told_of_the_exporters_own_work(tmp_path, caplog, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+class Deciding(nn.Module):
+    """Looks at a number that it keeps in a tensor, as EnCodec's convolutions do."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(6, 6)
+        self.register_buffer("size", torch.tensor(5))
+
+    def forward(self, x):
+        return self.mix(x) if self.size + 1 > x.shape[-1] - 1 else x
+
+
+def test_code_that_decides_by_a_tensor_is_told_with_its_place(tmp_path, caplog, capfd):
+    message = (
+        r"^torch\.onnx\.export of Deciding failed: Could .* its code decides by the value of a "
+        r"tensor, at \S*test_torch_modules\.py:\d+ in forward, which no graph can follow; let .*$"
+    )
+    with pytest.raises(LoraportError, match=message):
+        export_torch_module(Deciding(), {"x": torch.randn(2, 6)}, tmp_path / "out")
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+    assert capfd.readouterr() == ("", "")
+
+
 def test_inputs_that_a_module_does_not_take_are_refused(net, tmp_path):
     for wrong, reason in (
         ({"signal": torch.ones(2, 3, 8)}, r"takes, got signal, with which it fails: .*'scale'"),

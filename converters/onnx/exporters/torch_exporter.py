@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 
 from converters.onnx.exporters.distinct_parameters import distinct_parameters, put_back
@@ -23,7 +25,7 @@ from loraport.errors import LoraportError, first_line
 from loraport.stored_tensors import stored_tensors
 
 DATA_FILE = "model.onnx.data"
-_EXPORTERS_LOGS = ("torch.onnx", "onnxscript", "onnx_ir")
+_EXPORTERS_LOGS = ("torch.onnx", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
 
 
 def export_module(
@@ -92,11 +94,23 @@ def _exported(
             cause = cause.__cause__
         # The exporter asks each output for its name.
         told = _no_tensor(module, inputs) if isinstance(cause, AttributeError) else None
-        first = told or first_line(cause)
+        first = told or _decision(cause) or first_line(cause)
         raise LoraportError(
             f"torch.onnx.export of {type(module).__name__} failed: {first}"
         ) from error
     raise LoraportError(f"torch.onnx.export of {type(module).__name__} gave no model")
+
+
+def _decision(error: BaseException) -> str | None:
+    """Say where a module's code decides by what is in a tensor, if that is what torch refuses."""
+    if not isinstance(error, GuardOnDataDependentSymNode):
+        return None
+    places = re.findall(r'File "([^"]*)", line (\d+), in (\w+)', str(error))
+    place = "".join(f", at {file}:{line} in {name}" for file, line, name in places[-1:])
+    return (
+        f"{first_line(error)} That is, its code decides by the value of a tensor{place}, which no "
+        "graph can follow; let it decide by shapes, or by numbers of Python"
+    )
 
 
 @contextlib.contextmanager
@@ -107,7 +121,12 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        said = io.StringIO()  # where an export fails, the whole graph, on stderr
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
