@@ -96,7 +96,7 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
         raise LoraportError(f"{path} is a directory; a file is to be written there")
     partial = _partial_name(path)
     try:
-        with _naming(path):
+        with naming(path):
             yield partial
         _finish(partial)
         # Looked at again: another process may have written it meanwhile.
@@ -124,7 +124,7 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
     partial = _partial_name(path)
     partial.mkdir(parents=True)
     try:
-        with _naming(path):
+        with naming(path):
             yield partial
         for entry in partial.rglob("*"):
             if entry.is_file():
@@ -149,6 +149,21 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the output in the error of a full disk, which a write to an open file does not.
+
+    Raises:
+        OSError: If the disk is full; it names a file, ``path`` where the system names none.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def cached_directory(path: Path, fill: Callable[[Path], None]) -> Path:
     """Return a directory that is filled the first time it is wanted.
 
@@ -170,17 +185,6 @@ def cached_directory(path: Path, fill: Callable[[Path], None]) -> Path:
             if not path.is_dir():
                 raise
     return path
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the output in the error of a full disk, which a write to an open file does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_FULL or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _partial_name(path: Path) -> Path:

@@ -142,6 +142,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(base_directory, chat_data, tmp_pa
     monkeypatch.setattr(checkpoints, "write_safetensors", full)
     with pytest.raises(LoraportError, match=r"No space left on device.*is kept.*--resume") as e:
         train_language_model(str(base_directory), chat_data, out, OPTIONS)
+    assert str(e.value).startswith("the checkpoint of step 6: expected space to write to")
     assert "checkpoint-00000003" in str(e.value)
     kept = [entry.name for entry in work_directory(out).iterdir() if entry.is_dir()]
     assert kept == ["checkpoint-00000003"]
@@ -150,6 +151,24 @@ def test_a_full_disk_keeps_the_last_checkpoint(base_directory, chat_data, tmp_pa
     train_language_model(str(base_directory), chat_data, whole, OPTIONS)
     name = "adapter_model.safetensors"
     assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_metrics_that_find_no_room_are_told_with_their_file_and_step(validated, tmp_path):
+    """Writing to /dev/full fails as on a full disk: the system says so, and names no file."""
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    model, batches = nn.Sequential(nn.Linear(4, 3)), [torch.ones(2, 4)]
+    attach(model, LoraOptions(rank=2))
+
+    def loss(model, batch):
+        return model(batch).square().mean()
+
+    held_out = batches if validated else None
+    with pytest.raises(LoraportError) as raised:
+        train(model, batches, loss, LoopOptions(steps=4), validation=held_out, work=tmp_path)
+    doing = "validating after step 0" if validated else "step 1"
+    assert str(raised.value).startswith(f"{doing}: expected space to write to {path}, got: No sp")
 
 
 def test_a_loss_that_is_not_finite_names_the_rows(base_directory, chat_data, tmp_path, monkeypatch):

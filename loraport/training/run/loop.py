@@ -166,7 +166,7 @@ def train(
         training_mode(model),
         placement.attention(),
         fused_norms(model, placement.device),
-        faults_explained(lambda: f"step {run.step + 1}", lambda: kept(work)),
+        faults_explained(lambda: run.doing, lambda: kept(work)),
         stop_requests(active=work is not None) as run.stop,
     ):
         try:
@@ -204,6 +204,7 @@ class _Run:
     fingerprint: BaseFingerprint | None
     step: int = 0
     tokens: int = 0
+    doing: str = "beginning"
     early: EarlyStopping | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
@@ -271,6 +272,7 @@ class _Run:
 
     def _one_step(self, group: list[Any], epoch: int, log: MetricsLog) -> None:
         step = self.step + 1
+        self.doing = f"step {step}"
         if not self.processes.first:
             rng.seed_beside_the_first(self.options.seed, step, self.processes.rank)
         self.optimizer.zero_grad(set_to_none=True)
@@ -332,6 +334,7 @@ class _Run:
     def _validate(self, validation: Batches | None, log: MetricsLog) -> None:
         if validation is None:
             return
+        self.doing = f"validating after step {self.step}"
         value = mean_loss(self.model, validation, self.loss, self.placement)
         if self.early is None or self.early.best_step is None:  # else the best is kept
             require_finite_validation(value, self.step, self.work)
@@ -347,6 +350,7 @@ class _Run:
 
     def _save(self, stream: BatchStream, log: MetricsLog) -> Path:
         assert self.work is not None
+        self.doing = f"the checkpoint of step {self.step}"
         position = Position(self.step, stream.epoch, stream.index, self.tokens, log.sync())
         state = RunState(
             position=position,

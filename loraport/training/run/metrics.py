@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loraport.errors import LoraportError
+from loraport.output import naming
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -33,31 +34,34 @@ class MetricsLog:
         self._file = None
         if directory is None:
             return
-        path = directory / METRICS_FILE
+        self._path = directory / METRICS_FILE
         if length:
-            self.lines = _written(path, length)
-            os.truncate(path, length)
-        self._file = path.open("ab" if length else "wb")
+            self.lines = _written(self._path, length)
+            os.truncate(self._path, length)
+        self._file = self._path.open("ab" if length else "wb")
 
     def add(self, **line: Any) -> None:
         """Record one line; a number that is not finite is ``null`` in the file (JSON has none)."""
         self.lines.append(line)
         if self._file is not None:
             plain = {key: value if math.isfinite(value) else None for key, value in line.items()}
-            self._file.write(json.dumps(plain).encode() + b"\n")
-            self._file.flush()
+            with naming(self._path):
+                self._file.write(json.dumps(plain).encode() + b"\n")
+                self._file.flush()
 
     def sync(self) -> int:
         """Make sure that all lines are on disk and return the file's length."""
         if self._file is None:
             return 0
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with naming(self._path):  # what found no room is tried once more
+                self._file.close()
 
     def losses(self) -> list[tuple[int, float]]:
         """Return step and loss of every step."""
