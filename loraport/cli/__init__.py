@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from loraport import __version__
+from loraport.cli.visible import visible
 from loraport.errors import LoraportError
 
 # Command → the line that `loraport --help` shows. The function of the same name lives in the
@@ -119,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(2)
     except LoraportError as error:
-        click.secho(f"error: {error}", fg="red", err=True)
+        click.secho(f"error: {visible(str(error))}", fg="red", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt) as stop:
         cause = stop.__cause__ or stop  # click wraps what interrupts
@@ -128,6 +129,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(128 + getattr(cause, "signal_number", 2))
     except OSError as error:
         # A full disk, a missing permission: the user's to mend, not a bug of ours.
-        click.secho(f"error: {error}", fg="red", err=True)
+        click.secho(f"error: {visible(str(error))}", fg="red", err=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

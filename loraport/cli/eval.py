@@ -13,6 +13,7 @@ import click
 from loraport.cli.counts import counted
 from loraport.cli.options import log, progress
 from loraport.cli.share_line import ShareLine
+from loraport.cli.visible import visible
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
@@ -187,7 +188,8 @@ def _show(report: Evaluation, rows: int, examples: int) -> None:
     table_console().print(table)
     for index in range(min(examples, len(report.scores[0].answers))):
         first = report.scores[0].answers[index]
-        click.echo(f"\nline {first.line}, expected: {first.expected}")
+        click.echo(f"\nline {first.line}, expected: {visible(first.expected)}")
         for s in report.scores:
             answer = s.answers[index]
-            click.echo(f"  {s.name}{' (exact)' if answer.exact else ''}: {answer.got}")
+            exact = " (exact)" if answer.exact else ""
+            click.echo(f"  {s.name}{exact}: {visible(answer.got)}")

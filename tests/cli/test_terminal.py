@@ -46,6 +46,15 @@ def test_paths_in_a_trainings_table_are_as_they_are_called(capsys):
     assert f" base {MARKS} " in shown
 
 
+def test_errors_show_what_a_terminal_would_follow(tiny_base, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text\\u001b[2J": "a"}\n')
+    code, _, err = call(capsys, "train", tiny_base, data, "-o", tmp_path / "out")
+    assert code == 2
+    assert "got keys text\\x1b[2J\n" in err
+    assert "\x1b[2J" not in err
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_stdout_that_lacks_characters(bundle, monkeypatch, encoding):
     written = io.BytesIO()

@@ -279,6 +279,19 @@ def test_the_command(tiny_base, adapter_a, data, tmp_path):
     assert isinstance(again.exception, LoraportError)
 
 
+def test_examples_move_no_cursor(tiny_base, tmp_path):
+    """What the data holds is shown; in JSON lines it is as it was."""
+    data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    completion = "a\x1b[2J\rb\n\tc\x9b"
+    data.write_text(json.dumps({"prompt": "say ", "completion": completion}) + "\n")
+    arguments = [str(tiny_base), str(data), "--device", "cpu", "--examples", "1"]
+    done = CliRunner().invoke(eval_command, [*arguments, "--per-example", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "line 1, expected: a\\x1b[2J\\rb\n\tc\\x9b\n" in done.stdout
+    assert not {"\x1b", "\r", "\x9b"} & set(done.stdout)
+    assert json.loads(out.read_text())["expected"] == completion
+
+
 @pytest.mark.parametrize("form", ["--json", "--force"])
 def test_a_full_disk_takes_no_scores_away(tiny_base, data, tmp_path, monkeypatch, form):
     def full(*_, **__):
