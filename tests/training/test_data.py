@@ -390,8 +390,15 @@ def test_files_without_rows(tmp_path, write_jsonl, tokenizer):
         (json.dumps({"text": "abc"}, indent=2).encode(), r"got JSON over several .* jq -c '\.'$"),
         (
             gzip.compress(b'{"text": "abc"}\n' * 40, mtime=0),
-            "expected text, got a gzip file; unpack it",
+            r"expected text \(JSONL\), got a gzip file; unpack it",
         ),
+        (json.dumps([{"text": "abc"}] * 40).encode(), r"a list of all on one; .* jq -c '\.\[\]'$"),
+        (b"PAR1\x15\x04\n\xff\n\nPAR1", r"got a Parquet file; .* pandas\.read_parquet\("),
+        (b"ARROW1\0\0\n\xff\n", r"got an Arrow file; .* pandas\.read_feather\("),
+        (b"\xff\xff\xff\xff\x90\1\0\0\n\n\n", r"datasets saves it; .*Dataset\.from_file\("),
+        (b"PK\x03\x04\n\n\xff", "got a zip file; unpack it: unzip"),
+        (b"\x28\xb5\x2f\xfd\n\n\xff", "got a Zstandard file; unpack it: unzstd"),
+        ('{"text": "abc"}\n'.encode("utf-16"), "got text in UTF-16; write it in UTF-8: iconv"),
     ],
 )
 def test_another_kind_of_file_is_told_as_a_whole(tmp_path, tokenizer, content, reason):
@@ -404,6 +411,17 @@ def test_another_kind_of_file_is_told_as_a_whole(tmp_path, tokenizer, content, r
     path.write_bytes(b'{"text": "abc"}\n[\n')
     with pytest.raises(LoraportError, match=r"1 bad line\n  .*:2: expected JSON"):
         read_rows(path, tokenizer, 16)
+
+
+@pytest.mark.parametrize(("suffix", "reader"), [(".csv", "read_csv"), (".TSV", "read_table")])
+def test_a_table_is_told_as_one(tmp_path, tokenizer, suffix, reader):
+    path = tmp_path / f"data{suffix}"
+    path.write_text('text,label\n"a cat, sat",1\n')
+    with pytest.raises(LoraportError, match=rf"got a table; .* pandas\.{reader}\(") as raised:
+        read_rows(path, tokenizer, 16)
+    assert "\n" not in str(raised.value)
+    path.write_text('{"text": "abc"}\n')  # control: a name is no content
+    assert len(read_rows(path, tokenizer, 16).rows) == 1
 
 
 def test_long_rows_are_cut_and_counted_and_rows_without_answer_left_out(write_jsonl, tokenizer):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loraport.errors import LoraportError
+from loraport.training.data.file_kinds import require_lines
 
 _SHOWN = 20
 _FORMATS = '"text", "prompt" with "completion", or "messages"'
@@ -83,7 +84,7 @@ def read_records(path: Path, bad: BadLines) -> list[Record]:
     except OSError as error:
         raise LoraportError(f"data {path}: cannot be read: {error.strerror}") from error
     content = content.removeprefix(b"\xef\xbb\xbf")
-    _require_lines(path, content)
+    require_lines(path, content)
     records = []
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
@@ -93,18 +94,6 @@ def read_records(path: Path, bad: BadLines) -> list[Record]:
         except _BadLineError as error:
             bad.add(number, str(error))
     return records
-
-
-def _require_lines(path: Path, content: bytes) -> None:
-    """Refuse what is no JSONL as a whole, rather than every line of it."""
-    if content.startswith(b"\x1f\x8b"):
-        raise LoraportError(f"data {path}: expected text, got a gzip file; unpack it: gunzip")
-    first, _, rest = content.lstrip().partition(b"\n")
-    if first.strip() in (b"[", b"{") and rest.strip():
-        raise LoraportError(
-            f"data {path}: expected an object on each line (JSONL), got JSON over several lines; "
-            f"write each object on one: jq -c '{'.[]' if first.startswith(b'[') else '.'}'"
-        )
 
 
 class _BadLineError(Exception):
