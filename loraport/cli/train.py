@@ -144,8 +144,8 @@ def train(
 
     BASE is a model directory, a .gguf file, a hub name (owner/name) or smollm2. A row is
     {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}; of the last two,
-    only the completion or the assistant's turns are learned. "tools" beside "messages" are
-    given to the chat template.
+    only the completion or the assistant's turns are learned, but not a turn with "weight": 0.
+    "tools" beside "messages" are given to the chat template.
 
     While it runs, checkpoints are kept in ADAPTER.training. Ctrl-C or SIGTERM ends the run
     after the present step with one more checkpoint, and --resume continues it exactly.

@@ -279,6 +279,25 @@ def test_each_answer_is_learned_after_what_the_model_is_asked_with(
     assert ("1 chats are several rows each" in told) is bool(template)
 
 
+@pytest.mark.parametrize("template", [None, HIDES_EARLIER])
+def test_a_turn_of_no_weight_is_read_and_not_learned(write_jsonl, make_tokenizer, template):
+    """As in OpenAI's format; control: without weights, and with 1, all are learned."""
+    tokenizer = make_tokenizer(template) if template else make_tokenizer()
+    plain = [{"role": role, "content": text} for role, text in [*TURNS, ("assistant", "f")]]
+    weights = (None, 0, None, 1, None, None)
+    weighted = [
+        turn if weight is None else turn | {"weight": weight}
+        for turn, weight in zip(plain, weights, strict=True)
+    ]
+    every, some = (
+        read_rows(write_jsonl([{"messages": turns}]), tokenizer, 999).rows
+        for turns in (plain, weighted)
+    )
+    assert "".join(learned(row, tokenizer) for row in every) == "b<|end|>d<|end|>f<|end|>"
+    assert "".join(learned(row, tokenizer) for row in some) == "d<|end|>f<|end|>"
+    assert [row.tokens for row in some] == [row.tokens for row in every][-len(some) :]
+
+
 def test_turns_that_stay_as_they_are_share_a_row(write_jsonl, make_tokenizer):
     """Qwen3 keeps thoughts that the row has, until the user speaks again."""
     tokenizer = make_tokenizer(THINKS)
@@ -343,6 +362,9 @@ BAD = {
     b'{"messages": ["x"]}': "messages[0]: expected an object, got a string",
     b'{"messages": [{"role": "bot", "content": "x"}]}': "messages[0].role: expected one of",
     b'{"messages": [{"role": "user", "content": "x"}]}': "expected an assistant turn",
+    b'{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}': "expected an assistant",
+    b'{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}': "weight: expected 0",
+    b'{"messages": [{"role": "user", "content": "x", "weight": 1}]}': "of role user",
     b'{"messages": [{"role": "user", "content": ["x"]}]}': "content: expected a string, got a list",
     b'{"text": "\xff"}': "expected UTF-8, got byte 0xff",
 }

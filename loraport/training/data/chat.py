@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from loraport.training.data.batches import IGNORED, Row
+from loraport.training.data.records import is_learned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,14 +35,14 @@ def chat_rows(
     tools: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Row]:
-    """Return the rows of a chat, in which each assistant's turn is learned once.
+    """Return the rows of a chat, in which each turn that is to be learned is learned once.
 
     It is learned after exactly what the model is given when it is asked for it. With most
     templates the whole chat is one row. Some write a turn otherwise once others follow (Qwen3
     leaves out its thoughts): such a turn ends a row of its own.
 
     Args:
-        messages: The turns, one of the assistant's at least.
+        messages: The turns, of which one is learned at least.
         tools: What the assistant can call.
         tokenizer: A fast one, with a chat template.
 
@@ -55,7 +56,7 @@ def chat_rows(
 
     answers: list[_Answer] = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if not is_learned(message):
             continue
         text = render(messages[: index + 1])
         asked = render(messages[:index], prompt=True) if index else _opening(text, render)

@@ -12,6 +12,7 @@ from loraport.errors import LoraportError
 from loraport.training.data.file_kinds import require_lines
 
 _SHOWN = 20
+_LETTERS = 40  # of a value in an error
 _FORMATS = '"text", "prompt" with "completion", or "messages"'
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -25,7 +26,7 @@ class Record:
         text: All of it is learned, in the ``text`` format; else empty.
         prompt: What comes before the completion.
         completion: What is learned, in the ``prompt``/``completion`` format; else ``None``.
-        messages: A chat, of which the assistant's turns are learned; else empty.
+        messages: A chat, of which the turns that `is_learned` says are learned; else empty.
         tools: What the assistant can call, for the chat template, as transformers has it.
     """
 
@@ -35,6 +36,14 @@ class Record:
     completion: str | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+
+
+def is_learned(turn: Mapping[str, Any]) -> bool:
+    """Tell whether a turn of a chat is learned: the assistant's, but those of ``"weight": 0``.
+
+    That is how OpenAI's format for fine-tuning marks turns that are only read.
+    """
+    return turn["role"] == "assistant" and turn.get("weight") != 0
 
 
 class BadLines:
@@ -162,7 +171,13 @@ def _messages(value: Any) -> tuple[Mapping[str, Any], ...]:
             raise _BadLineError(
                 f"messages[{index}].content: expected a string, got {_kind(content)}"
             )
-    if not any(turn["role"] == "assistant" for turn in value):
+        weight = turn.get("weight")
+        if weight is not None and (weight not in (0, 1) or turn["role"] != "assistant"):
+            raise _BadLineError(
+                f"messages[{index}].weight: expected 0 or 1, of an assistant's turn, got "
+                f"{json.dumps(weight)[:_LETTERS]}, of role {turn['role']}"
+            )
+    if not any(is_learned(turn) for turn in value):
         raise _BadLineError("messages: expected an assistant turn to learn, got none")
     return tuple(value)
 
