@@ -17,11 +17,18 @@ if TYPE_CHECKING:
     from loraport.sweep.result import SweepResult
     from loraport.sweep.worker import Trained
 
+IDENTITY_FILE = "sweep.json"
 RESULTS_FILE, TABLE_FILE, PLOT_FILES = "results.json", "results.csv", ("quality.png", "quality.svg")
 
 
 def write_result(
-    out: Path, trained: Sequence[Trained], result: SweepResult, *, keep_all: bool, force: bool
+    out: Path,
+    trained: Sequence[Trained],
+    result: SweepResult,
+    identity: Mapping[str, Any],
+    *,
+    keep_all: bool,
+    force: bool,
 ) -> None:
     """Write the directory of a sweep, which appears whole.
 
@@ -29,6 +36,7 @@ def write_result(
         out: The directory.
         trained: All candidates.
         result: What came of them.
+        identity: What a sweep that is continued must share.
         keep_all: Keep the adapters of all, not only of the one taken.
         force: Replace ``out``.
     """
@@ -44,6 +52,7 @@ def write_result(
                 directory.mkdir(parents=True)
                 save_contents(directory, each.adapter, *contents)
         (partial / RESULTS_FILE).write_text(json.dumps(asdict(result), indent=2) + "\n")
+        (partial / IDENTITY_FILE).write_text(json.dumps(identity, indent=2) + "\n")
         lines: list[Mapping[str, Any]] = [asdict(line) for line in result.candidates]
         with (partial / TABLE_FILE).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(lines[0]))

@@ -15,6 +15,7 @@ from loraport.errors import LoraportError
 from loraport.output import refuse_existing
 from loraport.process_lock import only_process
 from loraport.sweep.choose import choose
+from loraport.sweep.finished import finished_before
 from loraport.sweep.groups import most_together
 from loraport.sweep.observer import SilentSweep, SweepObserver
 from loraport.sweep.options import SweepOptions
@@ -51,7 +52,8 @@ def run_sweep(
         out: The directory to write.
         options: All options.
         validation: Held-out rows; without it, a share of ``data`` is held out.
-        resume: Continue a sweep that was stopped, from what is kept.
+        resume: Continue a sweep that was stopped, from what is kept; of one that is finished
+            the result is returned.
         force: Replace ``out``, and discard an unfinished sweep unless ``resume``.
         observer: Told what happens.
 
@@ -87,7 +89,7 @@ def _run(
 ) -> SweepResult:
     trials = options.grid.trials(options.train.lora)
     work = _work(out)
-    for directory, replaced in ((out, force), (work, True)):
+    for directory, replaced in ((out, force or resume), (work, True)):
         refuse_existing(directory, force=replaced, inputs=(base, data, validation))
     if work.exists() and not (resume or force):
         raise LoraportError(
@@ -102,12 +104,17 @@ def _run(
             "validation rows: expected some, by which candidates are compared, got none; give "
             "--validation or a --validation-share above 0"
         )
+    identity = _identity(base, rows, options)
+    if resume and not force and out.exists():
+        result = finished_before(out, base, identity, trials)
+        shutil.rmtree(work, ignore_errors=True)
+        return result
     if options.spread is None:  # or a refusal, before anything is discarded
         loop = options.train.loop
         asked_to_record(choose_placement(loop.device, loop.dtype).device, options.train)
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
-    store = Store(work, _identity(base, rows, options))
+    store = Store(work, identity)
     with ExitStack() as stack:
         cluster = None
         if options.spread and not store.complete(trials):
@@ -132,7 +139,7 @@ def _run(
     if not choice.better_than_base:
         observer.note("no candidate is better than the base: try other learning rates or more data")
     result = sweep_result(base, out, trained, choice)
-    write_result(out, trained, result, keep_all=options.keep_all, force=force)
+    write_result(out, trained, result, identity, keep_all=options.keep_all, force=force)
     shutil.rmtree(work)
     return result
 

@@ -15,13 +15,14 @@ from loraport.fingerprint import BaseFingerprint
 from loraport.output import new_directory, new_file
 from loraport.peft_layout.read import WEIGHTS_FILE, read_peft
 from loraport.peft_layout.write import peft_contents, save_contents
+from loraport.sweep.output import IDENTITY_FILE
 from loraport.sweep.trial import Outcome, Trial
 from loraport.sweep.worker import Trained
 from loraport.training.run.checkpoints import load_state, require_same_run, save_state
 
 T = TypeVar("T", bool, int, float, str)
 
-_IDENTITY, _OUTCOME, _CANDIDATES = "sweep.json", "outcome.json", "candidates"
+_OUTCOME, _CANDIDATES = "outcome.json", "candidates"
 
 
 class Store:
@@ -40,7 +41,7 @@ class Store:
 
     def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
         self.directory = directory
-        path = directory / _IDENTITY
+        path = directory / IDENTITY_FILE
         if path.exists():
             try:
                 stored = json.loads(path.read_bytes())

@@ -251,6 +251,47 @@ def test_on_another_base_it_does_not_go_on(tiny_base, data, tmp_path, monkeypatc
     assert "from step 2" in run(f"{tmp_path}/./base/", *few[1:], "--resume").stderr
 
 
+def test_a_finished_sweep_is_what_it_was(tiny_base, data, tmp_path, monkeypatch):
+    """As where it was killed when its result stood, before what it kept was removed."""
+    from safetensors.torch import load_file, save_file
+
+    from loraport.sweep import run as sweep_run
+
+    base, out = shutil.copytree(tiny_base, tmp_path / "base"), tmp_path / "out"
+    few = (base, data, "-o", out, "--rank", "2", "--lr", "1e-2,1e-3", "--device", "cpu", "--json")
+
+    write = sweep_run.write_result
+
+    def killed(*arguments, **options):
+        write(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_run, "write_result", killed)
+    assert CliRunner().invoke(sweep, [str(each) for each in (*few, "--steps", 2)]).exit_code
+    monkeypatch.undo()
+    work, before = tmp_path / "out.sweep", {path: path.read_bytes() for path in out.iterdir()}
+    assert work.is_dir()
+    with pytest.raises(LoraportError, match=r"cannot resume from .*\n  - steps: expected 2, got 3"):
+        run(*few, "--steps", 3, "--resume")
+    with pytest.raises(LoraportError, match=r"same candidates, .* one that differs in r2-.*lr0.1;"):
+        run(*few, "--lr", "1e-2,1e-3,1e-1", "--steps", 2, "--resume")
+    weights = base / "model.safetensors"
+    tensors = load_file(weights)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: tensors[name] + 1}, weights, {"format": "pt"})
+    with pytest.raises(LoraportError, match="the base at hand"):
+        run(*few, "--steps", 2, "--resume")
+    assert work.is_dir()
+    save_file(tensors, weights, {"format": "pt"})
+    shown = json.loads(run(*few, "--steps", 2, "--resume").stdout)
+    assert shown == json.loads(before[out / "results.json"])
+    assert not work.exists()
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    (out / "sweep.json").unlink()
+    with pytest.raises(LoraportError, match="already exists and is not a sweep's result"):
+        run(*few, "--steps", 2, "--resume")
+
+
 @pytest.mark.parametrize("content", ["[]", "{", "null"])
 def test_a_damaged_identity_is_named(tmp_path, content):
     """Control: the identity that was written."""
