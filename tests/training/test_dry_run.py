@@ -79,10 +79,10 @@ def test_layers_that_keep_their_activations_can_be_given_up(base_directory, monk
     ("size", "accumulate", "fewer", "more"),
     [(2, 1, 1, 2), (5, 1, 1, 5), (6, 3, 3, 6), (8, 2, 4, 4), (9, 1, 3, 3), (25, 2, 5, 10)],
 )
-def test_what_is_offered_as_the_same_step_is_the_same(size, accumulate, fewer, more):
+def test_what_is_offered_as_many_rows_a_step_is_as_many(size, accumulate, fewer, more):
     loop = LoopOptions(accumulate=accumulate)
     offered = memory_savers(TrainOptions(batch_size=size, loop=loop))
-    assert offered.startswith(f"--batch-size {fewer} --accumulate {more} (the same step), ")
+    assert offered.startswith(f"--batch-size {fewer} --accumulate {more} (as many rows a step), ")
     assert fewer * more == size * accumulate
 
 

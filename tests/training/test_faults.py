@@ -114,7 +114,7 @@ def test_out_of_memory_says_what_to_change(base_directory, chat_data, tmp_path, 
         train_language_model(str(base_directory), chat_data, tmp_path / "out", OPTIONS)
     text = str(raised.value)
     assert "out of memory" in text
-    saver = "--batch-size 2 --accumulate 2 (the same step), --gradient-checkpointing"
+    saver = "--batch-size 2 --accumulate 2 (as many rows a step), --gradient-checkpointing"
     assert f"{saver}, --base-dtype nf4, --max-length" in text
     assert "\n" not in text
 

@@ -13,7 +13,7 @@ def memory_savers(options: TrainOptions) -> str:
     if size > 1:
         fewer = next(count for count in range(size // 2, 0, -1) if size % count == 0)
         accumulate = options.loop.accumulate * (size // fewer)
-        savers.append(f"--batch-size {fewer} --accumulate {accumulate} (the same step)")
+        savers.append(f"--batch-size {fewer} --accumulate {accumulate} (as many rows a step)")
     if options.cuda_graphs:
         savers.append("--no-cuda-graphs")
     elif not options.gradient_checkpointing:
