@@ -51,22 +51,66 @@ def gemm(**more):
     return [helper.make_node("Gemm", ["x", "layer.weight"], ["y"], name="gemm", transB=1, **more)]
 
 
+def joined():
+    """Of two halves, named by nothing but the node."""
+    return [
+        helper.make_node("Concat", ["upper", "lower"], ["val_3"], axis=0),
+        helper.make_node("Gemm", ["x", "val_3", "b"], ["y"], name="/layer/Gemm", transB=1),
+    ]
+
+
+def taken_apart():
+    return [
+        helper.make_node("Split", ["packed", "sizes"], ["other", "part"], axis=0),
+        helper.make_node("Transpose", ["part"], ["t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "t"], ["y"], name="/layer/MatMul"),
+    ]
+
+
+def reshaped():
+    """Only its name tells whose it is."""
+    return [
+        helper.make_node("Reshape", ["layer.weight", "shape"], ["val_3"]),
+        helper.make_node("Gemm", ["x", "val_3", "b"], ["y"], name="node_linear_7", transB=1),
+    ]
+
+
+def cast():
+    return [
+        helper.make_node("Cast", ["layer.weight"], ["val_3"], to=TensorProto.FLOAT),
+        helper.make_node("Gemm", ["x", "val_3"], ["y"], name="node_linear_7", transB=1),
+    ]
+
+
+BIAS = {"b": np.zeros(OUT, np.float32)}
+STORED = {
+    constant: {"unused": np.zeros(1, np.float32)},
+    joined: {"upper": WEIGHT[:7], "lower": WEIGHT[7:], **BIAS},
+    taken_apart: {"packed": np.concatenate([WEIGHT[:5], WEIGHT]), "sizes": np.array([5, OUT])},
+    reshaped: {"layer.weight": WEIGHT.reshape(8, -1), "shape": np.array([OUT, IN]), **BIAS},
+    cast: {"layer.weight": WEIGHT.astype(np.float16)},
+}
+
+
 def run(model, x):
     return onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
 
 
 @pytest.mark.parametrize(("precision", "error"), [("int8", 0.02), ("int4", 0.15)])
-@pytest.mark.parametrize("nodes", [turned, constant, gemm])
+@pytest.mark.parametrize("nodes", [turned, constant, gemm, joined, taken_apart, reshaped, cast])
 def test_they_are_stored_as_asked_for(tmp_path, precision, error, nodes):
-    weights = {"unused": np.zeros(1, np.float32)} if nodes is constant else None
-    onnx.save(model_of(nodes(), weights=weights), tmp_path / "m.onnx")
-    import_model(tmp_path / "m.onnx", tmp_path / "bundle", ImportOptions(precision=precision))
+    onnx.save(model_of(nodes(), weights=STORED.get(nodes)), tmp_path / "m.onnx")
+    said = []
+    options = ImportOptions(precision=precision)
+    import_model(tmp_path / "m.onnx", tmp_path / "bundle", options, progress=said.append)
+    assert not [line for line in said if "not stored" in line]
     manifest = read_manifest(tmp_path / "bundle")
     assert manifest.precision == precision
     assert list(manifest.slots.modules()) == ["layer"]
     graph = onnx.load(tmp_path / "bundle" / MODEL_FILE, load_external_data=False).graph
-    assert not [w.name for w in graph.initializer if sorted(w.dims) == sorted([IN, OUT])
-                and w.data_type == TensorProto.FLOAT]  # fmt: skip
+    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    assert not [w.name for w in graph.initializer
+                if np.prod(w.dims) > IN * 6 and w.data_type in floats]  # fmt: skip
     x = np.random.default_rng(1).standard_normal((5, IN)).astype(np.float32)
     expected = x.astype(np.float64) @ WEIGHT.T.astype(np.float64)
     got = Runtime(tmp_path / "bundle", threads=1).run({"x": x})["y"]

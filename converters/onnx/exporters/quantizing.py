@@ -164,12 +164,14 @@ def _name_stacked(model: ModelProto) -> list[str]:
 def _load(source: Path, *, gemms: bool = False) -> ModelProto:
     import onnx_ir as ir
 
+    from converters.onnx.exporters.computed_weights import store_computed_weights
     from converters.onnx.exporters.plain_weights import make_weights_plain
     from converters.onnx.graph.source_graph import hold_weights, read_graph
 
     # Not by onnx's own reader, which refuses a data file with two names.
     model = read_graph(source)
     hold_weights(model)
+    store_computed_weights(model)
     proto = ir.to_proto(model)
     make_weights_plain(proto, gemms=gemms)
     return proto
