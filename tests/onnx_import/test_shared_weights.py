@@ -100,25 +100,31 @@ def test_calls_are_told_from_modules_by_the_paths_of_nodes(tmp_path, names, stor
         assert np.abs(base - expected).max() > 0.1
 
 
-@pytest.mark.parametrize("variants", [("lora",), ("lora", "embedding")])
-def test_a_head_that_reads_the_embedding_turned_is_the_head(tmp_path, variants):
-    """Whether the embedding gets a slot or not."""
-    random = np.random.default_rng(0)
-    table, inner = (random.standard_normal(shape).astype(np.float32) for shape in ((11, 8), (8, 8)))
+def tied_model(stored, table, inner):
+    """Return an embedding, a layer, and a head that shares the embedding's weight."""
     nodes = [
-        helper.make_node("Gather", ["wte.weight", "tokens"], ["h"], name="/wte/Gather"),
+        helper.make_node("Gather", [stored, "tokens"], ["h"], name="/wte/Gather"),
         helper.make_node("MatMul", ["h", "fc.weight"], ["g"], name="/fc/MatMul"),
-        helper.make_node("Transpose", ["wte.weight"], ["turned"], name="/head/Transpose"),
+        helper.make_node("Transpose", [stored], ["turned"], name="/head/Transpose"),
         helper.make_node("MatMul", ["g", "turned"], ["logits"]),
     ]
     graph = helper.make_graph(
         nodes,
         "g",
         [helper.make_tensor_value_info("tokens", TensorProto.INT64, ["batch", "length"])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "length", 11])],
-        [numpy_helper.from_array(table, "wte.weight"), numpy_helper.from_array(inner, "fc.weight")],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "length", None])],
+        [numpy_helper.from_array(table, stored), numpy_helper.from_array(inner, "fc.weight")],
     )
-    model = helper.make_model(graph, opset_imports=DOMAINS[:1], ir_version=10)
+    return helper.make_model(graph, opset_imports=DOMAINS[:1], ir_version=10)
+
+
+@pytest.mark.parametrize("variants", [("lora",), ("lora", "embedding")])
+@pytest.mark.parametrize("stored", ["wte.weight", "lm_head.weight"])
+def test_a_head_that_reads_the_embedding_turned_is_the_head(tmp_path, variants, stored):
+    """Whether the embedding gets a slot or not, and whichever of both the weight is called by."""
+    random = np.random.default_rng(0)
+    table, inner = (random.standard_normal(shape).astype(np.float32) for shape in ((11, 8), (8, 8)))
+    model = tied_model(stored, table, inner)
     onnx.save(model, tmp_path / "m.onnx")
     import_model(tmp_path / "m.onnx", tmp_path / "out", ImportOptions(slots=SlotOptions(variants)))
     made = read_manifest(tmp_path / "out")

@@ -13,7 +13,8 @@ The first of these that gives a name:
 One weight has one name wherever it is used, unless the exporter recorded several modules that share
 it, or the paths of its nodes are of several; TorchScript's exporter calls the second call of ``up``
 ``up_1``, and may store a weight of its own for it. Two weights that come to the same name get the
-names of their nodes added. A weight that is an embedding's too is the output head.
+names of their nodes added. A weight that is an embedding's too is the output head, and what looks
+its rows up is never called ``lm_head``.
 """
 
 from __future__ import annotations
@@ -198,6 +199,8 @@ def _name(members: Sequence[Site], tied: bool, readers: Collection[str]) -> str:
     named = ""
     if stored.endswith(".weight") and not tied and is_module_path(stored):
         named = _ENDINGS.sub("", stored.removesuffix(".weight"))
+    if named.rpartition(".")[2] == HEAD and members[0].kind is ModuleKind.EMBEDDING:
+        named = stored = ""  # the other reader's name
     if path:
         # Functions are recorded as the module that calls them, with a weight of another.
         return named if named.startswith(f"{path}.") else path
