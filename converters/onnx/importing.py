@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,7 +134,7 @@ def import_model(
         examples = [options.inputs] if options.inputs else list(example_inputs(model))
         careful = may_end_the_process(model)
         progress("putting in the slots")
-        imported = slot_graph(model, options, base)
+        imported = slot_graph(model, options, base, exact)
         if base is None and (names := imported.computed):
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             progress(
@@ -174,7 +174,10 @@ class ImportedGraph:
 
 
 def slot_graph(
-    model: ir.Model, options: ImportOptions, base: BaseModules | None = None
+    model: ir.Model,
+    options: ImportOptions,
+    base: BaseModules | None = None,
+    exact: Sequence[NamedSite] | None = None,
 ) -> ImportedGraph:
     """Put slots into a graph and say of everything with weights that has none why.
 
@@ -183,6 +186,8 @@ def slot_graph(
             are compared with the base's.
         options: See `ImportOptions`.
         base: The base's modules, if it is known.
+        exact: The graph's sites before its weights were rounded: each reader of a weight that
+            modules share has a rounding of its own now.
 
     Raises:
         LoraportError: If there is no operator that can have a slot; with all the reasons.
@@ -219,7 +224,7 @@ def slot_graph(
         exclude=lambda path: None if options.lm_head else _head_reason(path),
     )
     unslotted = {**why, **listening.unmatched, **slotted.unslotted}
-    tied = tied_sites(named) if base is None else tied_modules(modules)
+    tied = tied_sites(exact or named) if base is None else tied_modules(modules)
     slotted = SlottedModel(slotted.model, replace(slotted.slots, tied=tied), unslotted)
     if options.slots.replace:
         holders = by_name if options.base is None else _base_holders(model, options.base)

@@ -3,12 +3,17 @@
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import DOMAINS, session
 
+from converters.onnx import add_adapters
 from converters.onnx.importing import ImportOptions, import_model
 from converters.onnx.slots.inserting import SlotOptions
+from loraport.adapter import Adapter, Replacement
 from loraport.bundle.manifest import read_manifest
+from loraport.errors import LoraportError
+from loraport.runtime import Runtime
 
 SIZE = 64
 
@@ -144,3 +149,41 @@ def test_a_head_that_reads_the_embedding_turned_is_the_head(tmp_path, variants, 
     base = table[tokens] @ inner @ table.T
     np.testing.assert_allclose(got, base + table[tokens] @ inner @ a @ b, atol=1e-3)
     assert np.abs(got - base).max() > 1
+
+
+@pytest.mark.parametrize("precision", [None, "int8", "int4"])
+def test_trained_tokens_act_in_a_rounded_head_that_shares_their_weight(tmp_path, precision):
+    """The quantizer gives the head a rounding of its own; the base is not known."""
+    random = np.random.default_rng(0)
+    table, inner = (random.standard_normal(s).astype(np.float32) / 8 for s in ((96, 64), (64, 64)))
+    onnx.save(tied_model("wte.weight", table, inner), tmp_path / "m.onnx")
+    tokens, rows = (1, 4, 90), torch.from_numpy(random.standard_normal((3, 64)).astype(np.float32))
+    trained = {"t": Adapter({}, {"wte.weight": Replacement(rows, rows=tokens)})}
+    slots = SlotOptions(("lora", "embedding"))
+    import_model(
+        tmp_path / "m.onnx", tmp_path / "no", ImportOptions(None, slots, False, {}, precision)
+    )
+    with pytest.raises(LoraportError, match="lm_head: expected a slot, as it shares the weight"):
+        add_adapters(tmp_path / "no", trained)
+    out = tmp_path / "out"
+    import_model(tmp_path / "m.onnx", out, ImportOptions(None, slots, True, {}, precision))
+    assert read_manifest(out).slots.tied == (("wte", "lm_head"),)
+    add_adapters(out, trained)
+    ids = np.array([[4, 2, 90, 1]])
+    whole = table.astype(np.float64)
+    whole[list(tokens)] = rows
+    running = Runtime(out, threads=1, float32_activations=True)
+    got, base = (running.run({"tokens": ids}, name)["logits"] for name in ("t", None))
+    idle = table[ids].astype(np.float64) @ inner @ table.T
+    # What int8 and int4 round is small; the rows that were trained are far from the base's.
+    apart = {None: 1e-6, "int8": 0.02, "int4": 0.2}[precision]
+    assert np.linalg.norm(base - idle) < apart * np.linalg.norm(idle)
+    for columns in (list(tokens), slice(None)):
+        expected = (whole[ids] @ inner @ whole.T)[..., columns]
+        off = np.linalg.norm(got[..., columns] - expected) / np.linalg.norm(expected)
+        assert off < apart
+    untied = (whole[ids] @ inner @ table.T)[
+        ..., list(tokens)
+    ]  # the control: in the embedding alone
+    expected = (whole[ids] @ inner @ whole.T)[..., list(tokens)]
+    assert np.linalg.norm(untied - expected) > 0.5 * np.linalg.norm(expected)
