@@ -9,7 +9,7 @@ import torch
 from command_line import command
 from onnx_graphs import session
 from peft_cases import Case, bert, load_with_peft, make_case
-from tiny_llm import tokenizer
+from tiny_llm import PHI3, save_base, tokenizer
 
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base
@@ -146,6 +146,29 @@ class TestDecoder:
         model, original = _reference_model(str(base), out, manifest, adapters)
         report = verify_bundle(out, model, adapters, original=original)
         assert report.passed, [check for check in report.checks if not check.passed]
+
+    def test_a_module_that_the_graph_computes_in_parts_is_rounded_as_they_are(self, tmp_path):
+        """The builder takes Phi-3's gate_up_proj apart."""
+        from transformers import Phi3Config, Phi3ForCausalLM
+
+        torch.manual_seed(0)
+        base = save_base(tmp_path / "base", Phi3ForCausalLM(Phi3Config(**PHI3)))
+        out = tmp_path / "bundle"
+        export_base(str(base), out, ExportOptions(precision="int4"))
+        model = load_model(str(base))
+        packed = {n: m for n, m in model.named_modules() if n.endswith("gate_up_proj")}
+        own = {name: module.weight.detach().clone() for name, module in packed.items()}
+        replaced = load_graph_weights(out / "model.onnx", model)
+        assert len(replaced) == len(set(replaced))
+        linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        assert set(replaced) == linear > packed.keys()
+        inputs = base_inputs(out, read_manifest(out))
+        arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        got = Runtime(out, threads=1, float32_activations=True).run(inputs, None, ["logits"])
+        np.testing.assert_allclose(got["logits"], torch_logits(model, arguments), atol=2e-4)
+        for name, module in packed.items():  # the control: they are rounded, too
+            module.weight.data = own[name]
+        assert np.abs(got["logits"] - torch_logits(model, arguments)).max() > 0.1
 
     def test_int8_as_it_is_deployed(self, int8, tiny_base, adapter_a):
         model = load_model(str(tiny_base))

@@ -16,6 +16,7 @@ from torch import nn
 from converters.onnx.graph.site import Site
 from converters.onnx.graph.source_graph import read_graph
 from converters.onnx.modules.matching import Matcher, Unmatched
+from converters.onnx.modules.module_parts import parts_of
 from converters.onnx.modules.slottable import slottable_modules, tied_modules
 from converters.onnx.operators import find_site
 from loraport.adapter import ModuleKind
@@ -27,7 +28,8 @@ def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:
     """Copy every linear weight and rounded embedding of an exported graph into the model, in place.
 
     An embedding that is tied to the output head gets the graph's own rows: quantizers round both
-    where they are one tensor of the graph, and else the head alone.
+    where they are one tensor of the graph, and else the head alone. A module that the graph
+    computes with several operators, side by side, gets the weights of all of them.
 
     Args:
         graph: ``model.onnx``.
@@ -40,7 +42,8 @@ def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:
     modules = slottable_modules(model)
     tied = _load_tied_embedding(sites, model)
     matcher = Matcher({path: module for path, module in modules.items() if path not in tied})
-    replaced = []
+    replaced: dict[str, None] = {}
+    left = []
     for site in sites:
         if site.kind is ModuleKind.CONV or (
             site.kind is ModuleKind.EMBEDDING and not site.quantized
@@ -48,18 +51,30 @@ def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:
             continue
         matched = matcher.match(site)
         if isinstance(matched, Unmatched):
+            left.append(site)
             continue
-        weight = torch.from_numpy(np.ascontiguousarray(site.weight()).astype(np.float32))
+        weight = _rows(site)
         start = 0
         for found in matched:
-            columns = weight[:, start : start + found.out_features]  # [in, out]
-            module = model.get_submodule(found.path)
-            with torch.no_grad():
-                own = module.get_parameter("weight")
-                own.copy_(columns if stores_in_out(module) else columns.T)
-            replaced.append(found.path)
+            _store(weight[start : start + found.out_features], model.get_submodule(found.path), 0)
+            replaced[found.path] = None
             start += found.out_features
-    return replaced
+    unseen = [module for path, module in modules.items() if path not in replaced]
+    for site, path, start in parts_of(unseen, left):
+        _store(_rows(site), model.get_submodule(path), start)
+        replaced[path] = None
+    return list(replaced)
+
+
+def _rows(site: Site) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(site.weight().T).astype(np.float32))
+
+
+@torch.no_grad()
+def _store(rows: torch.Tensor, module: nn.Module, start: int) -> None:
+    """Copy rows ``[n, in]`` into a module's weight, from one of its outputs on."""
+    own = module.get_parameter("weight")
+    (own.T if stores_in_out(module) else own)[start : start + len(rows)].copy_(rows)
 
 
 @torch.no_grad()
