@@ -105,20 +105,25 @@ def test_calls_are_told_from_modules_by_the_paths_of_nodes(tmp_path, names, stor
         assert np.abs(base - expected).max() > 0.1
 
 
-def tied_model(stored, table, inner):
-    """Return an embedding, a layer, and a head that shares the embedding's weight."""
+def tied_model(stored, table, inner, copied=False):
+    """Return an embedding, a layer, and a head that shares the embedding's weight, or a copy."""
     nodes = [
         helper.make_node("Gather", [stored, "tokens"], ["h"], name="/wte/Gather"),
         helper.make_node("MatMul", ["h", "fc.weight"], ["g"], name="/fc/MatMul"),
         helper.make_node("Transpose", [stored], ["turned"], name="/head/Transpose"),
         helper.make_node("MatMul", ["g", "turned"], ["logits"]),
     ]
+    arrays = {stored: table, "fc.weight": inner}
+    if copied:  # as torch.onnx.export folds the transpose
+        nodes = [node for node in nodes if node.op_type != "Transpose"]
+        nodes[-1].name = "/lm_head/MatMul"
+        arrays["turned"] = np.ascontiguousarray(table.T)
     graph = helper.make_graph(
         nodes,
         "g",
         [helper.make_tensor_value_info("tokens", TensorProto.INT64, ["batch", "length"])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "length", None])],
-        [numpy_helper.from_array(table, stored), numpy_helper.from_array(inner, "fc.weight")],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
     )
     return helper.make_model(graph, opset_imports=DOMAINS[:1], ir_version=10)
 
@@ -151,12 +156,13 @@ def test_a_head_that_reads_the_embedding_turned_is_the_head(tmp_path, variants, 
     assert np.abs(got - base).max() > 1
 
 
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("precision", [None, "int8", "int4"])
-def test_trained_tokens_act_in_a_rounded_head_that_shares_their_weight(tmp_path, precision):
+def test_trained_tokens_act_in_a_head_that_shares_their_weight(tmp_path, precision, copied):
     """The quantizer gives the head a rounding of its own; the base is not known."""
     random = np.random.default_rng(0)
     table, inner = (random.standard_normal(s).astype(np.float32) / 8 for s in ((96, 64), (64, 64)))
-    onnx.save(tied_model("wte.weight", table, inner), tmp_path / "m.onnx")
+    onnx.save(tied_model("wte.weight", table, inner, copied), tmp_path / "m.onnx")
     tokens, rows = (1, 4, 90), torch.from_numpy(random.standard_normal((3, 64)).astype(np.float32))
     trained = {"t": Adapter({}, {"wte.weight": Replacement(rows, rows=tokens)})}
     slots = SlotOptions(("lora", "embedding"))

@@ -55,6 +55,8 @@ _ANONYMOUS = re.compile(
 _AGAIN = re.compile(r"(_\d+)+$")
 
 
+_PIECE = 256  # rows of an embedding that are compared at a time
+
 # What a weight is called, what it is, and the module that the exporter recorded.
 _Key = tuple[str, ModuleKind, str]
 # What tells weights apart: kind, features and a hash of the values.
@@ -174,13 +176,36 @@ def _by_weight(sites: Iterable[Site], weights: _Weights) -> dict[_Key, list[Site
 
 
 def tied_sites(named: Iterable[NamedSite]) -> tuple[tuple[str, ...], ...]:
-    """Return groups of modules that share one weight: an embedding and its output head."""
+    """Return groups of modules that share one weight: an embedding and its output head.
+
+    Exporters store the weight a second time for the head, transposed: equal values are one weight.
+    """
     groups: dict[str, list[str]] = defaultdict(list)
-    for entry in named:
+    entries = list(named)
+    for entry in entries:
         weight = weight_of(entry.site)
-        if weight is not None and entry.path not in groups[weight.name]:
-            groups[weight.name].append(entry.path)
+        if weight is None:
+            continue
+        copies = (each for each in entries if _is_table_of(each.site, entry.site))
+        table = weight_of(first.site) if (first := next(copies, None)) is not None else None
+        group = groups[(table or weight).name]
+        if entry.path not in group:
+            group.append(entry.path)
     return tuple(tuple(paths) for paths in groups.values() if len(paths) > 1)
+
+
+def _is_table_of(table: Site, head: Site) -> bool:
+    """Tell whether an embedding's rows ``[vocab, dim]`` are what a head ``[dim, vocab]`` has."""
+    kinds = (table.kind, head.kind) == (ModuleKind.EMBEDDING, ModuleKind.LINEAR)
+    shapes = (table.in_features, table.out_features) == (head.out_features, head.in_features)
+    if not kinds or not shapes or table.quantized or head.quantized:
+        return False
+    rows, columns = table.weight(), head.weight()
+    starts = range(0, len(rows), _PIECE)  # a first piece tells most apart
+    return all(
+        np.array_equal(rows[start : start + _PIECE], columns[:, start : start + _PIECE].T)
+        for start in starts
+    )
 
 
 def weight_of(site: Site) -> Constant | None:
