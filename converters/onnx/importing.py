@@ -203,14 +203,16 @@ def slot_graph(
     named = name_sites(served, left)
     computed = tuple(folded(named))  # before operators are taken apart
     why = reasons(nodes, {id(site.node) for site in sites})
-    for entry in name_sites(left, served):
+    others = name_sites(left, served)
+    for entry in others:
         wanted_by = "lora" if entry.site.kind is ModuleKind.LINEAR else entry.site.kind.value
         why[entry.path] = f"not asked for; export again with {wanted_by} among --slots"
     modules = {} if base is None else base.modules
     wanted = {path: m for path, m in modules.items() if options.slots.serves(m.kind)}
     finder: SiteMatcher = GraphModules(named) if base is None else Matcher(wanted)
     listening = _Listening(finder)
-    by_name = GraphHolders(model.graph, named, as_stored=model.producer_name == _PYTORCH)
+    known = (*named, *others)
+    by_name = GraphHolders(model.graph, known, as_stored=model.producer_name == _PYTORCH)
     if not served:
         raise LoraportError(
             f"slots: expected operators that can have one, got {_listed(nodes)}"

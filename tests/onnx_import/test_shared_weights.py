@@ -193,3 +193,34 @@ def test_trained_tokens_act_in_a_head_that_shares_their_weight(tmp_path, precisi
     ]  # the control: in the embedding alone
     expected = (whole[ids] @ inner @ whole.T)[..., list(tokens)]
     assert np.linalg.norm(untied - expected) > 0.5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("precision", [None, "int8", "int4"])
+def test_what_is_called_like_the_head_is_replaced_in_the_head_alone(tmp_path, precision):
+    """``torch.onnx.export`` calls the embedding's copy of a shared weight ``lm_head.weight``."""
+    random = np.random.default_rng(0)
+    table, inner = (random.standard_normal(s).astype(np.float32) / 8 for s in ((96, 64), (64, 64)))
+    onnx.save(tied_model("lm_head.weight", table, inner, copied=True), tmp_path / "m.onnx")
+    new = random.standard_normal(table.shape).astype(np.float32) / 8
+    ids = np.array([[4, 2, 90, 1]])
+
+    def replaced(name):
+        slots = SlotOptions(replace=(name,))
+        out = tmp_path / name
+        import_model(tmp_path / "m.onnx", out, ImportOptions(slots=slots, precision=precision))
+        whole = Replacement(torch.from_numpy(new))
+        add_adapters(out, {"new": Adapter({}, {f"{name}.weight": whole})})
+        running = Runtime(out, threads=1, float32_activations=True)
+        got, base = (running.run({"tokens": ids}, each)["logits"] for each in ("new", None))
+        assert np.linalg.norm(got - base) > np.linalg.norm(base)  # the control
+        return got
+
+    apart = {None: 1e-6, "int8": 0.02, "int4": 0.2}[precision]
+    expected = new[ids].astype(np.float64) @ inner @ table.T
+    assert np.linalg.norm(replaced("wte") - expected) < apart * np.linalg.norm(expected)
+    if precision is not None:  # the head's own copy is rounded
+        with pytest.raises(LoraportError, match=r"lm_head\.weight: the graph does not hold it"):
+            replaced("lm_head")
+        return
+    expected = table[ids].astype(np.float64) @ inner @ new.T
+    assert np.linalg.norm(replaced("lm_head") - expected) < apart * np.linalg.norm(expected)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from converters.onnx.graph.torch_dtypes import TORCH_DTYPES
-from converters.onnx.modules.graph_names import NamedSite
+from converters.onnx.modules.graph_names import NamedSite, weight_of
 from loraport.adapter import ModuleKind
 from loraport.naming import bias_name, is_module_path, weight_name
 from loraport.stored_tensors import stored_tensors
@@ -162,12 +162,15 @@ class GraphHolders:
             if value.name and "." in value.name and is_module_path(value.name)
         }
         self._by_site: dict[str, tuple[ir.Value, NamedSite | None]] = {}
+        self._elsewhere: set[str] = set()  # the modules' operators read something else
         for entry in named:
             if entry.site.expose is not None:
                 continue
-            root = _root(entry.site.node)
+            root, name = _root(entry.site.node), weight_name(entry.path)
             if root is not None and not entry.site.quantized:
-                self._by_site.setdefault(weight_name(entry.path), (root, entry))
+                self._by_site.setdefault(name, (root, entry))
+            elif (stored := weight_of(entry.site)) is not None and stored.name != name:
+                self._elsewhere.add(name)
             if entry.site.bias_input is not None:
                 bias = entry.site.node.inputs[entry.site.bias_input]
                 if bias is not None and bias.const_value is not None:
@@ -175,7 +178,7 @@ class GraphHolders:
 
     def parameters(self) -> Iterable[str]:
         """Return the names of initializers, and of the parameters of modules with a name."""
-        return dict.fromkeys((*self._by_site, *self._by_name))
+        return dict.fromkeys((*self._by_site, *self._by_name, *self._elsewhere))
 
     def find(self, parameter: str) -> Holder | str:
         """Return the initializer of this name, or of the module's operator."""
@@ -191,6 +194,8 @@ class GraphHolders:
             if not uses or transposed is None:
                 return _NOT_AS_IT_IS
             return Holder(value, uses, transposed)
+        if parameter in self._elsewhere:  # what has its name is another's: a tied embedding's
+            return _NOT_AS_IT_IS
         value = self._by_name[parameter]
         uses = tuple(value.uses())
         if len(uses) > 1:
