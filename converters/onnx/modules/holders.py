@@ -24,7 +24,7 @@ from loraport.stored_tensors import stored_tensors
 
 _NOT_AS_IT_IS = (
     "the graph does not hold it as it is: it is quantized, packed with others or part of an "
-    "operator"
+    "operator; merge the adapter that stores it and export that"
 )
 
 
