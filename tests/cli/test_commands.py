@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from converters.onnx.packing.adding import write_onnx_adapter
 from loraport.bundle.manifest import check_files, read_manifest, write_manifest
 from loraport.cli import main
+from loraport.errors import LoraportError
 from loraport.runtime import Runtime, Sampling, TextGenerator
 
 
@@ -206,6 +207,39 @@ class TestRun:
         options = ["--prompt", "Ahoy", "--temperature", 2, "--top-p", 0.9, "--max-new-tokens", 8]
         said = [call(capsys, "run", bundle, *options, "--seed", seed)[1] for seed in (1, 1, 2)]
         assert said[0] == said[1] != said[2]
+
+
+    @pytest.mark.parametrize("refused", [(), (True,), (True, False)])
+    def test_cuda_graphs_are_used_where_they_can_be(self, bundle, capsys, monkeypatch, refused):
+        """On a CPU that stands for a GPU, which has all that the graph needs, or not."""
+        opened = []
+
+        class OnGpu(Runtime):
+            def __init__(self, directory, *, provider, cuda_graphs):
+                assert provider == "cuda"
+                opened.append(cuda_graphs)
+                if cuda_graphs in refused:
+                    raise LoraportError(f"refused, with {cuda_graphs}")
+                super().__init__(directory)
+
+        monkeypatch.setattr("loraport.runtime.Runtime", OnGpu)
+        options = ["--prompt", "Ahoy", "--max-new-tokens", 3, "--provider", "cuda"]
+        code, out, err = call(capsys, "run", bundle, *options)
+        if False in refused:
+            assert (code, out) == (2, "")
+            assert "refused, with False" in err
+        else:
+            expected = TextGenerator(Runtime(bundle)).generate("Ahoy", None, Sampling(3))
+            assert (code, out) == (0, expected + "\n")
+        assert opened == ([True] if not refused else [True, False])
+        opened.clear()
+        assert call(capsys, "run", bundle, *options, "--no-cuda-graphs")[0] in (0, 2)
+        assert opened == [False]
+
+    def test_cuda_graphs_that_are_asked_for_need_cuda(self, bundle, capsys):
+        code, out, err = call(capsys, "run", bundle, "--prompt", "Ahoy", "--cuda-graphs")
+        assert (code, out) == (2, "")
+        assert "CUDA graphs: expected provider cuda, got cpu" in err
 
 
 class TestInspect:
