@@ -35,6 +35,7 @@ from loraport.parity.metrics import Comparison, compare, worst
 from loraport.parity.packed import differences
 from loraport.parity.placement import placement
 from loraport.parity.reference import adapted, merged, next_token_logits, torch_outputs
+from loraport.parity.rounding import Rounding, allowed_beside, wider
 from loraport.parity.shipped import golden_cases, required_graph, same_in_both_files
 from loraport.parity.tolerances import AS_DEPLOYED, Tolerance
 from loraport.runtime import Runtime, Sampling, Selection, generate
@@ -102,6 +103,9 @@ class Protocol:
         self._adapters = adapters
         self._samples = samples
         self._tolerance = tolerance
+        halves = tolerance.floats != "float32"
+        self._rounding = Rounding(model, tolerance.floats) if halves else None
+        self._widest = tolerance  # that was allowed in any comparison with torch
         self._progress = progress
         slots = set(runtime.manifest.slots.inputs())
         cache = ("present", *slots)
@@ -215,8 +219,25 @@ class Protocol:
         found = self._compared(changes, lambda sample: self._session(sample, selection))
         if isinstance(found, str):
             return Check(title, False, found)
-        check = Check(title, found.within(self._tolerance), "", found)
+        check = self._judged(title, found, changes)
         return check if check.passed else self._with_cause(check, selection, changes)
+
+    def _judged(self, title: str, found: Comparison, changes: Changes) -> Check:
+        """Judge a distance from torch, where it must be by torch's own in the graph's halves."""
+        if self._rounding is None or found.within(self._tolerance):
+            return Check(title, found.within(self._tolerance), "", found)
+        own = self._rounding.measure((sample.torch for sample in self._samples), changes)
+        if own is None:
+            return Check(
+                title, False, f"torch cannot compute it in {self._tolerance.floats}", found
+            )
+        allowed = allowed_beside(self._tolerance, own)
+        self._widest = wider(self._widest, allowed)
+        detail = (
+            f"torch itself in {self._tolerance.floats}: max abs {own.max_abs:.2e}, relative "
+            f"{own.relative:.2e}; twice that is allowed"
+        )
+        return Check(title, found.within(allowed), detail, found)
 
     def _compared(self, changes: Changes, run: Run) -> Comparison | str:
         """Compare what a run gives with torch, or tell why it cannot be compared."""
@@ -263,7 +284,8 @@ class Protocol:
             ]
         )
         # Infinite or NaN differences are no proof of an effect either.
-        passed = bool(self._tolerance.max_abs < found.max_abs < np.inf)
+        large = self._tolerance.max_abs < found.max_abs < np.inf
+        passed = bool(large and not found.within(self._widest))
         detail = "" if passed else "the adapter changes no more than the tolerance"
         return Check(f"adapter {name}: differs from base", passed, detail, found)
 
@@ -321,8 +343,13 @@ class Protocol:
         return [
             *(same_in_both_files(runtime, name) for name in adapters),
             required_graph(runtime, inputs, self._outputs, adapters, self._tolerance),
-            golden_cases(self._deployed or runtime),
+            golden_cases(self._deployed or runtime, self._allowed_golden()),
         ]
+
+    def _allowed_golden(self) -> float:
+        """Return the bundle's bound, or what torch's own halves make of it."""
+        bound = self._runtime.manifest.tolerance
+        return bound if self._widest == self._tolerance else max(bound, self._widest.max_abs)
 
     def _loads(self, name: str) -> bool:
         """Tell whether an adapter's tensors fit; why they do not, its own check says."""

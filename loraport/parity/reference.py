@@ -23,11 +23,14 @@ def torch_outputs(model: nn.Module, inputs: Mapping[str, np.ndarray]) -> list[np
     """Run the model and return its output tensors in order, without caches.
 
     Args:
-        model: In evaluation mode.
+        model: In evaluation mode; one in halves is given its inputs in halves.
         inputs: Arguments of ``forward`` by name.
     """
-    device = next(model.parameters()).device
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+    first = next(model.parameters())
+    tensors = {name: torch.from_numpy(array).to(first.device) for name, array in inputs.items()}
+    if first.dtype in (torch.float16, torch.bfloat16):
+        floats = {name: each for name, each in tensors.items() if each.is_floating_point()}
+        tensors |= {name: each.to(first.dtype) for name, each in floats.items()}
     with torch.no_grad():
         result = model(**tensors)
     return [tensor.float().cpu().numpy() for tensor in _tensors(result)]

@@ -208,7 +208,6 @@ class TestRun:
         said = [call(capsys, "run", bundle, *options, "--seed", seed)[1] for seed in (1, 1, 2)]
         assert said[0] == said[1] != said[2]
 
-
     @pytest.mark.parametrize("refused", [(), (True,), (True, False)])
     def test_cuda_graphs_are_used_where_they_can_be(self, bundle, capsys, monkeypatch, refused):
         """On a CPU that stands for a GPU, which has all that the graph needs, or not."""
