@@ -28,6 +28,7 @@ from converters.onnx.modules.graph_names import (
 )
 from converters.onnx.modules.holders import BaseHolders, GraphHolders, Holders
 from converters.onnx.modules.matching import Match, Matcher, SiteMatcher, Unmatched
+from converters.onnx.modules.merged_calls import MergedCalls, merged_calls
 from converters.onnx.modules.unslotted import reasons
 from converters.onnx.slots.inserting import (
     SlotOptions,
@@ -210,7 +211,8 @@ def slot_graph(
     modules = {} if base is None else base.modules
     wanted = {path: m for path, m in modules.items() if options.slots.serves(m.kind)}
     finder: SiteMatcher = GraphModules(named) if base is None else Matcher(wanted)
-    listening = _Listening(finder)
+    merged = merged_calls(model)
+    listening = _Listening(finder, merged)
     known = (*named, *others)
     by_name = GraphHolders(model.graph, known, as_stored=model.producer_name == _PYTORCH)
     if not served:
@@ -223,9 +225,13 @@ def slot_graph(
         modules,
         options.slots,
         matcher=listening,
-        exclude=lambda path: None if options.lm_head else _head_reason(path),
+        exclude=lambda path: (
+            listening.merged.get(path) or (None if options.lm_head else _head_reason(path))
+        ),
     )
     unslotted = {**why, **listening.unmatched, **slotted.unslotted}
+    if listening.merged:
+        unslotted |= dict.fromkeys(merged.lost, merged.reason_of_lost(listening.merged))
     tied = tied_sites(exact or named) if base is None else tied_modules(modules)
     slotted = SlottedModel(slotted.model, replace(slotted.slots, tied=tied), unslotted)
     if options.slots.replace:
@@ -248,17 +254,21 @@ def _base_holders(model: ir.Model, base: str) -> Holders:
 
 
 class _Listening:
-    """Passes matches on and remembers what had none."""
+    """Passes matches on and remembers what had none, or is several layers that were merged."""
 
-    def __init__(self, matcher: SiteMatcher) -> None:
+    def __init__(self, matcher: SiteMatcher, calls: MergedCalls) -> None:
         self._matcher = matcher
+        self._calls = calls
         self.unmatched: dict[str, str] = {}
+        self.merged: dict[str, str] = {}
 
     def match(self, site: Site) -> Match | Unmatched:
         """Return the modules of a site."""
         found = self._matcher.match(site)
         if isinstance(found, Unmatched):
             self.unmatched[site.node.name or site.y.name or site.node.op_type] = found.reason
+        elif id(site.node) in self._calls.nodes:
+            self.merged |= dict.fromkeys((module.path for module in found), self._calls.reason)
         return found
 
 

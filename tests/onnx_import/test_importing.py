@@ -335,6 +335,50 @@ def test_modules_that_share_a_weight_have_slots_of_their_own(tmp_path):
     assert np.abs(expected - base).max() > 0.1
 
 
+class Twins(torch.nn.Module):
+    """``b`` is equal to ``a``, ``f`` to ``e``; so are the norms, by chance."""
+
+    def __init__(self):
+        super().__init__()
+        for name in "abefc":
+            setattr(self, name, torch.nn.Linear(8, 8))
+        self.one, self.other = torch.nn.LayerNorm(8), torch.nn.LayerNorm(8)
+        self.b.load_state_dict(self.a.state_dict())
+        self.f.load_state_dict(self.e.state_dict())
+
+    def forward(self, x):
+        x = torch.tanh(self.one(self.a(x))) + torch.relu(self.b(x))
+        x = torch.tanh(self.e(x)) + 2 * torch.tanh(self.f(x))
+        return self.c(self.other(x))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
+def test_merged_layers_have_no_slot_and_others_do(tmp_path):
+    torch.manual_seed(0)
+    module = Twins().eval()
+    x = torch.randn(2, 8)
+    torch.onnx.export(module, (x,), tmp_path / "m.onnx", input_names=["x"], dynamo=True)
+    import_model(tmp_path / "m.onnx", tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert list(manifest.slots.modules()) == ["c"]
+    assert sorted(manifest.unslotted) == ["a", "b", "e", "f"]
+    random = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(shape, generator=random) for shape in ((2, 8), (8, 2)))
+    adapters = {p: Adapter({p: LoraModule(ModuleKind.LINEAR, a, b, alpha=2)}) for p in "abc"}
+    for path in "ab":
+        with pytest.raises(LoraportError, match=r"merged|by one operator"):
+            add_adapters(tmp_path / "out", {path: adapters[path]})
+    add_adapters(tmp_path / "out", {"c": adapters["c"]})
+    with torch.no_grad():
+        base = module(x).numpy()
+        module.c.weight += b @ a
+        expected = module(x).numpy()
+    runtime = Runtime(tmp_path / "out")
+    (got,) = runtime.run({"x": x.numpy()}, {"c": 1.0}).values()
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(expected - base).max() > 0.1
+
+
 @pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
 @pytest.mark.parametrize("dynamo", [False, True])
 def test_folded_kernels_are_told_where_they_were_fused_with_an_activation(dynamo, tmp_path):
