@@ -1,5 +1,8 @@
 """Any nn.Module, exported with slots, computes with an adapter what PEFT computes."""
 
+import copy
+import itertools
+
 import numpy as np
 import onnx
 import pytest
@@ -9,6 +12,8 @@ from torch import nn
 
 from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters, export_torch_module
+from converters.onnx.slots.inserting import SlotOptions
+from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.bundle.manifest import read_manifest
 from loraport.errors import LoraportError
 from loraport.parity import verify_bundle
@@ -312,3 +317,52 @@ def test_attention_that_torch_does_not_export_is_written_plainly(tmp_path):
         base = case.base(**inputs).last_hidden_state
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
     assert (expected - base).abs().max() > 0.05
+
+
+class Twins(nn.Module):
+    """Layers of equal weights on one input, whose weights the exporter transposes, and not."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.same = nn.Linear(6, 10, bias=False), nn.Linear(6, 10, bias=False)
+        self.conv, self.copy = nn.Conv1d(3, 6, 1), nn.Conv1d(3, 6, 1)
+        self.head = nn.Linear(10, 4)
+        self.same.load_state_dict(self.one.state_dict())
+        self.copy.load_state_dict(self.conv.state_dict())
+
+    def forward(self, signal):
+        hidden = (torch.tanh(self.conv(signal)) + self.copy(signal)).transpose(1, 2)
+        return self.head(torch.tanh(self.one(hidden)) + torch.relu(self.same(hidden)))
+
+
+def test_equal_layers_of_one_input_take_adapters_of_their_own(tmp_path):
+    torch.manual_seed(0)
+    twins = Twins()
+    signal = {"signal": signals(2)["signal"]}
+    options = SlotOptions(variants=("lora", "conv"))
+    export_torch_module(twins, as_torch(signal), tmp_path / "bundle", slots=options)
+    places = ["conv", "copy", "head", "one", "same"]
+    assert sorted(read_manifest(tmp_path / "bundle").slots.modules()) == places
+    random = torch.Generator().manual_seed(0)
+    answers = [twins(**as_torch(signal)).detach().numpy()]
+    for path, kind in (
+        ("one", ModuleKind.LINEAR),
+        ("same", ModuleKind.LINEAR),
+        ("copy", ModuleKind.CONV),
+    ):
+        module = twins.get_submodule(path)
+        out_features, *inside = module.weight.shape
+        a = torch.randn((2, *inside), generator=random)
+        b = torch.randn((out_features, 2), generator=random)
+        adapter = Adapter({path: LoraModule(kind, a, b, alpha=2)})
+        add_adapters(tmp_path / "bundle", {path: adapter})
+        merged = copy.deepcopy(twins)
+        with torch.no_grad():
+            merged.get_submodule(path).weight += (b @ a.flatten(1)).reshape(module.weight.shape)
+            answers.append(merged(**as_torch(signal)).numpy())
+    runtime = Runtime(tmp_path / "bundle")
+    for adapter, expected in zip((None, "one", "same", "copy"), answers, strict=True):
+        (got,) = runtime.run(signal, adapter).values()
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    for one, other in itertools.combinations(answers, 2):
+        assert np.abs(one - other).max() > 0.1

@@ -50,9 +50,9 @@ def export_module(
     names = _output_names(module, inputs)
     left: set[str] = set()
     while True:
-        with distinct_parameters(module, left) as true:
+        with distinct_parameters(module, left) as changed:
             model = _exported(module, inputs, dynamic, names)
-        missing = put_back(model, true)
+        missing = put_back(model, changed)
         if not missing:
             break
         left |= missing
