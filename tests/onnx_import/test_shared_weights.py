@@ -224,3 +224,47 @@ def test_what_is_called_like_the_head_is_replaced_in_the_head_alone(tmp_path, pr
         return
     expected = table[ids].astype(np.float64) @ inner @ new.T
     assert np.linalg.norm(replaced("lm_head") - expected) < apart * np.linalg.norm(expected)
+
+
+def test_equal_parameters_that_torchscript_copies_are_replaced_apart(tmp_path):
+    """A fresh batch norm: its weight and variance are ones, its bias and mean zeros."""
+    random = np.random.default_rng(0)
+    weight = (random.standard_normal((SIZE, SIZE)) / 8).astype(np.float32)
+    names = ["norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"]
+    nodes = [
+        helper.make_node("Identity", ["norm.weight"], ["norm.running_var"]),
+        helper.make_node("Identity", ["norm.bias"], ["norm.running_mean"]),
+        helper.make_node("Gemm", ["x", "up.weight"], ["a"], name="/up/Gemm", transB=1),
+        helper.make_node(
+            "BatchNormalization", ["a", *names], ["y"], name="/norm/Norm", epsilon=0.1
+        ),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", SIZE]) for n in "xy"]
+    fresh = {"norm.weight": np.ones(SIZE, np.float32), "norm.bias": np.zeros(SIZE, np.float32)}
+    stored = {"up.weight": weight, **fresh}
+    arrays = [numpy_helper.from_array(array, name) for name, array in stored.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], arrays)
+    onnx.save(
+        helper.make_model(graph, opset_imports=DOMAINS[:1], ir_version=10), tmp_path / "m.onnx"
+    )
+    options = ImportOptions(slots=SlotOptions(replace=("norm",)))
+    import_model(tmp_path / "m.onnx", tmp_path / "out", options)
+    places = {
+        place.parameter: place for place in read_manifest(tmp_path / "out").slots.replacements
+    }
+    assert sorted(places) == sorted(names)
+    running = session(str(tmp_path / "out" / "model.onnx"))
+    x = random.standard_normal((3, SIZE)).astype(np.float32)
+    product = x.astype(np.float64) @ weight.T
+    values = dict(zip(names, (1.0, 0.0, 0.0, 1.0), strict=True))
+    for changed in (None, *names):  # each alone: the one beside it keeps its own
+        fed, now = {"x": x}, dict(values)
+        if changed is not None:
+            now[changed] = random.uniform(0.5, 1.5, SIZE).astype(np.float32)
+            fed[places[changed].input] = now[changed]
+        scale, bias, mean, variance = now.values()
+        expected = (product - mean) / np.sqrt(variance + 0.1) * scale + bias
+        got = running.run(None, fed)[0]
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+        base = product / np.sqrt(1.1)
+        assert (np.abs(expected - base).max() > 0.1) == (changed is not None)

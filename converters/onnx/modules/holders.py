@@ -155,10 +155,12 @@ class GraphHolders:
     def __init__(
         self, graph: ir.Graph, named: Iterable[NamedSite], *, as_stored: bool = False
     ) -> None:
+        self._graph = graph
         self._as_stored = as_stored
+        copies = [value for value in _stored(graph) for value in _copies(value)]
         self._by_name = {
             value.name: value
-            for value in _stored(graph)
+            for value in (*_stored(graph), *copies)
             if value.name and "." in value.name and is_module_path(value.name)
         }
         self._by_site: dict[str, tuple[ir.Value, NamedSite | None]] = {}
@@ -185,7 +187,7 @@ class GraphHolders:
         if parameter in self._by_site:
             value, entry = self._by_site[parameter]
             if entry is None:
-                uses = tuple(value.uses())
+                uses = self._own_uses(value)
                 return _MAYBE_SHARED if len(uses) > 1 else Holder(value, uses, transposed=False)
             node = entry.site.node
             uses = tuple(use for use in value.uses() if _leads_to(use.node, node))
@@ -197,10 +199,39 @@ class GraphHolders:
         if parameter in self._elsewhere:  # what has its name is another's: a tied embedding's
             return _NOT_AS_IT_IS
         value = self._by_name[parameter]
-        uses = tuple(value.uses())
-        if len(uses) > 1:
+        if len(self._own_uses(value)) > 1:
             return _MAYBE_SHARED
-        return Holder(value, uses, transposed=False)
+        if value.const_value is None:
+            value = self._by_name[parameter] = _apart(self._graph, value)
+        return Holder(value, self._own_uses(value), transposed=False)
+
+    def _own_uses(self, value: ir.Value) -> tuple[Use, ...]:
+        """Return where a constant is read, but for copies of it that are other parameters."""
+        others = {id(copy) for copy in _copies(value) if copy.name in self._by_name}
+        return tuple(use for use in value.uses() if id(use.node.outputs[0]) not in others)
+
+
+def _copies(value: ir.Value) -> list[ir.Value]:
+    """Return the copies of a constant: TorchScript's exporter makes them of equal parameters."""
+    readers = [use.node for use in value.uses() if use.node.op_type == "Identity"]
+    return [node.outputs[0] for node in readers if not node.outputs[0].is_graph_output()]
+
+
+def _apart(graph: ir.Graph, copy: ir.Value) -> ir.Value:
+    """Make a copy of a constant a constant of its own, in place."""
+    node = copy.producer()
+    assert node is not None
+    source = node.inputs[0]
+    assert source is not None
+    value = ir.Value(
+        name=copy.name, shape=source.shape, type=source.type, const_value=source.const_value
+    )
+    copy.replace_all_uses_with(value)
+    owner = node.graph
+    assert isinstance(owner, ir.Graph)
+    owner.remove(node, safe=True)
+    graph.register_initializer(value)
+    return value
 
 
 def _stored(graph: ir.Graph) -> list[ir.Value]:
