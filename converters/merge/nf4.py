@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.merge.sources import OpenFiles, Source, StoredSource
+from converters.merge.quantized import Dequantized, QuantizedCheckpoint
+from converters.merge.sources import OpenFiles, StoredSource
 from loraport.checkpoint import Checkpoint, TensorInfo
-from loraport.errors import LoraportError, Problems
+from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
     import torch
@@ -66,42 +65,19 @@ class Nf4Source:
         return self.values[codes.int()] * self.scales[blocks]
 
 
-def dequantized_sources(
-    checkpoint: Checkpoint, shards: Mapping[Path, Mapping[str, Source]]
-) -> dict[Path, dict[str, Source]]:
-    """Return the shards with every 4-bit weight in the place of its parts.
-
-    Raises:
-        LoraportError: For parts that are missing or of another kind (8-bit weights).
-    """
-    problems = Problems()
-    parts: set[str] = set()
-    weights: dict[str, Source] = {}
+def add_nf4_weights(quantized: QuantizedCheckpoint, result: Dequantized) -> None:
+    """Add a checkpoint's 4-bit weights."""
+    checkpoint = quantized.checkpoint
     for name in checkpoint:
         suffix = next((suffix for suffix in _STATES if name.endswith(suffix)), None)
         if suffix is None:
             continue
         weight = name.removesuffix(suffix)
-        parts.update(other for other in checkpoint if other.startswith(weight + "."))
+        result.parts.update(other for other in checkpoint if other.startswith(weight + "."))
         try:
-            weights[weight] = _source(checkpoint, weight, name)
+            result.weights[weight] = weight, _source(checkpoint, weight, name)
         except (LoraportError, KeyError, ValueError, TypeError, IndexError) as error:
-            problems.add(weight, "a whole 4-bit weight of bitsandbytes", repr(error))
-    for name in checkpoint:
-        if name.endswith(".SCB"):
-            problems.add(
-                name,
-                "4-bit weights",
-                "8-bit ones",
-                "merge into the float model it was made from",
-            )
-    problems.raise_if_any(f"checkpoint {checkpoint.path} cannot be dequantized")
-    return {
-        file: {
-            name: weights.get(name, source) for name, source in tensors.items() if name not in parts
-        }
-        for file, tensors in shards.items()
-    }
+            result.problems.add(weight, "a whole 4-bit weight of bitsandbytes", repr(error))
 
 
 def _source(checkpoint: Checkpoint, weight: str, state_name: str) -> Nf4Source:

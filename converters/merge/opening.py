@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from converters.merge.base import BaseCheckpoint
+from converters.merge.compressed_tensors import FORMATS, compressed_weights
+from converters.merge.fp8 import fp8_weights
 from converters.merge.gguf_base import open_gguf
-from converters.merge.nf4 import dequantized_sources
+from converters.merge.int8 import add_int8_weights
+from converters.merge.mxfp4 import mxfp4_weights
+from converters.merge.nf4 import add_nf4_weights
+from converters.merge.quantized import Dequantized, QuantizedCheckpoint, computing_dtype
 from converters.merge.sources import Source, StoredSource
 from loraport.base_model import gguf_file, read_model_config, resolve_base
 from loraport.checkpoint import Checkpoint
@@ -43,17 +48,41 @@ def open_base(base: str) -> BaseCheckpoint:
         info = checkpoint.info(name)
         shards[info.file][name] = StoredSource(info)
     quantized = _method(config)
-    if quantized == "bitsandbytes":
-        found = dequantized_sources(checkpoint, shards)
-    elif quantized is None:
-        found = shards
-    else:
-        raise LoraportError(
-            f"base {base}: expected float weights, bitsandbytes 4-bit or GGUF, got weights "
-            f"quantized by {quantized!r}; merge into the float model it was made from"
-        )
-    inside = {file.relative_to(directory): tensors for file, tensors in found.items()}
+    if quantized is not None:
+        shards = _dequantized(base, quantized, checkpoint, config).shards(shards, checkpoint.path)
+    inside = {file.relative_to(directory): tensors for file, tensors in shards.items()}
     return BaseCheckpoint(directory, inside, checkpoint.metadata, config, quantized)
+
+
+def _bitsandbytes_weights(quantized: QuantizedCheckpoint) -> Dequantized:
+    result = Dequantized()
+    add_nf4_weights(quantized, result)
+    add_int8_weights(quantized, result)
+    return result
+
+
+_BITS = {"load_in_4bit", "load_in_8bit"}
+_READERS: Mapping[str, Callable[[QuantizedCheckpoint], Dequantized]] = {
+    "bitsandbytes": _bitsandbytes_weights,
+    "fp8": fp8_weights,
+    "mxfp4": mxfp4_weights,
+    "compressed-tensors": compressed_weights,
+}
+
+
+def _dequantized(
+    base: str, method: str, checkpoint: Checkpoint, config: Mapping[str, Any]
+) -> Dequantized:
+    settings = config["quantization_config"]
+    form = settings.get("format") if method == "compressed-tensors" else None
+    if method not in _READERS or (method == "compressed-tensors" and form not in FORMATS):
+        raise LoraportError(
+            f"base {base}: expected float weights, GGUF, or weights quantized by bitsandbytes, as "
+            f"fp8 or mxfp4, or by compressed-tensors to 8 bits ({', '.join(FORMATS)}), got weights "
+            f"quantized by {method!r}{f' as {form!r}' if form else ''}; merge into the float model "
+            "it was made from"
+        )
+    return _READERS[method](QuantizedCheckpoint(checkpoint, settings, computing_dtype(config)))
 
 
 def _method(config: Mapping[str, Any]) -> str | None:
@@ -61,6 +90,6 @@ def _method(config: Mapping[str, Any]) -> str | None:
     if not settings:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method is None and isinstance(settings, dict) and "load_in_4bit" in settings:
+    if method is None and isinstance(settings, dict) and settings.keys() & _BITS:
         return "bitsandbytes"
     return str(method or "an unknown method")

@@ -68,8 +68,8 @@ def merge(
     """Merge one or more adapters into BASE, whatever its size.
 
     Tensors stream by one block at a time; those that no adapter touches are copied byte for
-    byte. Every changed element is computed in float64 and rounded once. Several adapters are
-    added up exactly, in one pass.
+    byte, or dequantized where BASE is quantized. Every changed element is computed in float64
+    and rounded once. Several adapters are added up exactly, in one pass.
     """
     from converters.merge import MergeOptions, make_plan
     from converters.merge import merge as write_merge
