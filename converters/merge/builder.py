@@ -11,6 +11,7 @@ from pathlib import Path
 from converters.merge.arithmetic import Change
 from converters.merge.base import BaseCheckpoint
 from converters.merge.changes import bias_change, replacement_change, weight_change
+from converters.merge.codes import stored_codes
 from converters.merge.experts import (
     is_of_pieces,
     is_part,
@@ -273,6 +274,15 @@ class PlanBuilder:
             self.changes[name].append(Change(one.adapter.strength, replacement=rows))
 
     def _add(self, parameter: str, entries: list[Said], subject: str) -> None:
+        codes = stored_codes(parameter, self.pieces)
+        if codes is not None:
+            self.problems.add(
+                subject,
+                f"{parameter} in the base",
+                f"the codes of a quantization, {codes}, of which no config.json tells",
+                "merge into the float model it was made from",
+            )
+            return
         one = entries[0]
         whole = one.replacement is not None and one.replacement.rows is None
         if one.module is not None or not whole or len(entries) > 1 or one.adapter.strength != 1.0:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft_cases import llama
 from safetensors.torch import load_file, save_file
 
 from converters.merge import MergeOptions, make_plan
@@ -134,6 +135,37 @@ def test_other_quantizations_are_refused(method, tmp_path):
     write_adapter(tmp_path / "adapter", 2, 2)
     with pytest.raises(LoraportError, match=f"quantized by '{method}'; merge into the float"):
         make_plan(options)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_codes_that_no_config_tells_of_are_no_place_for_a_weight(saved, tmp_path):
+    """The weight would be a new tensor beside the codes that it is to replace."""
+    base, adapter, name = tmp_path / "base", tmp_path / "adapter", "model.layers.0.mlp.up_proj"
+    other = "model.layers.0.mlp.gate_proj"
+    base.mkdir()
+    codes = {f"{name}.qweight": torch.zeros(1, 9, dtype=torch.int32)}
+    norm = {"model.norm.weight": torch.ones(32)}
+    save_file({**norm, **codes}, base / "model.safetensors")
+    config = {"architectures": ["LlamaForCausalLM"]}
+    (base / "config.json").write_text(json.dumps({**llama().config.to_dict(), **config}))
+    adapter.mkdir()
+    content = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 32)}
+    tensors[f"{name}.lora_B.weight"] = torch.ones(48, 2)
+    if saved:
+        content["modules_to_save"] = ["up_proj", "gate_proj"]
+        tensors = {f"{path}.weight": torch.ones(48, 32) for path in (name, other)}
+    (adapter / "adapter_config.json").write_text(json.dumps(content))
+    prefixed = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
+    save_file(prefixed, adapter / "adapter_model.safetensors")
+    options = MergeOptions(base=str(base), adapters=((adapter, 1.0),))
+    with pytest.raises(LoraportError, match=r"codes of a quantization, .*qweight, of") as error:
+        make_plan(options)
+    assert "gate_proj" not in str(error.value)
+    if saved:  # the control: without codes it is a new tensor
+        save_file(norm, base / "model.safetensors")
+        added = {each.name for each in make_plan(options).tensors}
+        assert added == {*norm, f"{name}.weight", f"{other}.weight"}
 
 
 def test_against_bitsandbytes(tmp_path):

@@ -1,0 +1,25 @@
+"""Names by which a checkpoint's tensors are known for codes of a quantization.
+
+Its ``config.json`` says so as well, where it is there and whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+# What is stored in the place of ``weight``: GPTQ's and AWQ's, compressed-tensors', HQQ's, AQLM's.
+_CODES = ("qweight", "weight_packed", "W_q", "codes")
+
+
+def stored_codes(parameter: str, names: Container[str]) -> str | None:
+    """Return the tensor that holds a parameter's codes, if there is one.
+
+    Args:
+        parameter: A parameter that is not stored itself.
+        names: What is stored, named as in the model.
+    """
+    module, _, leaf = parameter.rpartition(".")
+    found = [f"{parameter}_blocks"]
+    if leaf == "weight":
+        found += [f"{module}.{each}" for each in _CODES]
+    return next((name for name in found if name in names), None)
