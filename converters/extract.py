@@ -142,6 +142,13 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
         base_fingerprint=BaseFingerprint(hashes) if hashes else None,
     )
     notes = [] if layout.known else [_UNKNOWN]
+    if base.quantized is not None:
+        notes.append(f"of the base ({base.quantized}) the dequantized weights are compared")
+    if tuned.quantized is not None:
+        notes.append(
+            f"of the tuned model ({tuned.quantized}) the dequantized weights are compared: what "
+            "its quantization rounded counts as changed"
+        )
     if rounded:
         notes.append(
             f"the tuned model is stored in {', '.join(sorted(rounded))}, the base in more: it is "

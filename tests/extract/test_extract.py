@@ -349,3 +349,36 @@ def test_a_base_in_as_many_but_other_bits_is_rounded_too_and_that_is_said(tmp_pa
     assert list(extracted.adapter.modules) == [path]
     assert not extracted.adapter.replacements
     assert "stored in bfloat16, the base in more" in extracted.notes[0]
+
+
+def test_a_quantized_base_is_compared_by_the_weights_it_stands_for(tmp_path):
+    """Stored in fp8 with one scale; the fine-tune is a float checkpoint."""
+    base = llama().eval()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight = base.get_parameter(name)
+    codes, scale = (weight.detach() * 100).to(torch.float8_e4m3fn), torch.tensor(0.01)
+    weight.data = codes.float() * scale
+    tuned = copy.deepcopy(base)
+    change = torch.randn(len(weight), 1) @ torch.randn(1, weight.shape[1])
+    tuned.get_parameter(name).data += change
+    for model, directory in ((base, "base"), (tuned, "tuned")):
+        save_base(model, tmp_path / directory)
+    file, config = tmp_path / "base/model.safetensors", tmp_path / "base/config.json"
+    stored = load_file(file) | {name: codes, f"{name}_scale_inv": scale}
+    save_file(stored, file, {"format": "pt"})
+    settings = {"quantization_config": {"quant_method": "fp8", "weight_block_size": None}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+
+    def run(before, after):
+        options = ExtractOptions(str(tmp_path / before), str(tmp_path / after), rank=1)
+        return extract(options, lambda *_: None)
+
+    for sign, extracted in ((1, run("base", "tuned")), (-1, run("tuned", "base"))):
+        assert list(extracted.adapter.modules) == [name.removesuffix(".weight")]
+        module = extracted.adapter.modules[name.removesuffix(".weight")]
+        delta = module.lora_B.double() @ module.lora_A.double()
+        # The two weights were rounded to float32, and so are the factors.
+        assert torch.allclose(delta, sign * change.double(), rtol=0, atol=1e-5)
+        side = "base" if sign == 1 else "tuned model"
+        assert f"of the {side} (fp8) the dequantized weights are compared" in extracted.notes[0]
+    assert "what its quantization rounded counts as changed" in extracted.notes[0]
