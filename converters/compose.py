@@ -14,6 +14,8 @@ from loraport.fingerprint import BaseFingerprint
 if TYPE_CHECKING:
     import torch
 
+_ROUNDING = 2.0**-22  # of a sum of numbers rounded to float32 once, with two bits to spare
+
 
 @dataclass(frozen=True)
 class Composed:
@@ -37,7 +39,8 @@ def compose(
 
     Without ``rank`` and ``energy`` ranks are concatenated, ``A = [A_1; A_2]``,
     ``B = [s_1 c_1 B_1, s_2 c_2 B_2]``: no cross terms, exact but for one rounding of B to
-    float32. With either the sum is truncated to its largest singular values.
+    float32. With either the sum is truncated to its largest singular values; one that is zero but
+    for rounding becomes zero, of which every truncation is exact.
 
     Args:
         weighted: Name, adapter and strength of each.
@@ -116,22 +119,17 @@ def _concatenated(parts: Sequence[tuple[LoraModule, float]]) -> LoraModule:
     if not all(tensor.float().isfinite().all() for tensor in (*scaled, *biases)):
         raise LoraportError("numbers beyond what float32 holds; use smaller weights")
     rank = sum(module.rank for module, _ in parts)
+    # Each group of B reads rows of A of its own, so those of one group lie together.
+    shape = (first.groups, -1, *first.lora_A.shape[1:])
+    grouped = [module.lora_A.float().reshape(shape) for module, _ in parts]
     return replace(
         first,
-        lora_A=torch.cat([module.lora_A.float() for module, _ in parts]),
-        lora_B=_joined_b(scaled, first.groups),
+        lora_A=torch.cat(grouped, dim=1).flatten(0, 1),
+        lora_B=torch.cat(scaled, dim=1),
         lora_B_bias=torch.stack(biases).sum(0).float() if biases else None,
         alpha=float(rank),  # scaling 1
         use_rslora=False,
     )
-
-
-def _joined_b(parts: Sequence[torch.Tensor], groups: int) -> torch.Tensor:
-    import torch
-
-    if groups > 1 and len(parts) > 1:
-        raise LoraportError("convolutions with groups, whose ranks cannot be laid side by side")
-    return torch.cat(list(parts), dim=1)
 
 
 def _form(module: LoraModule) -> tuple[object, ...]:
@@ -146,9 +144,12 @@ def _form(module: LoraModule) -> tuple[object, ...]:
 def _reduced(
     module: LoraModule, rank: int | None, energy: float | None
 ) -> tuple[LoraModule, float]:
+    import torch
+
     if module.groups > 1:
         raise LoraportError("a convolution with groups, whose rank cannot be reduced")
-    factors = refactor(module.lora_B.flatten(1), module.lora_A.flatten(1), rank, energy)
+    a, b = module.lora_A.flatten(1), module.lora_B.flatten(1)
+    factors = refactor(torch.zeros_like(b) if _cancels(b, a) else b, a, rank, energy)
     reduced = replace(
         module,
         lora_A=factors.a.reshape(-1, *module.lora_A.shape[1:]),
@@ -156,6 +157,13 @@ def _reduced(
         alpha=float(factors.rank),
     )
     return reduced, factors.error
+
+
+def _cancels(b: torch.Tensor, a: torch.Tensor) -> bool:
+    """Tell whether ``b @ a`` is nothing but what rounding ``b`` to float32 leaves of its terms."""
+    # Products of the rank-one terms with each other: all of them make the sum's squared norm.
+    products = (b.double().T @ b.double()) * (a.double() @ a.double().T)
+    return bool(products.sum() <= products.trace() * _ROUNDING**2)
 
 
 def _joint_fingerprint(

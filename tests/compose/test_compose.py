@@ -12,6 +12,7 @@ from converters.compose import compose
 from loraport.cli import cli
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft
+from loraport.variants import lower
 
 
 def deltas(adapter):
@@ -94,6 +95,42 @@ def test_convolutions_are_laid_side_by_side(tmp_path):
     single = [deltas(adapter) for adapter in adapters]
     for path, delta in deltas(total.adapter).items():
         assert torch.allclose(delta, single[0][path] - single[1][path], rtol=0, atol=1e-5)
+
+
+def test_groups_keep_their_own_ranks(tmp_path):
+    """Three of other ranks, summed as their convolutions compute them in PEFT."""
+    expected, weighted = 0.0, []
+    x = torch.randn(2, 12, 5, 5, generator=torch.Generator().manual_seed(0))
+    base = None
+    for number, (rank, weight) in enumerate([(2, 1.0), (6, -0.5), (4, 2.0)]):
+        options = {"target_modules": ["grouped"], "r": rank}
+        made = make_case(Case(ConvNet, options), tmp_path / str(number), seed=number, base=base)
+        base = made.base
+        layer = made.peft_model.get_submodule("base_model.model.grouped")
+        with torch.no_grad():
+            expected = expected + weight * (layer(x) - layer.base_layer(x))
+        weighted.append((str(number), read_peft(made.path), weight))
+    total = compose(weighted).adapter.modules["grouped"]
+    assert (total.rank, total.groups) == (12, 2)
+    got = torch.nn.functional.conv2d(x, lower(total).delta().reshape(6, 12, 3, 3).float())
+    assert torch.allclose(got, expected, rtol=0, atol=2e-5 * expected.abs().max())
+    alone = lower(weighted[0][1].modules["grouped"]).delta().reshape(6, 12, 3, 3).float()
+    assert (torch.nn.functional.conv2d(x, alone) - expected).abs().max() > 1e-2
+    with pytest.raises(LoraportError, match="a convolution with groups, whose rank"):
+        compose(weighted, rank=4)
+
+
+@pytest.mark.parametrize("weights", [(1.0, -1.0, 0.0), (0.1, 0.2, -0.3)])
+@pytest.mark.parametrize("limit", [{"rank": 2}, {"energy": 0.9}])
+def test_a_sum_that_cancels_out_is_zero_and_has_no_error(pair, weights, limit):
+    adapter = plain(pair[0].path)
+    total = compose([("a", adapter, weight) for weight in weights], **limit)
+    assert set(total.errors.values()) == {0.0}
+    assert not any(delta.any() for delta in deltas(total.adapter).values())
+    # A small rest is none of rounding.
+    rest = compose([("a", adapter, weight) for weight in (1.0, -0.999)], **limit)
+    for path, delta in deltas(compose([("a", adapter, 0.001)], **limit).adapter).items():
+        assert torch.allclose(deltas(rest.adapter)[path], delta, rtol=0, atol=1e-3 * delta.norm())
 
 
 @pytest.mark.parametrize(
