@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,16 +69,27 @@ class Nf4Source:
 def add_nf4_weights(quantized: QuantizedCheckpoint, result: Dequantized) -> None:
     """Add a checkpoint's 4-bit weights."""
     checkpoint = quantized.checkpoint
-    for name in checkpoint:
-        suffix = next((suffix for suffix in _STATES if name.endswith(suffix)), None)
-        if suffix is None:
-            continue
-        weight = name.removesuffix(suffix)
-        result.parts.update(other for other in checkpoint if other.startswith(weight + "."))
+    states = {
+        name.removesuffix(suffix): name
+        for name in checkpoint
+        for suffix in _STATES
+        if name.endswith(suffix)
+    }
+    result.parts.update(
+        name for name in checkpoint if any(owner in states for owner in _owners(name))
+    )
+    for weight, name in states.items():
         try:
             result.weights[weight] = weight, _source(checkpoint, weight, name)
         except (LoraportError, KeyError, ValueError, TypeError, IndexError) as error:
             result.problems.add(weight, "a whole 4-bit weight of bitsandbytes", repr(error))
+
+
+def _owners(name: str) -> Iterator[str]:
+    """Yield the names that a tensor's can be a part of: it without its last words."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _source(checkpoint: Checkpoint, weight: str, state_name: str) -> Nf4Source:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from call_counts import calls
 from peft_cases import llama
 from safetensors.torch import load_file, save_file
 
@@ -101,6 +102,20 @@ def test_nf4_is_dequantized_and_merged(dtype, nested, shape, tmp_path, merge_int
     assert not torch.allclose(merged["fc.weight"].double(), weight.double() + delta, atol=1e-2)
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
     assert "dequantized" in plan.notes[0]
+
+
+def test_a_base_is_opened_with_one_look_at_each_name(tmp_path):
+    """A mixture has tens of thousands of weights; each looked for its parts among all names."""
+
+    def work(weights):
+        stored, _ = quantize(torch.ones(2, 4), 8, 0)
+        many = {f"{n}.{k}": part.clone() for n in range(weights) for k, part in stored.items()}
+        write(tmp_path / str(weights), many)
+        base = open_base(str(tmp_path / str(weights)))
+        assert base.sources().keys() == {f"{n}.fc.weight" for n in range(weights)} | {"norm.weight"}
+        return calls(open_base, str(tmp_path / str(weights)))
+
+    assert work(128) < 4.4 * work(32)
 
 
 def test_any_stretch_can_be_read(tmp_path):
