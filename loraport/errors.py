@@ -7,11 +7,18 @@ else that escapes is a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import dropwhile
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _TRACEBACK = "Traceback (most recent call last)"
 _LAST_LINES = 8
+_ALIKE_SHOWN = 50  # problems that differ in nothing but their subject
+_NAMES_SHOWN = 12
 
 
 class LoraportError(Exception):
@@ -35,7 +42,12 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.subject}: expected {self.expected}, got {self.got}"
+        return f"{self.subject}: {self.told}"
+
+    @property
+    def told(self) -> str:
+        """What is told of it beside its subject."""
+        text = f"expected {self.expected}, got {self.got}"
         return f"{text}; {self.remedy}" if self.remedy else text
 
 
@@ -56,12 +68,37 @@ class Problems:
             headline: What was being read, e.g. ``"adapter 'x' cannot be read"``.
 
         Raises:
-            LoraportError: If anything was recorded; one line per problem.
+            LoraportError: If anything was recorded; one line per problem, and one for those
+                beyond the first 50 that differ in nothing but their subject.
         """
         if not self.found:
             return
-        lines = [headline, *(f"  - {problem}" for problem in self.found)]
+        lines = [headline]
+        alike: Counter[str] = Counter()
+        for problem in self.found:
+            told = problem.told
+            alike[told] += 1
+            if alike[told] <= _ALIKE_SHOWN:
+                lines.append(f"  - {problem}")
+        lines += [
+            f"  - and {count - _ALIKE_SHOWN} more: {told}"
+            for told, count in alike.items()
+            if count > _ALIKE_SHOWN
+        ]
         raise LoraportError("\n".join(lines))
+
+
+def first_names(names: Iterable[str]) -> str:
+    """Return names as a list, of many the first and how many more there are.
+
+    >>> first_names(["a", "b"]), first_names([])
+    ('a, b', 'none')
+    >>> first_names(str(number) for number in range(15))
+    '0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 3 more'
+    """
+    known = list(names)
+    more = f" and {len(known) - _NAMES_SHOWN} more" if len(known) > _NAMES_SHOWN else ""
+    return (", ".join(known[:_NAMES_SHOWN]) or "none") + more
 
 
 def first_line(error: BaseException) -> str:

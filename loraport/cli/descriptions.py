@@ -23,7 +23,7 @@ class Description:
 
     Attributes:
         kind: What it is.
-        facts: Name → value, in the order shown.
+        facts: Name → value, in the order shown; of a tuple of many names a table shows the first.
         headings: Column headings of the table.
         rows: The table.
     """
@@ -35,9 +35,12 @@ class Description:
 
     def to_json(self) -> dict[str, Any]:
         """Return the description as an object."""
-        document = asdict(self)
+        facts = {
+            name: ", ".join(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self)["facts"].items()
+        }
         rows = [dict(zip(self.headings, row, strict=True)) for row in self.rows]
-        return {"kind": self.kind, "facts": document["facts"], "rows": rows}
+        return {"kind": self.kind, "facts": facts, "rows": rows}
 
 
 def describe(path: Path, base: str | None = None) -> Description:
@@ -228,7 +231,7 @@ def _bundle(path: Path) -> Description:
         "slots take": _variants(manifest.slots),
         "modules without": ", ".join(f"{k} ({v})" for k, v in manifest.unslotted.items()) or "none",
         "adapters": len(manifest.adapters),
-        "golden cases": ", ".join(manifest.golden),
+        "golden cases": tuple(manifest.golden),
         "files": len(manifest.files),
         "size": size_text(sum(sizes.values())),
     }

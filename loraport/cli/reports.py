@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loraport.errors import first_names
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -56,7 +58,8 @@ def print_description(description: Description) -> None:
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     for name, value in description.facts.items():
-        facts.add_row(name, escape(str(value)))
+        text = first_names(value) if isinstance(value, tuple) else str(value)
+        facts.add_row(name, escape(text))
     console.print(facts)
     if not description.rows:
         return

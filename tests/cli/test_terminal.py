@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from loraport.cli import main
-from loraport.cli.reports import table_console
+from loraport.cli.descriptions import Description
+from loraport.cli.reports import print_description, table_console
 from loraport.training.report import summary_table
 from loraport.training.text import TrainingSummary
 
@@ -53,6 +54,16 @@ def test_errors_show_what_a_terminal_would_follow(tiny_base, tmp_path, capsys):
     assert code == 2
     assert "got keys text\\x1b[2J\n" in err
     assert "\x1b[2J" not in err
+
+
+def test_of_many_names_a_table_shows_the_first_and_json_all(capsys):
+    cases = tuple(f"adapter-{number}" for number in range(300))
+    described = Description("bundle", {"golden cases": cases}, (), ())
+    print_description(described)
+    shown = capsys.readouterr().out
+    assert "adapter-11 and 288 more" in shown
+    assert "adapter-12" not in shown
+    assert described.to_json()["facts"] == {"golden cases": ", ".join(cases)}
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
