@@ -16,6 +16,7 @@ def draw_quality(result: SweepResult, path: Path) -> None:
         result: What to draw.
         path: The ``.png`` or ``.svg`` to write.
     """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -47,4 +48,7 @@ def draw_quality(result: SweepResult, path: Path) -> None:
     axes.set_title(f"base alone: {result.base_validation_loss:.4f}", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, format=path.suffix[1:])
+    kind = path.suffix[1:]
+    # An equal result has an equal picture: by itself an SVG has a date and names that are drawn.
+    with rc_context({"svg.hashsalt": "loraport"}):
+        figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)
