@@ -366,6 +366,8 @@ BAD = {
     b'{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}': "weight: expected 0",
     b'{"messages": [{"role": "user", "content": "x", "weight": 1}]}': "of role user",
     b'{"messages": [{"role": "user", "content": ["x"]}]}': "content: expected a string, got a list",
+    b'{"text": "a", "text": "b"}': 'expected each key of an object once, got "text" 2 times',
+    b'{"messages": [{"role": "assistant", "content": "", "content": "x"}]}': 'got "content" 2',
     b'{"text": "\xff"}': "expected UTF-8, got byte 0xff",
 }
 
@@ -458,6 +460,26 @@ def test_long_rows_are_cut_and_counted_and_rows_without_answer_left_out(write_js
     assert read.dropped == (3,)
     with pytest.raises(LoraportError, match="3 rows whose answer is cut off at 2 tokens"):
         read_rows(write_jsonl(rows), tokenizer, 2)
+
+
+def test_a_row_of_one_token_is_not_said_to_be_cut(write_jsonl, tokenizer):
+    rows = [
+        {"text": "<|end|>"},
+        {"text": "abc"},
+        {"prompt": "", "completion": "<|end|>"},
+        {"prompt": "abcdefgh", "completion": "i"},
+    ]
+    path = write_jsonl(rows)
+    read = read_rows(path, tokenizer, 5)
+    assert [shown(row, tokenizer) for row in read.rows] == ["abc<|end|>"]
+    assert (read.dropped, read.empty) == ((1, 3, 4), (1, 3))
+    _, cut, empty = read.notes(path, 5)
+    assert cut.endswith("1 rows were left out, since nothing of their answer is within 5 tokens "
+                        "(lines 4)")  # fmt: skip
+    assert empty.endswith("2 rows were left out, since nothing is to be learned after the first "
+                          "token (lines 1, 3)")  # fmt: skip
+    with pytest.raises(LoraportError, match="got 1 rows, of which nothing is to be learned after"):
+        read_rows(write_jsonl(rows[:1]), tokenizer, 5)
 
 
 def rows_of_lengths(lengths):

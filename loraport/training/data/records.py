@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ class _BadLineError(Exception):
 
 def _record(number: int, line: bytes) -> Record:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise _BadLineError(f"expected UTF-8, got byte {line[error.start]:#04x}") from error
     except (ValueError, RecursionError) as error:
@@ -133,6 +134,18 @@ def _record(number: int, line: bytes) -> Record:
         return Record(number, messages=_messages(value["messages"]), tools=tools)
     got = ", ".join(present) or f"keys {', '.join(sorted(value))[:60] or '(none)'}"
     raise _BadLineError(f"expected {_FORMATS}, got {got}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, in which no key may be twice: one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, count = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise _BadLineError(
+            f"expected each key of an object once, got {json.dumps(key)[:_LETTERS]} {count} times; "
+            "keep one of them"
+        )
+    return found
 
 
 def _require_whole_characters(value: Any, field: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from loraport.training.data.records import BadLines, Record, read_records
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_EMPTY = "nothing is to be learned after the first token"
 _TOLD_EVERY = 10_000  # rows, some ten seconds
 
 
@@ -27,12 +29,14 @@ class Rows:
         truncated: Rows that were cut to the largest length.
         dropped: Line numbers of rows left out because nothing to be learned was left of them.
         divided: Chats that are several rows each, as the chat template writes them.
+        empty: Line numbers of those left out that were not cut: nothing follows their first token.
     """
 
     rows: tuple[Row, ...]
     truncated: int
     dropped: tuple[int, ...]
     divided: int = 0
+    empty: tuple[int, ...] = ()
 
     def notes(self, path: Path, length: int) -> Iterator[str]:
         """Say what was cut and left out, if anything.
@@ -49,13 +53,15 @@ class Rows:
             )
         if self.truncated:
             yield f"{path}: {self.truncated} rows were cut to {length} tokens"
-        if self.dropped:
-            first = tuple(dict.fromkeys(self.dropped))
-            lines = ", ".join(map(str, first[:10])) + (" ..." if first[10:] else "")
-            yield (
-                f"{path}: {len(self.dropped)} rows were left out, since nothing of their answer is "
-                f"within {length} tokens (lines {lines})"
-            )
+        cut = (Counter(self.dropped) - Counter(self.empty)).elements()
+        for lines, reason in (
+            (tuple(cut), f"nothing of their answer is within {length} tokens"),
+            (self.empty, _EMPTY),
+        ):
+            if lines:
+                first = tuple(dict.fromkeys(lines))
+                shown = ", ".join(map(str, first[:10])) + (" ..." if first[10:] else "")
+                yield (f"{path}: {len(lines)} rows were left out, since {reason} (lines {shown})")
 
 
 def read_rows(
@@ -77,7 +83,7 @@ def read_rows(
     """
     bad = BadLines(path)
     rows: list[Row] = []
-    truncated, dropped, divided = 0, [], 0
+    truncated, dropped, empty, divided = 0, [], [], 0
     records = read_records(path, bad)
     if any(record.messages for record in records):
         _require_chat(tokenizer)
@@ -96,13 +102,18 @@ def read_rows(
             # The first token is never predicted: there is nothing before it.
             if all(label == IGNORED for label in cut.labels[1:]):
                 dropped.append(record.line)
+                if len(row.tokens) <= max_length:
+                    empty.append(record.line)
             else:
                 rows.append(cut)
     bad.raise_if_any()
     if not rows:
-        reason = f"{len(dropped)} rows whose answer is cut off at {max_length} tokens; raise it"
-        raise LoraportError(f"{path}: expected rows to learn, got {reason if dropped else 'none'}")
-    return Rows(tuple(rows), truncated, tuple(dropped), divided)
+        cut = len(dropped) - len(empty)
+        parts = [f"{cut} rows whose answer is cut off at {max_length} tokens; raise it"] * bool(cut)
+        parts += [f"{len(empty)} rows, of which {_EMPTY}"] * bool(empty)
+        reason = ", and ".join(parts[::-1]) or "none"
+        raise LoraportError(f"{path}: expected rows to learn, got {reason}")
+    return Rows(tuple(rows), truncated, tuple(dropped), divided, tuple(empty))
 
 
 def _rows(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
