@@ -108,8 +108,8 @@ def read_rows(
                 rows.append(cut)
     bad.raise_if_any()
     if not rows:
-        cut = len(dropped) - len(empty)
-        parts = [f"{cut} rows whose answer is cut off at {max_length} tokens; raise it"] * bool(cut)
+        far = len(dropped) - len(empty)
+        parts = [f"{far} rows whose answer is cut off at {max_length} tokens; raise it"] * bool(far)
         parts += [f"{len(empty)} rows, of which {_EMPTY}"] * bool(empty)
         reason = ", and ".join(parts[::-1]) or "none"
         raise LoraportError(f"{path}: expected rows to learn, got {reason}")
