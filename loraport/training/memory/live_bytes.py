@@ -18,12 +18,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
     Works on real and on fake tensors.
 
     Attributes:
+        changes: By how many bytes there were more or fewer, one after the other.
         now: Bytes alive.
         peak: The most there were.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.changes: list[int] = []
         self.now = self.peak = 0
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -52,10 +54,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
             return
 
         def freed(reference: weakref.ref[torch.UntypedStorage]) -> None:
-            self.now -= size
+            self._change(-size)
             if self._seen.get(number) is reference:  # else another has its number by now
                 del self._seen[number]
 
         self._seen[number] = weakref.ref(storage, freed)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self._change(size)
+
+    def _change(self, size: int) -> None:
+        if size:
+            self.changes.append(size)
+            self.now += size
+            self.peak = max(self.peak, self.now)

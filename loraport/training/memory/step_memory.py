@@ -26,6 +26,7 @@ from loraport.training.losses.output_head import assume_transform
 from loraport.training.memory.grouped_products import GroupedProducts
 from loraport.training.memory.live_bytes import LiveBytes
 from loraport.training.memory.quantized_shape import without_numbers
+from loraport.training.memory.repeated_layers import Piece, Units, find_units
 from loraport.training.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -63,36 +64,81 @@ def step_memory(model: PreTrainedModel, options: TrainOptions, placement: Placem
     Raises:
         LoraportError: If the model does not support checkpointing, or cannot be traced.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    model = _prepared(model, options, placement.dtype)
+    prepared = _prepared(model, options, placement.dtype)
+    states = _random_states(prepared, options, placement)
+    units: Units | None = None
+    with contextlib.suppress(Exception):  # whatever is the matter, every layer is traced then
+        units = find_units(prepared)
+        if units is not None:
+            kept, peak = _traced(prepared, options, placement, units)
+            return StepMemory(kept, peak + states)
+    if units is not None:
+        prepared = _prepared(model, options, placement.dtype)
     try:
-        with (
-            _one_error_is_enough(),
-            fused_norms(model, placement.device),
-            FakeTensorMode(allow_non_fake_inputs=True),
-        ):
-            model.to_empty(device=placement.device)
-            with GroupedProducts(), LiveBytes() as live:
-                rounded = RoundedMatrices(lora_layers(model).values(), placement.dtype)
-                kept = 0
-                # From the second batch of a step on, there are gradients already.
-                for _ in range(min(options.loop.accumulate, 2)):
-                    batch = _full_batch(options, placement.device)
-                    count = batch.tokens.shape[0] * (options.max_length - 1)
-                    places = torch.arange(count, device=placement.device)
-                    with rounded.provided():
-                        with placement.autocast():
-                            loss = cross_entropy_at(model, batch, places, torch.zeros_like(places))
-                        kept = max(kept, live.now)
-                        loss.backward()  # type: ignore[no-untyped-call]
+        kept, peak = _traced(prepared, options, placement, None)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         raise LoraportError(
             f"--dry-run: {type(model).__name__} cannot be traced without its weights "
             f"({type(error).__name__}: {first}); train a few steps instead (--steps 2)"
         ) from error
-    return StepMemory(kept, live.peak + _random_states(model, options, placement))
+    return StepMemory(kept, peak + states)
+
+
+def _traced(
+    model: PreTrainedModel, options: TrainOptions, placement: Placement, units: Units | None
+) -> tuple[int, int]:
+    """Return the bytes alive between the passes of a batch, and at the peak.
+
+    Args:
+        model: As `_prepared` returns it; spent afterwards.
+        options: How to train.
+        placement: Where, and in which precision.
+        units: Layers that repeat, of which only some are traced; ``None`` to trace all.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    device, layers = placement.device, lora_layers(model).values()
+    pieces: list[Piece] = []
+    between = set[int]()
+    with (
+        _one_error_is_enough(),
+        fused_norms(model, device),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        if units is not None:
+            units.take_out(device)
+        model.to_empty(device=device)
+        with GroupedProducts(), LiveBytes() as live:
+            rounded = RoundedMatrices(layers, placement.dtype)
+            begin = 0
+            # From the second batch of a step on, there are gradients already.
+            for _ in range(min(options.loop.accumulate, 2)):
+                batch = _full_batch(options, device)
+                count = batch.tokens.shape[0] * (options.max_length - 1)
+                places = torch.arange(count, device=device)
+                with rounded.provided():
+                    watched = contextlib.nullcontext() if units is None else units.watch(live)
+                    with watched, placement.autocast():
+                        loss = cross_entropy_at(model, batch, places, torch.zeros_like(places))
+                    turn = len(live.changes)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    if units is not None:
+                        units.give_gradients(live)
+                end = len(live.changes)
+                between.add(turn)
+                pieces += [(begin, turn, 1), (turn, end, 1)]
+                if units is not None:
+                    pieces[-2:] = units.pieces(live.changes, begin, turn)
+                begin = end
+    kept = now = peak = 0
+    for start, end, times in pieces:
+        for change in live.changes[start:end] * times:
+            now += change
+            peak = max(peak, now)
+        if end in between:
+            kept = max(kept, now)
+    return kept, peak
 
 
 def _random_states(model: PreTrainedModel, options: TrainOptions, placement: Placement) -> int:
