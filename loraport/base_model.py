@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraport.bitsandbytes_weights import dequantized_weight
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint, fingerprint
 from loraport.output import cached_directory
@@ -297,15 +298,11 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
 
 
 def fingerprint_model(model: torch.nn.Module, module_paths: list[str]) -> BaseFingerprint:
-    """Fingerprint the weights of some modules of a loaded model."""
-    import torch
+    """Fingerprint the weights of some modules of a loaded model.
 
-    def weight(path: str) -> torch.Tensor:
-        found = model.get_submodule(path).weight
-        assert isinstance(found, torch.Tensor)
-        return found
-
-    return fingerprint(module_paths, weight)
+    Quantized ones of bitsandbytes count as what they stand for, as in a merge.
+    """
+    return fingerprint(module_paths, lambda path: dequantized_weight(model.get_submodule(path)))
 
 
 def _from_hub(name: str) -> Path:

@@ -29,7 +29,7 @@ def add_int8_weights(quantized: QuantizedCheckpoint, result: Dequantized) -> Non
                 *(checkpoint, weight, name, [(1, sys.maxsize)]),
                 codes=("I8",),
                 dtype=quantized.dtype,
-                factor=1 / 127,
+                divisor=127,
             )
             if layout in checkpoint and checkpoint.load(layout).any():
                 raise LoraportError("expected codes row by row, got an order that a GPU needs")

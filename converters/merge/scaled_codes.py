@@ -23,7 +23,7 @@ _SCALES = ("F32", "F16", "BF16", "F8_E8M0", "U8")
 class ScaledSource:
     """A weight ``[..., rows, columns]`` of codes, seen as the float weight it stands for.
 
-    ``W[i, j] = code[i, j] * scale[i // m, j // n] * factor``, where the last block of a row or
+    ``W[i, j] = code[i, j] * scale[i // m, j // n] / divisor``, where the last block of a row or
     column may be cut short.
 
     Attributes:
@@ -32,7 +32,7 @@ class ScaledSource:
         rows: Rows of the matrices that have scales of their own.
         block: ``m`` and ``n``, at most as large as a matrix.
         dtype: See `Source`.
-        factor: On all scales.
+        divisor: Of all scales.
     """
 
     codes: TensorInfo
@@ -40,7 +40,7 @@ class ScaledSource:
     rows: int
     block: tuple[int, int]
     dtype: str
-    factor: float = 1.0
+    divisor: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ class ScaledSource:
         stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         dtype = stored.get(self.scales.dtype, torch.float8_e8m0fnu)
         # A copy, since the codes are read into the same memory.
-        return raw.view(dtype).to(torch.float32, copy=True) * self.factor
+        return raw.view(dtype).to(torch.float32, copy=True) / self.divisor
 
 
 def scaled_source(
@@ -94,7 +94,7 @@ def scaled_source(
     *,
     codes: tuple[str, ...],
     dtype: str,
-    factor: float = 1.0,
+    divisor: float = 1.0,
 ) -> ScaledSource:
     """Return a weight of codes, once its scales are known to be one for each block.
 
@@ -105,7 +105,7 @@ def scaled_source(
         blocks: Rows and columns of a block, those that its scales may be for.
         codes: Dtypes that codes may have.
         dtype: See `Source`.
-        factor: See `ScaledSource`.
+        divisor: See `ScaledSource`.
 
     Raises:
         LoraportError: If either is missing, or they do not fit.
@@ -121,14 +121,14 @@ def scaled_source(
     rows, columns = shape[-2:]
     if math.prod(scales.shape) == 1:
         every = math.prod(shape[:-1])
-        return ScaledSource(found, scales, every, (every, columns), dtype, factor)
+        return ScaledSource(found, scales, every, (every, columns), dtype, divisor)
     expected = []
     for block in blocks:
         m, n = min(block[0], rows), min(block[1], columns)
         grid = (*shape[:-2], -(-rows // m), -(-columns // n))
         # One scale a row may lack the dimension of columns.
         if scales.shape == grid or (n == columns and scales.shape == grid[:-1]):
-            return ScaledSource(found, scales, rows, (m, n), dtype, factor)
+            return ScaledSource(found, scales, rows, (m, n), dtype, divisor)
         expected.append(f"{list(grid)} for blocks of {m} x {n}")
     raise LoraportError(
         f"expected {scale} to have one scale for all of {list(shape)}"

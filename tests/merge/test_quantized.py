@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from converters.merge import MergeOptions, make_plan
 from converters.merge.opening import open_base
 from converters.merge.sources import open_files
+from loraport.base_model import fingerprint_model
 from loraport.errors import LoraportError
+from loraport.fingerprint import hash_weight
 
 CODE = torch.tensor([-1.0, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0.0, *torch.linspace(0.1, 1, 8)])
 
@@ -196,3 +198,27 @@ def test_against_bitsandbytes(tmp_path):
     with open_files() as files:
         got = source.read(files, 0, weight.numel()).reshape(weight.shape)
     assert torch.equal(got, functional.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_adapter_trained_on_a_quantized_base_is_of_its_dequantized_weights(bits, tmp_path):
+    """What training records of the loaded layers is what a merge finds in the file."""
+    modules = pytest.importorskip("bitsandbytes.nn")
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0))
+    if bits == 4:
+        layer = modules.Linear4bit(128, 32, bias=False, quant_type="nf4")
+        layer.weight = modules.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    else:
+        layer = modules.Linear8bitLt(128, 32, bias=False, has_fp16_weights=False)
+        layer.weight = modules.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    model = torch.nn.ModuleDict({"fc": layer}).to("cpu")
+    stored = model.state_dict()
+    assert stored["fc.weight"].dtype in (torch.uint8, torch.int8)
+    write(tmp_path / "base", stored)
+    source = open_base(str(tmp_path / "base")).sources()["fc.weight"]
+    with open_files() as files:
+        values = source.read(files, 0, weight.numel()).reshape(weight.shape)
+    recorded = fingerprint_model(model, ["fc"]).modules["fc"]
+    assert recorded == hash_weight(values)
+    assert recorded != hash_weight(weight)
+    assert (values - weight).abs().max() < 0.6

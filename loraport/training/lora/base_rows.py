@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from typing import Any, cast
 
 import torch
 from torch import nn
+
+from loraport.bitsandbytes_weights import dequantized_weight
 
 _NUMBERS = 1 << 22  # 16 MB in float32
 
@@ -36,17 +36,5 @@ def float_weight(module: nn.Module, *, stored_in_out: bool) -> torch.Tensor:
         module: Of the base; 4-bit and 8-bit weights of bitsandbytes count as what they stand for.
         stored_in_out: Whether it is stored transposed.
     """
-    layer: Any = module
-    weight = cast(torch.Tensor, layer.weight).detach()
-    if type(layer.weight).__name__ == "Params4bit":
-        from bitsandbytes.functional import dequantize_4bit
-
-        exact = copy.copy(layer.weight.quant_state)
-        exact.dtype = torch.float32
-        weight = dequantize_4bit(weight.data, exact)
-    elif type(layer.weight).__name__ == "Int8Params":
-        # Until the first forward pass the numbers and scales are the weight's, then the state's.
-        scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-        weight = weight.float() * (scales.to(weight.device)[:, None] / 127)
-    weight = weight.flatten(1)
+    weight = dequantized_weight(module).flatten(1)
     return weight.T if stored_in_out else weight
