@@ -1,0 +1,58 @@
+"""How far PyTorch's own halves are from its float32 on SmolLM2, with random adapters and without.
+
+    python tests/benchmarks/rounding.py [--floats float16,bfloat16] [--prompts 6] [--bundle DIR]
+
+What `loraport.parity.rounding` takes as its measure. The adapters are those of ``gpu.py``: rank 16
+on all linear layers. With an int4 or int8 bundle the model has that graph's weights.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from gpu_sections.place import adapters
+
+from converters.onnx import ExportOptions, export_base
+from converters.onnx.modules.graph_weights import load_graph_weights
+from loraport.base_model import load_model, load_tokenizer
+from loraport.bundle.manifest import MODEL_FILE, read_manifest
+from loraport.parity.changes import changes_of
+from loraport.parity.prompts import PROMPTS
+from loraport.parity.rounding import Rounding
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--floats", default="float16,bfloat16")
+    parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--bundle", type=Path, help="of SmolLM2, instead of exporting in fp32")
+    arguments = parser.parse_args()
+    model, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
+    original = {name: value.detach().clone() for name, value in model.named_parameters()}
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = arguments.bundle or Path(scratch) / "bundle"
+        if arguments.bundle is None:
+            export_base("smollm2", bundle, ExportOptions())
+        manifest = read_manifest(bundle)
+        if manifest.precision in ("int4", "int8"):
+            load_graph_weights(bundle / MODEL_FILE, model)
+    made = adapters(manifest, 2)
+    chosen = {
+        "base": [],
+        **{name: [(adapter, 1.0)] for name, adapter in made.items()},
+        "blended": [(made["a0"], 0.75), (made["a1"], 0.5)],
+    }
+    prompts = [
+        {name: row[name] for name in ("input_ids", "attention_mask")}
+        for row in (tokenizer(t, return_tensors="np") for t in PROMPTS[: arguments.prompts])
+    ]
+    for floats in arguments.floats.split(","):
+        rounding = Rounding(model, floats)
+        for name, parts in chosen.items():
+            own = rounding.measure(prompts, changes_of(parts, model, original.__getitem__))
+            found = "no kernels" if own is None else f"{own.max_abs:.3f}, {own.relative:.4f}"
+            print(f"{manifest.precision}, {floats}, {name}: max abs, relative {found}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
