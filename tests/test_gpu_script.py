@@ -73,6 +73,7 @@ def test_every_section_gives_its_figures(exported, tiny_base, tmp_path):
         "parity fp32: rows with adapters of their own",
         "swap, fp32",
         "decode, fp32, rank 16",
+        "decode, fp32, rank 16, in place",
         "8 rows with 8 adapters, fp32",
         "training float32, against float64 on the CPU",
         "training bfloat16, against float64 on the CPU",

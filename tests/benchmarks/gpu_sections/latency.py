@@ -49,8 +49,8 @@ def decode(place: Place) -> Iterator[Row]:
         growing = {name: decoding(runtime, lane) for name, lane in lanes.items()}
         yield in_turns(place, f"decode, {precision}, rank {RANK}", growing)
         del growing, lanes
-        for title, graphs in (("in place", False), ("captured", True)):
-            found = in_place(place, bundle, plain, cuda_graphs=graphs and place.device == "cuda")
+        for title in ("in place", "captured") if place.device == "cuda" else ("in place",):
+            found = in_place(place, bundle, plain, cuda_graphs=title == "captured")
             yield in_turns(place, f"decode, {precision}, rank {RANK}, {title}", found)
 
 
