@@ -1,5 +1,6 @@
 """What is run with its imports done does what it does as a program of its own."""
 
+import json
 import subprocess
 
 import numpy as np
@@ -34,7 +35,12 @@ def both_ways(work, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_the_builder(tiny_base, tmp_path, monkeypatch, there):
-    base = tiny_base if there else tmp_path / "none"
+    base = tiny_base if there else tmp_path / "unknown"
+    if not there:
+        base.mkdir()
+        config = json.loads((tiny_base / "config.json").read_text())
+        config["architectures"] = ["UnknownForCausalLM"]
+        (base / "config.json").write_text(json.dumps(config))
 
     def build(out):
         genai_builder.build_with_genai(base, out, precision="int4", provider="cpu")
