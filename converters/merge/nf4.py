@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converters.merge.quantized import Dequantized, QuantizedCheckpoint
+from converters.merge.quantized import DTYPES, Dequantized, QuantizedCheckpoint
 from converters.merge.sources import OpenFiles, StoredSource
 from loraport.checkpoint import Checkpoint, TensorInfo
 from loraport.errors import LoraportError
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 _STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,4 +110,4 @@ def _source(checkpoint: Checkpoint, weight: str, state_name: str) -> Nf4Source:
     values = checkpoint.load(f"{weight}.quant_map").float().flatten()
     if values.numel() != 16:
         raise ValueError(f"{values.numel()} values for 4-bit codes")
-    return Nf4Source(info, shape, _DTYPES[state["dtype"]], block, absmax.float().flatten(), values)
+    return Nf4Source(info, shape, DTYPES[state["dtype"]], block, absmax.float().flatten(), values)

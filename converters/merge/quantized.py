@@ -11,7 +11,8 @@ from converters.merge.sources import Source
 from loraport.checkpoint import Checkpoint
 from loraport.errors import Problems
 
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# A torch dtype's name → safetensors'.
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,6 @@ def computing_dtype(config: Mapping[str, Any]) -> str:
     nested = config.get("text_config")
     for settings in (config, nested if isinstance(nested, dict) else {}):
         for key in ("dtype", "torch_dtype"):
-            if str(settings.get(key)) in _DTYPES:
-                return _DTYPES[str(settings[key])]
+            if str(settings.get(key)) in DTYPES:
+                return DTYPES[str(settings[key])]
     return "BF16"

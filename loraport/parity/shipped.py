@@ -88,23 +88,18 @@ def required_graph(
     return Check(title, found.within(tolerance), "", found)
 
 
-def golden_cases(runtime: Runtime, tolerance: float) -> Check:
-    """Replay the bundle's golden cases, or say why it can have none.
-
-    Args:
-        runtime: The bundle.
-        tolerance: Largest difference allowed.
-    """
+def golden_cases(runtime: Runtime) -> Check:
+    """Replay the bundle's golden cases, or say why it can have none."""
     try:
         results = replay(runtime)
     except LoraportError as error:
         return Check("golden cases", False, str(error))
-    wrong = [f"{r.name}: max abs {r.max_abs:.3g}" for r in results if not r.max_abs <= tolerance]
+    wrong = [f"{r.name}: max abs {r.max_abs:.3g}" for r in results if not r.passed]
     if not results:
         reason = golden_reason(runtime.directory)
         listed = reason and f"none: {reason}"
         return Check("golden cases", bool(reason), listed or "the manifest lists none")
-    seen = f"{len(results)} cases within {tolerance:.3g}"
+    seen = f"{len(results)} cases within {runtime.manifest.tolerance:g}"
     return Check("golden cases", not wrong, _listed(wrong) or seen)
 
 

@@ -255,6 +255,7 @@ class CapturedSteps(InPlaceSteps):
     def _new_cache(self, decoder: Decoder, expected: int) -> CapturedCache:
         """Return one of few sizes, so that it fits other texts too."""
         capacity = max(_SMALLEST, 1 << (expected - 1).bit_length())
+        capacity = min(capacity, decoder.context_length)
         try:
             found: CapturedCache = self._session.spare[capacity].pop()
         except IndexError:

@@ -129,6 +129,12 @@ def test_no_bundle_is_made_where_there_is_none(tmp_path, adapter_a):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_bundle_is_named_by_a_string_too(own_bare, adapter_a):
+    manifest = add_adapters(str(own_bare), {"a": read_adapter(adapter_a)})
+    assert read_manifest(own_bare) == manifest
+    assert list(manifest.adapters) == ["a"]
+
+
 def test_one_bad_adapter_keeps_all_out(own_bare, adapter_a):
     good = read_adapter(adapter_a)
     bad = replace(good, modules={"nowhere": next(iter(good.modules.values()))})

@@ -112,6 +112,15 @@ def test_logits_of_captured_steps_are_the_same(runtime, prompt, selection):
     assert watched.runs == {NOT_CAPTURED: 1, 1: len(NEW)}
 
 
+@pytest.mark.parametrize(("context", "expected", "capacity"), [(100, 80, 100), (300, 257, 300)])
+def test_a_cache_is_never_longer_than_the_context(capturing, context, expected, capacity):
+    """Rotations are stored for so many places: a mask that is longer is refused."""
+    runtime, _ = capturing
+    decoder = replace(read_decoder(runtime.directory), context_length=context)
+    steps = CapturedSteps(runtime, decoder, None, expected)
+    assert steps._cache.capacity == capacity
+
+
 def test_texts_in_turn_share_what_was_captured(capturing, bundle, prompt):
     runtime, watched = capturing
     plain = Runtime(bundle, threads=1)

@@ -40,7 +40,7 @@ _DEVICES = (
 
 
 def add_adapters(
-    bundle: Path,
+    bundle: Path | str,
     adapters: Mapping[str, Adapter],
     *,
     force: bool = False,
@@ -70,6 +70,7 @@ def add_adapters(
         LoraportError: If a name is taken or unfit, an adapter belongs to another base, or has
             anything that finds no slot; if another process adds to the bundle meanwhile.
     """
+    bundle = Path(bundle)
     read_manifest(bundle)  # nothing is created where there is no bundle
     with only_process(bundle / MANIFEST_FILE):
         return _add(bundle, adapters, force, ignore_fingerprint, base, progress)
