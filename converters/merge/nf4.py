@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,35 @@ _STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 
 
 @dataclass(frozen=True, eq=False)
+class _Scales:
+    """One scale a block, as stored: double quantization's are computed where they are read.
+
+    Attributes:
+        stored: ``[blocks]`` floats, or uint8 codes where there is a ``table``.
+        table: ``[256]`` float32, the codes' values; ``None`` for scales that are floats.
+        nested: ``[ceil(blocks / size)]`` float32, scales of the codes.
+        size: Codes that share one of them.
+        offset: What is added.
+    """
+
+    stored: torch.Tensor
+    table: torch.Tensor | None = None
+    nested: torch.Tensor | None = None
+    size: int = 1
+    offset: float = 0.0
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        """Return the scales of some blocks, float32."""
+        import torch
+
+        part = self.stored[first:last]
+        if self.table is None or self.nested is None:
+            return part.float()
+        wide = self.nested[torch.arange(first, last) // self.size]
+        return self.table[part.int()] * wide + self.offset
+
+
+@dataclass(frozen=True, eq=False)
 class Nf4Source:
     """A 4-bit weight, seen as the float weight it stands for.
 
@@ -37,7 +66,7 @@ class Nf4Source:
         shape: Shape of the weight.
         dtype: What the weight was in before it was quantized.
         block: Elements that share a scale.
-        scales: ``[blocks]`` float32.
+        scales: One a block.
         values: ``[16]`` float32.
     """
 
@@ -45,7 +74,7 @@ class Nf4Source:
     shape: tuple[int, ...]
     dtype: str
     block: int
-    scales: torch.Tensor
+    scales: _Scales
     values: torch.Tensor
 
     @property
@@ -62,7 +91,9 @@ class Nf4Source:
         codes = torch.stack((packed >> 4, packed & 15), dim=1).flatten()
         codes = codes[start - 2 * first : start - 2 * first + count]
         blocks = torch.arange(start, start + count) // self.block
-        return self.values[codes.int()] * self.scales[blocks]
+        first = start // self.block
+        scales = self.scales.read(first, -(-(start + count) // self.block))
+        return self.values[codes.int()] * scales[blocks - first]
 
 
 def add_nf4_weights(quantized: QuantizedCheckpoint, result: Dequantized) -> None:
@@ -94,20 +125,36 @@ def _owners(name: str) -> Iterator[str]:
 def _source(checkpoint: Checkpoint, weight: str, state_name: str) -> Nf4Source:
     state: dict[str, Any] = json.loads(bytes(checkpoint.load(state_name).tolist()))
     shape = tuple(int(length) for length in state["shape"])
-    count, block = math.prod(shape), int(state["blocksize"])
+    count, block = math.prod(shape), _size(state, "blocksize")
     info = StoredSource(checkpoint.info(weight)).info
     if info.nbytes != -(-count // 2):
         raise ValueError(f"{info.nbytes} bytes of codes for {count} elements")
-    absmax = checkpoint.load(f"{weight}.absmax")
-    if f"{weight}.nested_absmax" in checkpoint:
-        nested = checkpoint.load(f"{weight}.nested_absmax")
-        table = checkpoint.load(f"{weight}.nested_quant_map").float()
-        size = int(state["nested_blocksize"])
-        wide = nested.float().repeat_interleave(size)[: absmax.numel()]
-        absmax = table[absmax.flatten().int()] * wide + float(state["nested_offset"])
-    if absmax.numel() != -(-count // block):
-        raise ValueError(f"{absmax.numel()} scales for {count} elements in blocks of {block}")
-    values = checkpoint.load(f"{weight}.quant_map").float().flatten()
-    if values.numel() != 16:
-        raise ValueError(f"{values.numel()} values for 4-bit codes")
-    return Nf4Source(info, shape, DTYPES[state["dtype"]], block, absmax.float().flatten(), values)
+    scales = _scales(checkpoint, weight, state, -(-count // block))
+    values = _numbers(checkpoint, f"{weight}.quant_map", 16).float()
+    return Nf4Source(info, shape, DTYPES[state["dtype"]], block, scales, values)
+
+
+def _scales(checkpoint: Checkpoint, weight: str, state: Mapping[str, Any], blocks: int) -> _Scales:
+    absmax = _numbers(checkpoint, f"{weight}.absmax", blocks)
+    if f"{weight}.nested_absmax" not in checkpoint:
+        return _Scales(absmax)
+    if str(absmax.dtype) != "torch.uint8":
+        raise ValueError(f"{weight}.absmax holds {absmax.dtype}, not codes of 8 bits")
+    size = _size(state, "nested_blocksize")
+    table = _numbers(checkpoint, f"{weight}.nested_quant_map", 256).float()
+    nested = _numbers(checkpoint, f"{weight}.nested_absmax", -(-blocks // size)).float()
+    return _Scales(absmax, table, nested, size, float(state["nested_offset"]))
+
+
+def _size(state: Mapping[str, Any], key: str) -> int:
+    size = int(state[key])
+    if size < 1:
+        raise ValueError(f"{key} is {size}")
+    return size
+
+
+def _numbers(checkpoint: Checkpoint, name: str, count: int) -> torch.Tensor:
+    tensor = checkpoint.load(name).flatten()
+    if tensor.numel() != count:
+        raise ValueError(f"{name} holds {tensor.numel()} numbers, not {count}")
+    return tensor

@@ -120,8 +120,10 @@ def test_a_base_is_opened_with_one_look_at_each_name(tmp_path):
     assert work(128) < 4.4 * work(32)
 
 
-def test_any_stretch_can_be_read(tmp_path):
-    stored, exact = quantize(torch.randn(9, 7, generator=torch.Generator().manual_seed(0)), 8, 0)
+@pytest.mark.parametrize("nested", [0, 3])
+def test_any_stretch_can_be_read(nested, tmp_path):
+    weight = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
+    stored, exact = quantize(weight, 8, nested)
     write(tmp_path / "base", stored)
     source = open_base(str(tmp_path / "base")).sources()["fc.weight"]
     with open_files() as files:
@@ -137,6 +139,34 @@ def test_any_stretch_can_be_read(tmp_path):
 def test_missing_parts_are_named(missing, tmp_path):
     stored, _ = quantize(torch.ones(4, 4), 8, 0)
     del stored[f"fc.weight.{missing}"]
+    write(tmp_path / "base", stored)
+    with pytest.raises(LoraportError, match=r"fc\.weight: expected a whole 4-bit weight"):
+        open_base(str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("blocksize", 0),
+        ("blocksize", -8),
+        ("nested_blocksize", 0),
+        ("nested_blocksize", 3),
+        ("nested_offset", "much"),
+        ("nested_quant_map", torch.linspace(-1, 1, 100)),
+        ("nested_absmax", torch.ones(1)),
+        ("absmax", torch.full((8,), 200, dtype=torch.int64)),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(part, value, tmp_path):
+    stored, _ = quantize(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), 8, 4)
+    write(tmp_path / "whole", stored)
+    assert "fc.weight" in open_base(str(tmp_path / "whole")).sources()
+    if isinstance(value, torch.Tensor):
+        stored[f"fc.weight.{part}"] = value
+    else:
+        name = "fc.weight.quant_state.bitsandbytes__nf4"
+        state = json.loads(bytes(stored[name].tolist())) | {part: value}
+        stored[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     write(tmp_path / "base", stored)
     with pytest.raises(LoraportError, match=r"fc\.weight: expected a whole 4-bit weight"):
         open_base(str(tmp_path / "base"))
