@@ -33,12 +33,11 @@ class Convolution(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
-@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
 def test_the_change_is_padded_as_the_base_is(kind, mode, tmp_path):
     torch.manual_seed(0)
     base = Convolution(kind(4, 5, 3, padding=2, stride=2, padding_mode=mode)).eval()
-    size = (9,) if kind is nn.Conv1d else (9, 7)
-    x = torch.randn(2, 4, *size)
+    x = torch.randn(2, 4, *(9, 7, 5)[: base.conv.weight.dim() - 2])
     config = LoraConfig(target_modules=["conv"], r=3, init_lora_weights=False)
     peft_model = get_peft_model(copy.deepcopy(base), config).eval()
     peft_model.save_pretrained(tmp_path / "adapter")

@@ -34,6 +34,22 @@ class Logits(nn.Module):
         return self.lm_head(found.last_hidden_state)
 
 
+class VolumeNet(nn.Module):
+    """3-d convolutions over what an embedding gives, as of a short video."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(17, 8)
+        self.conv3d = nn.Conv3d(1, 6, (3, 2, 1), stride=(1, 2, 1), padding=(1, 0, 2))
+        self.pointwise = nn.Conv3d(6, 4, 1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, input_ids):
+        volume = self.embed(input_ids).reshape(-1, 1, 4, 4, 4)
+        hidden = self.pointwise(torch.tanh(self.conv3d(volume)))
+        return self.head(hidden.mean((2, 3, 4)))
+
+
 def with_biases(model):
     torch.manual_seed(0)
     model = model.eval()
@@ -47,6 +63,7 @@ def with_biases(model):
 # Architecture → what makes it; adapters of one architecture share its bundle.
 MODELS = {
     "conv": lambda: with_biases(ConvNet()),
+    "volume": lambda: with_biases(VolumeNet()),
     "bert": lambda: with_biases(bert()),
     "llama": lambda: Logits(with_biases(llama(attention_bias=True))).eval(),
 }
@@ -57,6 +74,9 @@ ADAPTERS = {
     "conv_dora": {"conv": CASES["conv_dora"].options},
     "conv_bias": {"conv": CASES["conv_bias"].options},
     "conv_grouped": {"conv": CASES["conv_grouped"].options},
+    "volume": {"volume": {"target_modules": ["conv3d", "pointwise", "head"], "r": 3}},
+    "volume_dora": {"volume": {"target_modules": ["conv3d", "pointwise"], "use_dora": True}},
+    "volume_bias": {"volume": {"target_modules": ["conv3d"], "lora_bias": True, "r": 4}},
     "bert_lora": {"bert": {"target_modules": ["query", "dense"], "r": 4}},
     "bert_dora": {"bert": CASES["bert_dora"].options},
     "bert_lora_bias": {"bert": {"target_modules": ["query", "dense"], "r": 3, "lora_bias": True}},
@@ -141,6 +161,7 @@ BLENDS = [
     {"llama_embedding_dora": 0.3, "llama_tokens": 1.5},
     {"llama_dora": 2.0},
     {"bert_dora": 0.5, "bert_lora": 0.5, "bert_lora_bias": -1.0},
+    {"volume_dora": 0.4, "volume": -0.9, "volume_bias": 1.1},
     {"conv_dora": 0.4, "conv": 0.9, "conv_bias": 1.1, "conv_grouped": -0.8},
 ]
 
@@ -163,7 +184,7 @@ def test_a_blend_is_the_exact_sum_in_float64(strengths, bundles, made_of, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "name", ["llama_dora", "llama_embedding_dora", "bert_lora_bias", "conv_dora"]
+    "name", ["llama_dora", "llama_embedding_dora", "bert_lora_bias", "conv_dora", "volume_dora"]
 )
 @pytest.mark.parametrize("strength", [0.0, 0.35, -1.2])
 def test_a_strength_input_interpolates(name, strength, bundles, made_of, tmp_path):

@@ -46,6 +46,10 @@ LAYERS = {
         lambda: nn.Conv2d(3, 5, (2, 3), stride=(2, 1), padding=(1, 0)),
         lambda: torch.randn(2, 3, 6, 7),
     ),
+    "conv3d": (
+        lambda: nn.Conv3d(3, 5, (2, 3, 1), stride=(2, 1, 1), padding=(1, 0, 1)),
+        lambda: torch.randn(2, 3, 6, 7, 4),
+    ),
 }
 
 
@@ -112,7 +116,12 @@ def test_equals_the_merged_weight(name):
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Conv1d(3, 4, 3, dilation=2), nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")]
+    "layer",
+    [
+        nn.Conv1d(3, 4, 3, dilation=2),
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Conv3d(3, 4, 3, padding=1, padding_mode="replicate", dilation=(1, 2, 1)),
+    ],
 )
 def test_convolutions_that_peft_cannot_do_equal_the_merged_weight(layer):
     torch.manual_seed(0)

@@ -48,8 +48,8 @@ class SlottableModule:
 def slottable_modules(model: nn.Module) -> dict[str, SlottableModule]:
     """Return every module that a slot can serve by path, in the model's order.
 
-    These are ``nn.Linear``, transformers' ``Conv1D``, ``nn.Embedding``, ``nn.Conv1d`` and
-    ``nn.Conv2d``.
+    These are ``nn.Linear``, transformers' ``Conv1D``, ``nn.Embedding``, ``nn.Conv1d``,
+    ``nn.Conv2d`` and ``nn.Conv3d``.
     """
     return {path: _loaded(path, module, kind) for path, module, kind in _weighted(model)}
 
@@ -79,7 +79,7 @@ def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleKind]]:
             yield path, module, ModuleKind.LINEAR
         elif isinstance(module, nn.Embedding):
             yield path, module, ModuleKind.EMBEDDING
-        elif isinstance(module, nn.Conv1d | nn.Conv2d):
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             yield path, module, ModuleKind.CONV
 
 

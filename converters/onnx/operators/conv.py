@@ -1,4 +1,4 @@
-"""``Conv`` of one or two dimensions with a constant kernel."""
+"""``Conv`` of one to three dimensions with a constant kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def find_site(node: ir.Node) -> Site | None:
     if x is None or kernel is None or constant(x) is not None:
         return None
     shape = kernel.shape
-    if len(shape) not in (3, 4) or not kernel.dtype.is_floating_point():
+    if len(shape) not in (3, 4, 5) or not kernel.dtype.is_floating_point():
         return None
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     groups = node.attributes.get_int("group", 1)

@@ -20,7 +20,7 @@ def find_site(node: ir.Node) -> Site | None:
     x, w, _, given = inputs_of(node, 4)
     source, kernel, zero = quantized_from(x), constant(w), constant(given)
     product = scaled_product(node)
-    if source is None or kernel is None or product is None or len(kernel.shape) not in (3, 4):
+    if source is None or kernel is None or product is None or len(kernel.shape) not in (3, 4, 5):
         return None
     if given is not None and zero is None:
         return None

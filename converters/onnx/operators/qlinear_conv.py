@@ -1,4 +1,4 @@
-"""``QLinearConv`` of one or two dimensions with a constant kernel: 8-bit integers in and out.
+"""``QLinearConv`` of one to three dimensions with a constant kernel: 8-bit integers in and out.
 
 A slot reads and writes floating point beside it, see `converters.onnx.graph.quantized_ports`.
 """
@@ -22,7 +22,7 @@ def find_site(node: ir.Node) -> Site | None:
     kernel, scale, zero = constant(w), constant(w_scale), constant(w_zero)
     if a is None or kernel is None or scale is None or y_scale is None:
         return None
-    if len(kernel.shape) not in (3, 4) or (w_zero is not None and zero is None):
+    if len(kernel.shape) not in (3, 4, 5) or (w_zero is not None and zero is None):
         return None
     if node.attributes.get_int("channels_last", 0):
         return None

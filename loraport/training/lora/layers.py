@@ -106,9 +106,9 @@ class LoraEmbedding(LoraLayer):
 
 
 class LoraConv(LoraLayer):
-    """LoRA beside ``nn.Conv1d`` and ``nn.Conv2d``: ``A`` has the base's kernel, ``B`` is 1×1.
+    """LoRA beside ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``; ``B`` is 1×1.
 
-    ``A`` has the base's stride, padding, padding mode and dilation, so the layer equals one
+    ``A`` has the base's kernel, stride, padding, padding mode and dilation, so the layer equals one
     convolution with the merged kernel (where there is one group).
     """
 
@@ -135,7 +135,8 @@ class LoraConv(LoraLayer):
         """Return ``scaling * B * (A * dropout(x))``, where ``*`` convolves."""
         x = self.dropped(x)  # [batch, in, *size]
         layer = cast(nn.Conv2d, self.base_layer)
-        convolve: Callable[..., torch.Tensor] = F.conv1d if self.lora_B.dim() == 3 else F.conv2d
+        dims = len(layer.kernel_size)
+        convolve: Callable[..., torch.Tensor] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
         padding: Any = layer.padding
         if layer.padding_mode != "zeros":
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
@@ -175,7 +176,7 @@ def lora_layer_for(module: nn.Module) -> type[LoraLayer] | str:
         if module.max_norm is not None:
             return "an Embedding with max_norm, which rewrites its own weight"
         return LoraEmbedding
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return LoraConv
     # A model can only hold transformers' Conv1D if transformers was imported.
     transformers = sys.modules.get("transformers.pytorch_utils")

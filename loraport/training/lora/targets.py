@@ -109,7 +109,7 @@ def _matching(
             if unfit:
                 inside = [path for path in candidates if path.startswith(unfit[0] + ".")]
                 remedy = f"name what it holds: {_available(inside)}" if inside else ""
-                expected = "a Linear, Embedding, Conv1d, Conv2d or transformers' Conv1D"
+                expected = "a Linear, Embedding, Conv1d, Conv2d, Conv3d or transformers' Conv1D"
                 problems.add(f"{field} {name!r}", expected, refused[unfit[0]], remedy)
             else:
                 _unknown(f"{field} {name!r}", name, candidates, problems)
