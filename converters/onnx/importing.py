@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from converters.onnx.modules.graph_names import (
 from converters.onnx.modules.holders import BaseHolders, GraphHolders, Holders
 from converters.onnx.modules.matching import Match, Matcher, SiteMatcher, Unmatched
 from converters.onnx.modules.merged_calls import MergedCalls, merged_calls
+from converters.onnx.modules.module_parts import SplitModule
 from converters.onnx.modules.unslotted import reasons
 from converters.onnx.slots.inserting import (
     SlotOptions,
@@ -266,10 +267,24 @@ class _Listening:
         """Return the modules of a site."""
         found = self._matcher.match(site)
         if isinstance(found, Unmatched):
-            self.unmatched[site.node.name or site.y.name or site.node.op_type] = found.reason
+            self.unmatched[_called(site)] = found.reason
         elif id(site.node) in self._calls.nodes:
             self.merged |= dict.fromkeys((module.path for module in found), self._calls.reason)
         return found
+
+    def split(self, sites: Sequence[Site], seen: Container[str]) -> Sequence[SplitModule]:
+        """Return the modules that several sites compute, which then have a match."""
+        found = self._matcher.split(sites, seen)
+        for whole in found:
+            for site in whole.sites:
+                self.unmatched.pop(_called(site), None)
+                if id(site.node) in self._calls.nodes:
+                    self.merged[whole.module.path] = self._calls.reason
+        return found
+
+
+def _called(site: Site) -> str:
+    return site.node.name or site.y.name or site.node.op_type
 
 
 def _head_reason(path: str) -> str | None:

@@ -192,6 +192,28 @@ def test_slots_of_the_shape_whose_names_a_tool_lost_are_told():
     ]
 
 
+def test_slots_that_together_are_a_module_are_told():
+    """Without a base nothing says that a tool took the module apart."""
+    leaves = ("attn.q", "attn.k", "mlp.gate", "mlp.up")
+    paths = [f"h.{layer}.{leaf}" for layer in (0, 1) for leaf in leaves]
+    widths = [5, 3, 4, 4] * 2
+    slots = tuple(
+        Slot(path, IN, width, "FLOAT", (SlotMember(path, 0, width),))
+        for path, width in zip(paths, widths, strict=True)
+    )
+    sizes = {"h.1.mlp.gate_up": 8, "h.1.self.qk": 8, "h.1.mlp.other": 9}
+    adapter = Adapter({path: module(2, IN, size) for path, size in sizes.items()})
+    with pytest.raises(LoraportError) as refused:
+        pack(adapter, SlotTable(slots), {})
+    none = "expected a slot for this module, got none; the exported model has no such module"
+    remedy = "with as many outputs; if they are it, export again with --base, which tells that"
+    assert str(refused.value).split("\n  - ")[1:] == [
+        f"h.1.mlp.gate_up: {none}, but h.1.mlp.gate and h.1.mlp.up {remedy}",
+        f"h.1.self.qk: {none}, but h.1.attn.q and h.1.attn.k {remedy}",
+        f"h.1.mlp.other: {none}",
+    ]
+
+
 @pytest.mark.parametrize("path", [f"wrapped.{Q}", Q.partition(".")[2]])
 def test_a_name_that_a_wrapper_changed_is_recognized(path):
     with pytest.raises(LoraportError) as refused:

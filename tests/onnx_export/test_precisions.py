@@ -9,7 +9,7 @@ import torch
 from command_line import command
 from onnx_graphs import session
 from peft_cases import Case, bert, load_with_peft, make_case
-from tiny_llm import PHI3, save_base, tokenizer
+from tiny_llm import PHI3, save_adapter, save_base, tokenizer
 
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base
@@ -154,7 +154,12 @@ class TestDecoder:
         torch.manual_seed(0)
         base = save_base(tmp_path / "base", Phi3ForCausalLM(Phi3Config(**PHI3)))
         out = tmp_path / "bundle"
-        export_base(str(base), out, ExportOptions(precision="int4"))
+        slots = SlotOptions(("lora", "gain", "bias"))
+        export_base(str(base), out, ExportOptions(precision="int4", slots=slots))
+        options = {"target_modules": ["gate_up_proj", "o_proj"], "use_dora": True, "r": 3}
+        adapter = save_adapter(base, Case(lambda: None, options), tmp_path / "adapter")
+        adapters = {"a": read_adapter(adapter)}
+        add_adapters(out, adapters)
         model = load_model(str(base))
         packed = {n: m for n, m in model.named_modules() if n.endswith("gate_up_proj")}
         own = {name: module.weight.detach().clone() for name, module in packed.items()}
@@ -164,11 +169,15 @@ class TestDecoder:
         assert set(replaced) == linear > packed.keys()
         inputs = base_inputs(out, read_manifest(out))
         arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        got = Runtime(out, threads=1, float32_activations=True).run(inputs, None, ["logits"])
-        np.testing.assert_allclose(got["logits"], torch_logits(model, arguments), atol=2e-4)
+        runtime = Runtime(out, threads=1, float32_activations=True)
+        got = runtime.run(inputs, None, ["logits"])["logits"]
+        np.testing.assert_allclose(got, torch_logits(model, arguments), atol=2e-4)
+        loaded, original = _reference_model(str(base), out, runtime.manifest, adapters)
+        report = verify_bundle(out, loaded, adapters, original=original)
+        assert report.passed, [check for check in report.checks if not check.passed]
         for name, module in packed.items():  # the control: they are rounded, too
             module.weight.data = own[name]
-        assert np.abs(got["logits"] - torch_logits(model, arguments)).max() > 0.1
+        assert np.abs(got - torch_logits(model, arguments)).max() > 0.1
 
     def test_int8_as_it_is_deployed(self, int8, tiny_base, adapter_a):
         model = load_model(str(tiny_base))

@@ -11,6 +11,7 @@ _TOOL = "loraport.slots_by"
 _SOURCE = "loraport.slots_in"
 _SHA256 = "loraport.slots_in_sha256"
 _SLOT = "loraport.slot"
+_SLOT_FIRST = "loraport.slot_first"
 
 
 def record_provenance(model: ir.Model, source: str, sha256: str = "") -> None:
@@ -27,11 +28,20 @@ def record_provenance(model: ir.Model, source: str, sha256: str = "") -> None:
         model.metadata_props[_SHA256] = sha256
 
 
-def record_slot(node: ir.Node, slot: str) -> None:
-    """Write into an operator's metadata which slot stands beside it, in place."""
+def record_slot(node: ir.Node, slot: str, first: int = 0) -> None:
+    """Write into an operator's metadata which slot stands beside it, in place.
+
+    Args:
+        node: The operator.
+        slot: The slot's name.
+        first: Which of the slot's outputs is the operator's first; 0 where it has all of them.
+    """
     node.metadata_props[_SLOT] = slot
+    if first:
+        node.metadata_props[_SLOT_FIRST] = str(first)
 
 
-def recorded_slot(node: ir.Node) -> str | None:
-    """Return the slot that stands beside an operator, if it has one."""
-    return node.metadata_props.get(_SLOT)
+def recorded_slot(node: ir.Node) -> tuple[str, int] | None:
+    """Return the slot that stands beside an operator, if it has one, and its first output there."""
+    slot = node.metadata_props.get(_SLOT)
+    return None if slot is None else (slot, int(node.metadata_props.get(_SLOT_FIRST, 0)))

@@ -19,11 +19,12 @@ class Rewrite:
 
     Args:
         node: The graph's operator.
+        stem: What their names begin with; its name unless told.
     """
 
-    def __init__(self, node: ir.Node) -> None:
+    def __init__(self, node: ir.Node, stem: str = "") -> None:
         self.node = node
-        self._stem = node.name or node.outputs[0].name or node.op_type
+        self._stem = stem or node.name or node.outputs[0].name or node.op_type
         self.nodes: list[ir.Node] = []
 
     def add(

@@ -10,7 +10,8 @@ these that has a weight gives it:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -35,6 +36,46 @@ from loraport.naming import bias_name, weight_name
 from loraport.runtime.values import torch_of
 
 _REMEDY = "give --base with the model that the bundle was exported from"
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where the graph computes a module.
+
+    Attributes:
+        sites: The operators that compute the slot's outputs side by side.
+        member: The module's part of these.
+    """
+
+    sites: tuple[Site, ...]
+    member: SlotMember
+
+    @property
+    def kind(self) -> ModuleKind:
+        return self.sites[0].kind
+
+    @property
+    def quantized(self) -> bool:
+        return any(site.quantized for site in self.sites)
+
+    def columns(self) -> torch.Tensor:
+        """Return the module's columns of the operators' weights, ``[in, out]``."""
+        # Numpy has no bfloat16 that torch reads; float32 holds all of its values.
+        own = np.ascontiguousarray(self._own([site.weight() for site in self.sites]), np.float32)
+        return torch.from_numpy(own.copy())
+
+    def bias(self) -> torch.Tensor | None:
+        """Return the module's part of what the operators add, if all add a constant."""
+        added = [
+            None if site.bias_input is None else constant(site.node.inputs[site.bias_input])
+            for site in self.sites
+        ]
+        whole = [np.asarray(found.array()) for found in added if found is not None]
+        return torch_of(np.array(self._own(whole))) if len(whole) == len(added) else None
+
+    def _own(self, parts: list[np.ndarray]) -> np.ndarray:
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
+        return whole[..., self.member.start : self.member.stop]
 
 
 class BaseParameters:
@@ -93,10 +134,10 @@ class BaseParameters:
         Of a linear module ``[out, in]``, of an embedding ``[vocab, dim]``. What replaces rows of
         it is told from this one, so that they are what was trained.
         """
-        if path not in self._sites or not self._sites[path][0].quantized:
+        if path not in self._places or not self._places[path].quantized:
             return None
-        columns = _columns(*self._sites[path])
-        return columns if self._sites[path][0].kind is ModuleKind.EMBEDDING else columns.T
+        columns = self._places[path].columns()
+        return columns if self._places[path].kind is ModuleKind.EMBEDDING else columns.T
 
     def bias(self, path: str) -> torch.Tensor:
         """Return a module's bias.
@@ -113,14 +154,7 @@ class BaseParameters:
         value = self._graph.initializers.get(bias_name(path))
         if value is not None and (found := constant(value)) is not None:
             return torch_of(np.array(found.array()))
-        if path not in self._sites:
-            return None
-        site, member = self._sites[path]
-        if site.bias_input is None:
-            return None
-        found = constant(site.node.inputs[site.bias_input])
-        assert found is not None
-        return torch_of(np.array(found.array()[member.start : member.stop]))
+        return self._places[path].bias() if path in self._places else None
 
     def _checkpoint(self, path: str, what: str = "weight") -> StoredWeights:
         source = self._base or base_source(self._bundle)
@@ -169,48 +203,39 @@ class BaseParameters:
         return read_graph(self._bundle / MODEL_FILE).graph
 
     @cached_property
-    def _sites(self) -> dict[str, tuple[Site, SlotMember]]:
-        """Module path → the operator that computes it, and its part of it."""
-        places = dict(self._slot_sites())
-        return {
-            path: (places[slot.name], member)
-            for path, (slot, member) in self._manifest.slots.modules().items()
-            if slot.name in places
-        }
-
-    def _slot_sites(self) -> Iterator[tuple[str, Site]]:
+    def _places(self) -> dict[str, _Place]:
+        """Module path → the operators that compute it, and its part of them."""
+        found: dict[str, dict[int, Site]] = defaultdict(dict)  # by the first output of each
         for node in self._graph.all_nodes():
-            name = recorded_slot(node)
-            site = find_site(node) if name is not None else None
-            if name is not None and site is not None:
-                yield name, site
+            recorded = recorded_slot(node)
+            site = find_site(node) if recorded is not None else None
+            if recorded is not None and site is not None:
+                found[recorded[0]][recorded[1]] = site
+        return {
+            path: _Place(tuple(site for _, site in sorted(found[slot.name].items())), member)
+            for path, (slot, member) in self._manifest.slots.modules().items()
+            if slot.name in found
+        }
 
     def _in_graph(self, path: str, in_out: bool) -> torch.Tensor | None:
         for slot in self._manifest.slots.replacements:
             if slot.parameter == weight_name(path):
                 value = torch_of(BaseValues(self._bundle)[slot.input])
                 return value.T if slot.transposed else value
-        if path not in self._sites or self._sites[path][0].quantized:
+        if path not in self._places or self._places[path].quantized:
             return None
-        site, member = self._sites[path]
-        weight = _columns(site, member)
+        site = self._places[path].sites[0]
+        weight = self._places[path].columns()
         if site.kind is ModuleKind.EMBEDDING:
             return weight
         if site.kind is ModuleKind.CONV:
             own = site.in_features // site.groups
-            return weight.T.reshape(member.stop - member.start, own, *site.kernel)
+            return weight.T.reshape(weight.shape[1], own, *site.kernel)
         return weight if in_out else weight.T
 
     def _is_in_out(self, path: str, weight: torch.Tensor) -> bool | None:
         """Tell whether a square weight of the checkpoint is stored as the graph has it."""
-        if path not in self._sites or self._sites[path][0].kind is not ModuleKind.LINEAR:
+        if path not in self._places or self._places[path].kind is not ModuleKind.LINEAR:
             return None
-        own, stored = _columns(*self._sites[path]), weight.float()
+        own, stored = self._places[path].columns(), weight.float()
         return bool((own - stored).norm() < (own - stored.T).norm())
-
-
-def _columns(site: Site, member: SlotMember) -> torch.Tensor:
-    """Return a module's columns of an operator's weight, ``[in, out]``."""
-    # Numpy has no bfloat16 that torch reads; float32 holds all of its values.
-    array = np.ascontiguousarray(site.weight()[:, member.start : member.stop], np.float32)
-    return torch.from_numpy(array.copy())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +12,7 @@ from converters.onnx.graph.constants import constant
 from converters.onnx.graph.site import Site
 from converters.onnx.modules.graph_names import NamedSite, weight_of
 from converters.onnx.modules.matching import Match, Unmatched
+from converters.onnx.modules.module_parts import SplitModule
 from converters.onnx.modules.slottable import SlottableModule
 from loraport.adapter import ModuleKind
 from loraport.fingerprint import BaseFingerprint, hash_rows
@@ -42,6 +43,11 @@ class GraphModules:
 
         module = SlottableModule(path, site.out_features, site.fan_in, site.kind, rows, path)
         return (module,)
+
+    def split(self, sites: Sequence[Site], seen: Container[str]) -> Sequence[SplitModule]:
+        """Return none: every site is a module."""
+        del sites, seen
+        return ()
 
 
 def fingerprint_graph(named: Iterable[NamedSite], paths: Iterable[str]) -> BaseFingerprint:

@@ -16,7 +16,6 @@ from torch import nn
 from converters.onnx.graph.site import Site
 from converters.onnx.graph.source_graph import read_graph
 from converters.onnx.modules.matching import Matcher, Unmatched
-from converters.onnx.modules.module_parts import parts_of
 from converters.onnx.modules.slottable import slottable_modules, tied_modules
 from converters.onnx.operators import find_site
 from loraport.adapter import ModuleKind
@@ -56,13 +55,13 @@ def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:
         weight = _rows(site)
         start = 0
         for found in matched:
-            _store(weight[start : start + found.out_features], model.get_submodule(found.path), 0)
+            _store(weight[start : start + found.out_features], model.get_submodule(found.path))
             replaced[found.path] = None
             start += found.out_features
-    unseen = [module for path, module in modules.items() if path not in replaced]
-    for site, path, start in parts_of(unseen, left):
-        _store(_rows(site), model.get_submodule(path), start)
-        replaced[path] = None
+    for split in matcher.split(left, replaced):
+        weight = torch.cat([_rows(site) for site in split.sites])
+        _store(weight, model.get_submodule(split.module.path))
+        replaced[split.module.path] = None
     return list(replaced)
 
 
@@ -71,10 +70,10 @@ def _rows(site: Site) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _store(rows: torch.Tensor, module: nn.Module, start: int) -> None:
-    """Copy rows ``[n, in]`` into a module's weight, from one of its outputs on."""
+def _store(weight: torch.Tensor, module: nn.Module) -> None:
+    """Copy a weight ``[out, in]`` into a module."""
     own = module.get_parameter("weight")
-    (own.T if stores_in_out(module) else own)[start : start + len(rows)].copy_(rows)
+    (own.T if stores_in_out(module) else own).copy_(weight)
 
 
 @torch.no_grad()

@@ -15,11 +15,12 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from converters.onnx.graph.site import Site
+from converters.onnx.modules.module_parts import SplitModule, split_modules
 from converters.onnx.modules.slottable import SlottableModule
 from converters.onnx.modules.weight_distance import allowed_distance, weight_distance
 from converters.onnx.modules.weight_search import WeightSearch
@@ -46,6 +47,15 @@ class SiteMatcher(Protocol):
 
     def match(self, site: Site) -> Match | Unmatched:
         """Return the modules whose outputs, side by side, are the site's output."""
+        ...
+
+    def split(self, sites: Sequence[Site], seen: Container[str]) -> Sequence[SplitModule]:
+        """Return the modules that several of the sites compute, each a part of their outputs.
+
+        Args:
+            sites: Those that `match` has no modules for.
+            seen: The modules that it has sites for.
+        """
         ...
 
 
@@ -78,6 +88,11 @@ class Matcher:
         if not isinstance(by_value, str):
             return by_value
         return Unmatched("; ".join(reasons) or by_value)
+
+    def split(self, sites: Sequence[Site], seen: Container[str]) -> Sequence[SplitModule]:
+        """Return the modules that several of the sites compute, each a part of their outputs."""
+        linear = self._by_kind[ModuleKind.LINEAR].items()
+        return split_modules([module for path, module in linear if path not in seen], sites)
 
     def _named(self, site: Site) -> Iterator[tuple[str, Match]]:
         modules = self._by_kind[site.kind]

@@ -18,7 +18,7 @@ from converters.onnx.modules.weight_distance import allowed_distance, weight_dis
 from loraport.adapter import ModuleKind
 
 # The second nearest must be this much farther than the nearest.
-_CLEARLY = 1.5
+CLEARLY = 1.5
 # First rows, alone, scatter more than whole weights.
 _SLACK = 1.6
 
@@ -86,7 +86,7 @@ class WeightSearch:
         if not distances:
             return None
         best = distances[0][0]
-        fitting = [module for distance, module in distances if distance <= _CLEARLY * best]
+        fitting = [module for distance, module in distances if distance <= CLEARLY * best]
         if len(fitting) == 1:
             return fitting[0]
         twins = ", ".join(module.path for module in fitting)

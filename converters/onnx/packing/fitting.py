@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Protocol
 
 import onnx_ir as ir
@@ -21,6 +23,7 @@ from loraport.update import LowRankUpdate, weighted_sum
 from loraport.variants import lower
 
 MERGE = "merge the adapter and export that"
+_NUMBER = re.compile(r"\d+")
 
 
 class Base(Protocol):
@@ -256,25 +259,35 @@ class _Fitter:
             return otherwise
         operator = _OPERATORS.get(kind)
         if operator is None or any(slot.kind is kind for slot in self._table.slots):
-            return f"the exported model has no such module{self._alike(module)}"
+            return f"the exported model has no such module{self._alike(path, module)}"
         left = [f"{k} ({v})" for k, v in self._unslotted.items() if v.startswith(operator)]
         if left:
             return f"the exported model has none by this name, and no slot beside {', '.join(left)}"
         return export_with(kind.value)
 
-    def _alike(self, module: LoraModule | None) -> str:
+    def _alike(self, path: str, module: LoraModule | None) -> str:
         """Return what helps where slots that the adapter does not name have a module's shape."""
         if module is None:
             return ""
         inside, outside = tuple(module.lora_A.shape[1:]), module.lora_B.shape[0]
-        alike = [
-            slot.name
+        reading = [
+            slot
             for slot in self._unnamed
-            if slot.kind is module.kind
-            and (slot.in_features, *slot.kernel) == inside
-            and slot.out_features >= outside
+            if slot.kind is module.kind and (slot.in_features, *slot.kernel) == inside
         ]
+        alike = [slot.name for slot in reading if slot.out_features >= outside]
         if not alike:
+            numbers = _NUMBER.findall(path)
+            layer = [slot for slot in reading if _NUMBER.findall(slot.name) == numbers]
+            parent = path.rpartition(".")[0]
+            beside = [slot for slot in layer if slot.name.rpartition(".")[0] == parent]
+            adding_up = _adding_up_to(outside, beside) or _adding_up_to(outside, layer)
+            parts = " and ".join(slot.name for slot in adding_up)
+            if parts:
+                return (
+                    f", but {parts} with as many outputs; if they are it, export again with "
+                    "--base, which tells that"
+                )
             return ""
         others = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
         return (
@@ -299,6 +312,16 @@ class _Fitter:
 
 # What computes the kinds that have slots only where they are asked for.
 _OPERATORS = {ModuleKind.EMBEDDING: "Gather", ModuleKind.CONV: "Conv"}
+
+
+def _adding_up_to(width: int, slots: Sequence[Slot]) -> Sequence[Slot]:
+    """Return the first slots one after the other that have so many outputs together, if any do."""
+    for start in range(len(slots)):
+        widths = accumulate(slot.out_features for slot in slots[start:])
+        for stop, sum_of_widths in enumerate(widths, start + 1):
+            if sum_of_widths == width:
+                return slots[start:stop]
+    return ()
 
 
 def _named_otherwise(path: str, known: Iterable[str]) -> str | None:

@@ -8,7 +8,8 @@ For each site ``y = x W`` with matched modules:
 2. the slot's nodes, as `slot_nodes` says; every reader of ``y`` reads theirs, and a graph output
    keeps its name.
 
-Sites that compute the same modules (a module called twice) share one slot.
+Sites that compute the same modules (a module called twice) share one slot, and so do those that
+compute a module in parts: each takes its columns of ``B``, gain and bias, see `slot_parts`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import onnx_ir as ir
 import torch
 
 from converters.onnx.graph.flattening import flatten_rows
+from converters.onnx.graph.provenance import record_slot
 from converters.onnx.graph.site import Site
 from converters.onnx.modules.holders import Holders
 from converters.onnx.modules.matching import Match, Matcher, SiteMatcher, Unmatched
@@ -29,6 +31,7 @@ from converters.onnx.operators import find_site
 from converters.onnx.slots.controls import Controls
 from converters.onnx.slots.replacing import make_replaceable
 from converters.onnx.slots.slot_nodes import add_slot_nodes
+from converters.onnx.slots.slot_parts import Columns, SlotParts
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot, SlotInput, SlotMember, SlotTable
 from loraport.errors import LoraportError, Problems
@@ -131,7 +134,23 @@ def insert_slots(
     inputs: dict[str, dict[str, ir.Value]] = {}
     unslotted: dict[str, str] = {}
     reasons: list[str] = []
-    chosen: list[tuple[ir.Node, Slot]] = []
+    chosen: list[tuple[ir.Node, Slot, Columns]] = []
+    left: list[Site] = []
+    seen: set[str] = set()
+
+    def choose(site: Site, slot: Slot, columns: Columns) -> None:
+        paths = [member.module_path for member in slot.members]
+        excluded = {path: reason for path in paths if (reason := exclude(path))}
+        unslotted.update(excluded)
+        if excluded:
+            return
+        chosen.append((site.node, slot, columns))
+        # What is called twice takes an adapter in both places or in none, and so a gain.
+        if (reason := controls.why_not(slot, site)) is not None:
+            unslotted.update(dict.fromkeys(paths, reason))
+        elif "gain" in options.variants and site.bias_is_fixed:
+            unslotted.update(dict.fromkeys(map(slot_gain, paths), _FIXED_BIAS))
+
     for node in list(model.graph.all_nodes()):
         site = find_site(node)
         if site is None or not options.serves(site.kind):
@@ -139,22 +158,20 @@ def insert_slots(
         matched = matcher.match(site)
         if isinstance(matched, Unmatched):
             reasons.append(f"{node.name or node.op_type}: {matched.reason}")
+            left.append(site)
             continue
-        excluded = {module.path: exclude(module.path) for module in matched}
-        if any(excluded.values()):
-            unslotted.update({path: reason for path, reason in excluded.items() if reason})
-            continue
-        slot = _slot(site, matched, options)
-        chosen.append((node, slot))
-        # What is called twice takes an adapter in both places or in none, and so a gain.
-        if (reason := controls.why_not(slot, site)) is not None:
-            unslotted.update({module.path: reason for module in matched})
-        elif "gain" in options.variants and site.bias_is_fixed:
-            unslotted.update({slot_gain(module.path): _FIXED_BIAS for module in matched})
+        seen.update(module.path for module in matched)
+        choose(site, _slot(site, matched, options), Columns((site.out_features,)))
+    for split in matcher.split(left, seen):
+        slot = _slot(split.sites[0], (split.module,), options)
+        widths = tuple(site.out_features for site in split.sites)
+        for number, site in enumerate(split.sites):
+            choose(site, slot, Columns(widths, number))
     if not options.per_row:
-        flatten_rows(model.graph, [node for node, _ in chosen])
+        flatten_rows(model.graph, [node for node, _, _ in chosen])
     taken = {value.name for value in model.graph.inputs}
-    for node, slot in chosen:
+    parts = SlotParts(model.graph)
+    for node, slot, columns in chosen:
         paths = [member.module_path for member in slot.members]
         if any(path in unslotted for path in paths):
             continue
@@ -171,7 +188,10 @@ def insert_slots(
                 f"{slot.name}: expected the same operator wherever the module is called, got "
                 f"{table[slot.name]} and {slot}"
             )
-        add_slot_nodes(model.graph, slot, site.exposed(), inputs[slot.name], controls)
+        site = site.exposed()
+        record_slot(site.node, slot.name, columns.first)
+        part, values = parts.of(slot, inputs[slot.name], columns)
+        add_slot_nodes(model.graph, part, site, values, controls)
     if not table:
         reasons += [f"{path}: {reason}" for path, reason in unslotted.items()]
         raise LoraportError(
@@ -226,7 +246,7 @@ def _slot(site: Site, modules: Match, options: SlotOptions) -> Slot:
     return Slot(
         name=packed_slot(tuple(module.path for module in modules)),
         in_features=site.in_features,
-        out_features=site.out_features,
+        out_features=start,
         dtype=site.dtype.name,
         members=tuple(members),
         kind=site.kind,

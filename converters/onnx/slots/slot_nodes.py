@@ -19,7 +19,6 @@ import numpy as np
 import onnx_ir as ir
 
 from converters.onnx.graph.nodes import NodeChain
-from converters.onnx.graph.provenance import record_slot
 from converters.onnx.graph.rewriting import opset_of
 from converters.onnx.graph.site import Site
 from converters.onnx.slots.controls import Controls
@@ -46,7 +45,6 @@ def add_slot_nodes(
         inputs: Role → graph input.
         controls: The graph's controls.
     """
-    record_slot(site.node, slot.name)
     # A module called twice has two sites, so node names carry the operator's name too.
     chain = NodeChain(f"{slot.name}.lora/{site.node.name or site.y.name}", site.dtype)
     readers = list(site.y.uses())
