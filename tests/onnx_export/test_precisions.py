@@ -13,7 +13,9 @@ from tiny_llm import PHI3, save_adapter, save_base, tokenizer
 
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base
+from converters.onnx.modules.base_parameters import BaseParameters
 from converters.onnx.modules.graph_weights import load_graph_weights
+from converters.onnx.packing.pack import pack
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Adapter, Replacement
 from loraport.base_model import load_model
@@ -203,6 +205,42 @@ class TestDecoder:
         assert manifest.precision == "int8"
         assert {slot.dtype for slot in manifest.slots.slots} == {"FLOAT"}
         assert all(result.passed for result in replay_golden(int8))
+
+    def test_a_trained_head_of_its_own_is_not_sent_to_an_export_that_is_refused(
+        self, int8, bare_bundle
+    ):
+        """Only the graph of whole weights has a place for it."""
+        remedies = {}
+        for bundle in (int8, bare_bundle):
+            manifest = read_manifest(bundle)
+            saved = {
+                f"{path}.weight": Replacement(torch.zeros(320, 32))
+                for path in ("lm_head", "model.layers.0.self_attn.q_proj", "model.norm")
+            }
+            with pytest.raises(LoraportError) as refused:
+                pack(
+                    Adapter({}, replacements=saved),
+                    manifest.slots,
+                    manifest.unslotted,
+                    BaseParameters(bundle, manifest),
+                )
+            lines = str(refused.value).split("\n  - ")[1:]
+            remedies[bundle] = [line.partition("trained bias); ")[2] for line in lines]
+        merge = "merge the adapter and export that"
+        rounded = (
+            f"the graph holds its weight rounded, for which nothing whole can stand; {merge}, or "
+            "export again in a precision that does not round, with --replace "
+        )
+        plain = [
+            f"export again with --replace {path}, or {merge}"
+            for path in ("lm_head", "model.layers.0.self_attn.q_proj", "model.norm")
+        ]
+        assert remedies[int8] == [
+            f"{rounded}lm_head",
+            f"{rounded}model.layers.0.self_attn.q_proj",
+            plain[2],
+        ]
+        assert remedies[bare_bundle] == plain
 
     def test_bf16_is_built_for_cuda_and_right_when_widened(self, tiny_base, adapter_a, tmp_path):
         """No CPU kernel computes in bfloat16: the same graph is run in float32 here."""

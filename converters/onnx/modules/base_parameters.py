@@ -23,6 +23,7 @@ from converters.onnx.graph.constants import constant
 from converters.onnx.graph.provenance import recorded_slot
 from converters.onnx.graph.site import Site
 from converters.onnx.graph.source_graph import read_graph
+from converters.onnx.modules.graph_names import name_sites
 from converters.onnx.operators import find_site
 from loraport.adapter import ModuleKind
 from loraport.base_weights import StoredWeights
@@ -138,6 +139,13 @@ class BaseParameters:
             return None
         columns = self._places[path].columns()
         return columns if self._places[path].kind is ModuleKind.EMBEDDING else columns.T
+
+    def is_rounded(self, path: str) -> bool:
+        """Tell whether the graph has a module's weight rounded, with a slot or without."""
+        if path in self._places:
+            return self._places[path].quantized
+        sites = [site for node in self._graph.all_nodes() if (site := find_site(node)) is not None]
+        return any(entry.site.quantized for entry in name_sites(sites) if entry.path == path)
 
     def bias(self, path: str) -> torch.Tensor:
         """Return a module's bias.

@@ -37,6 +37,10 @@ class Base(Protocol):
         """Return a module's weight as the graph has it, if that is rounded."""
         ...
 
+    def is_rounded(self, path: str) -> bool:
+        """Tell whether the graph has a module's weight rounded, with a slot or without."""
+        ...
+
     def bias(self, path: str) -> torch.Tensor:
         """Return a module's bias."""
         ...
@@ -159,6 +163,7 @@ class _Fitter:
             remedy = (
                 self._unslotted.get(parameter)
                 or _named_otherwise(parameter, known)
+                or self._why_rounded(parameter)
                 or f"export again with --replace {name}, or {MERGE}"
             )
             got = "none, and the adapter stores it as a whole (modules_to_save or a trained bias)"
@@ -172,6 +177,16 @@ class _Fitter:
         value = value.to(TORCH_DTYPES[ir.DataType[slot.dtype].name]).contiguous()
         require_finite(slot.dtype, {slot.input: value}, self._problems)
         self.fitted.whole[slot.input] = value
+
+    def _why_rounded(self, parameter: str) -> str | None:
+        """Return what is to be done where no export of this precision takes a parameter anew."""
+        path = parameter.removesuffix(".weight")
+        if path == parameter or self._base is None or not self._base.is_rounded(path):
+            return None
+        return (
+            f"the graph holds its weight rounded, for which nothing whole can stand; {MERGE}, or "
+            f"export again in a precision that does not round, with --replace {path}"
+        )
 
     def _add_bias(self, parameter: str, tensor: torch.Tensor) -> bool:
         """Let a slot's bias input make a module's bias the trained one; tell if there is one."""
