@@ -7,9 +7,10 @@ from peft_cases import Case
 from tiny_llm import GEMMA, PHI3, SIZES, save_adapter, save_base
 
 from converters.formats.registry import read_adapter
-from converters.onnx import add_adapters, export_base
+from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.exporters.genai_builder import builds
 from converters.onnx.modules.base_parameters import BaseParameters
+from converters.onnx.slots.inserting import SlotOptions
 from loraport.base_model import load_model
 from loraport.bundle.manifest import read_manifest
 from loraport.parity import verify_bundle
@@ -20,6 +21,8 @@ ARCHITECTURES = {
     "Gemma": GEMMA,
     "Phi3": PHI3,
 }
+# Gemma's norms multiply by one more than their weights, and the builder stores the sums.
+SAVED = {"Gemma": ("model.norm", "model.layers.0.input_layernorm")}
 
 
 def test_the_builder_is_given_no_decoder_that_it_does_not_know():
@@ -33,8 +36,13 @@ def test_slots_and_parity(name, tmp_path):
     config = getattr(transformers, f"{name}Config")(**ARCHITECTURES[name])
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
+    saved = SAVED.get(name, ())
+    with torch.no_grad():
+        for norm in saved:
+            model.get_parameter(f"{norm}.weight").normal_(0, 0.2)
     base = save_base(tmp_path / "base", model)
-    export_base(str(base), tmp_path / "bundle")
+    options = ExportOptions(slots=SlotOptions(replace=saved))
+    export_base(str(base), tmp_path / "bundle", options)
     manifest = read_manifest(tmp_path / "bundle")
     linear = {path for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     unslotted = dict(manifest.unslotted)
@@ -45,9 +53,11 @@ def test_slots_and_parity(name, tmp_path):
     for path in manifest.slots.modules():  # Phi-3's gate_up_proj is two operators' of the builder
         assert torch.equal(parameters.weight(path), model.get_submodule(path).weight)
     targets = sorted({path.rpartition(".")[2] for path in manifest.slots.modules()})
-    case = Case(lambda: model, {"target_modules": targets, "r": 4, "lora_alpha": 6})
+    options = {"target_modules": targets, "r": 4, "lora_alpha": 6, "modules_to_save": [*saved]}
+    case = Case(lambda: model, options)
     adapter = read_adapter(save_adapter(base, case, tmp_path / "adapter"))
     assert adapter.modules.keys() == manifest.slots.modules().keys()
+    assert adapter.replacements.keys() == {f"{norm}.weight" for norm in saved}
     add_adapters(tmp_path / "bundle", {"a": adapter})
     report = verify_bundle(tmp_path / "bundle", load_model(str(base)), {"a": adapter})
     assert report.passed, [check for check in report.checks if not check.passed]

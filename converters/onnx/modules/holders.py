@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from converters.onnx.graph.torch_dtypes import TORCH_DTYPES
+from converters.onnx.modules.gains_plus_one import gains_plus_one
 from converters.onnx.modules.graph_names import NamedSite, weight_of
 from loraport.adapter import ModuleKind
 from loraport.naming import bias_name, is_module_path, weight_name
@@ -55,11 +56,13 @@ class Holder:
         value: The initializer.
         uses: Operators and the numbers of their inputs.
         transposed: It holds the parameter's transpose.
+        less_one: The parameter, where the initializer holds one more than that.
     """
 
     value: ir.Value
     uses: tuple[Use, ...]
     transposed: bool
+    less_one: torch.Tensor | None = None
 
 
 class Holders(Protocol):
@@ -83,12 +86,18 @@ class BaseHolders:
             under every path.
         embeddings: Paths of the modules that look rows up: they tell apart the two users of a
             weight that an embedding and an output head share.
+        plus_one: Parameters that a graph may hold with one added, see `gains_plus_one`.
     """
 
     def __init__(
-        self, graph: ir.Graph, parameters: Mapping[str, torch.Tensor], embeddings: Iterable[str]
+        self,
+        graph: ir.Graph,
+        parameters: Mapping[str, torch.Tensor],
+        embeddings: Iterable[str],
+        plus_one: Iterable[str] = (),
     ) -> None:
         self._graph = graph
+        self._plus_one = frozenset(plus_one)
         self._parameters = parameters
         self._embeddings = frozenset(map(weight_name, embeddings))
         pointers = [tensor.data_ptr() for tensor in parameters.values()]
@@ -98,7 +107,7 @@ class BaseHolders:
     def of_module(cls, graph: ir.Graph, module: nn.Module) -> BaseHolders:
         """Return what finds the parameters and stored buffers of a loaded base."""
         embeddings = [p for p, found in module.named_modules() if isinstance(found, nn.Embedding)]
-        return cls(graph, stored_tensors(module), embeddings)
+        return cls(graph, stored_tensors(module), embeddings, gains_plus_one(module))
 
     def parameters(self) -> Iterable[str]:
         """Return the base's parameters."""
@@ -107,17 +116,9 @@ class BaseHolders:
     def find(self, parameter: str) -> Holder | str:
         """Return the one initializer with the parameter's values."""
         tensor = self._parameters[parameter].detach()
-        found = []
-        for value in _stored(self._graph):
-            transposed = _holds(value, tensor)
-            if transposed is None:
-                continue
-            uses = tuple(value.uses())
-            if tensor.data_ptr() in self._shared:
-                lookup = parameter in self._embeddings
-                uses = tuple(use for use in uses if _looks_up(use) == lookup)
-            if uses:
-                found.append(Holder(value, uses, transposed))
+        found = self._holders(parameter, tensor)
+        if not found and parameter in self._plus_one:
+            found = self._holders(parameter, tensor, plus=1)
         named = [holder for holder in found if holder.value.name == parameter]
         # Fresh norms are all ones: those that are called like other parameters are these.
         free = [holder for holder in found if holder.value.name not in self._parameters]
@@ -128,6 +129,21 @@ class BaseHolders:
             names = ", ".join(str(holder.value.name) for holder in found[:5])
             return f"the graph holds its values several times: {names}"
         return _NOT_AS_IT_IS
+
+    def _holders(self, parameter: str, tensor: torch.Tensor, plus: int = 0) -> list[Holder]:
+        """Return what holds a parameter, or that and ``plus``."""
+        found = []
+        for value in _stored(self._graph):
+            transposed = _holds(value, tensor, plus)
+            if transposed is None:
+                continue
+            uses = tuple(value.uses())
+            if tensor.data_ptr() in self._shared:
+                lookup = parameter in self._embeddings
+                uses = tuple(use for use in uses if _looks_up(use) == lookup)
+            if uses:
+                found.append(Holder(value, uses, transposed, tensor if plus else None))
+        return found
 
     def _unless_shared(self, parameter: str, holder: Holder) -> Holder | str:
         """Refuse an initializer that exporters let several equal parameters share."""
@@ -246,8 +262,14 @@ def _stored(graph: ir.Graph) -> list[ir.Value]:
     ]
 
 
-def _holds(value: ir.Value, tensor: torch.Tensor) -> bool | None:
-    """Tell whether an initializer is a tensor (``False``) or its transpose (``True``)."""
+def _holds(value: ir.Value, tensor: torch.Tensor, plus: int = 0) -> bool | None:
+    """Tell whether an initializer is a tensor (``False``) or its transpose (``True``).
+
+    Args:
+        value: The initializer.
+        tensor: The tensor.
+        plus: What is added to it first, in the initializer's type, as the graph would add it.
+    """
     stored = value.const_value
     assert stored is not None
     shape, wanted = tuple(stored.shape.numpy()), tuple(tensor.shape)
@@ -261,11 +283,18 @@ def _holds(value: ir.Value, tensor: torch.Tensor) -> bool | None:
         array = stored.numpy()
         # A first row tells most apart; whole weights are large.
         if all(
-            torch.equal(torch.from_numpy(np.array(part, np.float32)), mine.cpu().to(dtype).float())
+            torch.equal(
+                torch.from_numpy(np.array(part, np.float32)), _as(dtype, mine, plus).float()
+            )
             for part, mine in ((array[:1], ours[:1]), (array, ours))
         ):
             return turned
     return None
+
+
+def _as(dtype: torch.dtype, tensor: torch.Tensor, plus: int) -> torch.Tensor:
+    own = tensor.cpu().to(dtype)
+    return own + plus if plus else own
 
 
 def _looks_up(use: Use) -> bool:

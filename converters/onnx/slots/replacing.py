@@ -2,6 +2,8 @@
 
 The parameter becomes a graph input ``PARAMETER.lora_saved`` with its own value as the default,
 which lies where it lay: the initializer has another name, the data file stays as it is.
+A norm's weight that the graph holds with one added (Gemma's) is an initializer anew, to which the
+graph adds one.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
+from converters.onnx.graph.nodes import NodeChain
 from converters.onnx.graph.source_graph import MappedTensor
 from converters.onnx.graph.torch_dtypes import TORCH_DTYPES
 from converters.onnx.modules.holders import Holder, Holders
@@ -60,7 +64,8 @@ def make_replaceable(graph: ir.Graph, names: Sequence[str], holders: Holders) ->
                 refused[parameter] = holder
                 continue
             slot = _slot(parameter, holder)
-            values[slot.input] = _as_torch(holder.value)
+            own = holder.less_one
+            values[slot.input] = _as_torch(holder.value) if own is None else _own(slot, own)
             _redirect(graph, slot, holder)
             slots.append(slot)
         if not any(slot.parameter in wanted for slot in slots):
@@ -87,20 +92,42 @@ def _redirect(graph: ir.Graph, slot: ReplacementSlot, holder: Holder) -> None:
     """Let the operators that use a parameter read an overridable initializer instead."""
     stored = holder.value.const_value
     assert stored is not None
+    const = _renamed(stored, slot.input)
+    if holder.less_one is not None:
+        array = _own(slot, holder.less_one).float().numpy().astype(stored.dtype.numpy())
+        const = ir.tensor(array, name=slot.input)
     value = ir.Value(
         name=slot.input,
         shape=ir.Shape(slot.shape),
         type=ir.TensorType(stored.dtype),
-        const_value=_renamed(stored, slot.input),
+        const_value=const,
     )
     graph.inputs.append(value)
     graph.register_initializer(value)
+    if holder.less_one is not None:
+        value = _plus_one(graph, slot, value)
     for use in holder.uses:
         if use.node.op_type == "Transpose" and _gather_columns(use.node, value):
             continue
         use.node.replace_input_with(use.idx, value)
     if not holder.value.uses() and not holder.value.is_graph_output():
         graph.initializers.pop(str(holder.value.name))
+
+
+def _own(slot: ReplacementSlot, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a parameter as the slot takes it."""
+    return tensor.detach().cpu().to(TORCH_DTYPES[slot.dtype]).contiguous()
+
+
+def _plus_one(graph: ir.Graph, slot: ReplacementSlot, value: ir.Value) -> ir.Value:
+    """Return a value and one, computed before everything else in the graph."""
+    assert value.dtype is not None
+    chain = NodeChain(f"{slot.parameter}.lora", value.dtype)
+    one = chain.constant("one", np.ones(1, value.dtype.numpy()))
+    result = chain.add("plus_one", "Add", [value, one])
+    result.shape = value.shape
+    graph.insert_before(graph[0], chain.nodes)
+    return result
 
 
 def _gather_columns(transpose: ir.Node, value: ir.Value) -> bool:
