@@ -66,9 +66,15 @@ def weight_distance(module: SlottableModule, weight: np.ndarray) -> float:
 
 
 def _equal_as(dtype: torch.dtype, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    coarse = theirs.to(dtype)
-    return torch.equal(ours.to(dtype), coarse) and torch.equal(coarse.float(), theirs)
+    """Compare ``[n, in]``; what differs at all mostly does so in its first row."""
+
+    def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+        coarse = other.to(dtype)
+        return torch.equal(one.to(dtype), coarse) and torch.equal(coarse.float(), other)
+
+    return equal(ours[:1], theirs[:1]) and equal(ours, theirs)
 
 
 def _squares(values: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    wide = values.flatten().double()  # a quarter of the time of a norm that widens by itself
+    return float(wide.dot(wide))
