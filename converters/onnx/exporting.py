@@ -44,7 +44,8 @@ from loraport.errors import LoraportError, first_line
 from loraport.fingerprint import fingerprint
 from loraport.output import new_directory
 from loraport.parity.tolerances import golden_tolerance, golden_tolerances
-from loraport.runtime.decoder import GENAI_CONFIG
+from loraport.runtime import Runtime
+from loraport.runtime.decoder import GENAI_CONFIG, first_step_inputs, read_decoder
 from loraport.runtime.recording import write_base_golden
 
 GOLDEN_TEXT = "The port keeps its light on."
@@ -139,7 +140,8 @@ def export_base(
         if options.precision == _BF16:
             record_no_golden(bundle, "ONNX Runtime's CPU kernels have no bfloat16")
         elif decoder:
-            write_base_golden(bundle, _decoder_golden_inputs(bundle))
+            runtime = Runtime(bundle, check=False)
+            write_base_golden(bundle, _decoder_golden_inputs(runtime), runtime)
         else:
             write_base_golden(bundle, {name: t.numpy() for name, t in inputs.items()})
         finish(bundle)
@@ -314,12 +316,10 @@ def _head_path(model: nn.Module) -> str | None:
     return next((path for path, module in model.named_modules() if module is head), None)
 
 
-def _decoder_golden_inputs(bundle: Path) -> dict[str, np.ndarray]:
-    from loraport.runtime import Runtime
-    from loraport.runtime.decoder import first_step_inputs, read_decoder
-
+def _decoder_golden_inputs(runtime: Runtime) -> dict[str, np.ndarray]:
+    bundle = runtime.directory
     token_ids = load_tokenizer(str(bundle))(GOLDEN_TEXT)["input_ids"]
-    return first_step_inputs(Runtime(bundle, check=False), read_decoder(bundle), token_ids)
+    return first_step_inputs(runtime, read_decoder(bundle), token_ids)
 
 
 def _base_name(base: str, directory: Path) -> str:

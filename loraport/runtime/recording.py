@@ -20,10 +20,18 @@ BLEND_CASE = "blend"
 _CACHE_OUTPUTS = ("present",)
 
 
-def write_base_golden(bundle: Path, inputs: Mapping[str, np.ndarray]) -> Manifest:
-    """Record the base's outputs for these inputs; adapters' cases use the same inputs."""
+def write_base_golden(
+    bundle: Path, inputs: Mapping[str, np.ndarray], runtime: Runtime | None = None
+) -> Manifest:
+    """Record the base's outputs for these inputs; adapters' cases use the same inputs.
+
+    Args:
+        bundle: The bundle's directory, with its manifest.
+        inputs: All inputs of the model, without slots.
+        runtime: The bundle, where it is open already.
+    """
     (bundle / GOLDEN_DIRECTORY).mkdir(exist_ok=True)
-    return _record(Runtime(bundle, check=False), {BASE_CASE: {}}, inputs)
+    return _record(runtime or Runtime(bundle, check=False), {BASE_CASE: {}}, inputs)
 
 
 def write_golden(bundle: Path, manifest: Manifest, names: Iterable[str]) -> Manifest:
