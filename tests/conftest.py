@@ -1,5 +1,7 @@
 """What several test folders share: a tiny language model, its adapters, its bundle."""
 
+import copy
+import functools
 import shutil
 import signal
 from pathlib import Path
@@ -78,6 +80,23 @@ def warm_modules():
             patch.setattr(module, "subprocess", warm)
         yield
     warm.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def translated_operators():
+    """Let torch's exporter translate its operators to ONNX once: half of a tiny model's export."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    translated = functools.cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(*arguments, **options):
+        registry = copy.copy(translated(*arguments, **options))
+        registry.functions = {name: [*each] for name, each in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+        yield
 
 
 @pytest.fixture(scope="session")
