@@ -1,31 +1,25 @@
 """The GPU script's own logic, tried on the CPU; what it measures is not looked at."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from warm_programs import run_program
 
 SCRIPT = Path(__file__).parent / "benchmarks" / "gpu.py"
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def run(directory, *arguments):
+    return run_program(arguments, directory, script=SCRIPT)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_without_a_gpu_it_says_so_and_ends_well():
-    done = run()
-    assert (done.returncode, done.stdout) == (0, "nothing measured: no NVIDIA GPU\n")
+def test_without_a_gpu_it_says_so_and_ends_well(tmp_path):
+    done = run(tmp_path)
+    assert (done.poll(), done.stdout) == (0, "nothing measured: no NVIDIA GPU\n")
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +52,8 @@ def test_every_section_gives_its_figures(exported, tiny_base, tmp_path):
     chosen = "parity,swaps,decode,rows,losses,speed,memory"
     options = ("--tiny", "--only", chosen, "--json", tmp_path / "figures.json")
     options += ("--work", exported[1])
-    done = run(*arguments, *options)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run(tmp_path, *arguments, *options)
+    assert done.poll() == 0, done.stdout + done.stderr
     rows = {row["what"]: row for row in json.loads((tmp_path / "figures.json").read_text())}
     assert all(row["figure"] in done.stdout for row in rows.values())
     beside = [
@@ -87,10 +81,10 @@ def test_every_section_gives_its_figures(exported, tiny_base, tmp_path):
     assert int(checks[0]) > 15
 
 
-def test_a_section_that_fails_hides_no_other_and_shows_in_the_exit_code(tiny_base):
+def test_a_section_that_fails_hides_no_other_and_shows_in_the_exit_code(tiny_base, tmp_path):
     arguments = ("--device", "cpu", "--base", tiny_base, "--steps", 1, "--precisions", "fp64")
-    done = run(*arguments, "--only", "swaps,rows")
-    assert done.returncode == 1
+    done = run(tmp_path, *arguments, "--only", "swaps,rows")
+    assert done.poll() == 1
     assert done.stdout.count("FAILED: LoraportError") == 2
 
 

@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 from click.testing import CliRunner
+from warm_programs import WarmProgram, run_program
 
 from loraport.cli.sweep import sweep
 from loraport.errors import LoraportError
@@ -121,33 +121,31 @@ def test_stopped_or_killed_in_the_midst_of_a_pass_it_goes_on(tiny_base, data, tm
     def command(out):
         few = ["--rank", "2,4", "--lr", "3e-3,1e-2", "--steps", 40, "--save-every", 5]
         few += ["--together", 4, "--max-length", 32, "--keep-all", "--json", "--resume"]
-        return [sys.executable, "-m", "loraport", "sweep", *map(str, (tiny_base, data, *few)),
-                "-o", str(tmp_path / out)]  # fmt: skip
+        return ["sweep", tiny_base, data, *few, "-o", tmp_path / out]
 
-    whole = subprocess.run(command("whole"), capture_output=True, check=True)
+    whole = run_program(command("whole"), tmp_path)
+    assert whole.poll() == 0, whole.stderr
+    true = json.loads(whole.stdout)
     seen = 0
     for number, at in ((signal.SIGINT, 4), (signal.SIGKILL, 24)):
-        process = subprocess.Popen(command("out"), stderr=subprocess.PIPE, text=True)
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if line.startswith(f"step {at}/40"):
-                break
+        process = WarmProgram(command("out"), tmp_path)
+        while process.poll() is None and f"\nstep {at}/40" not in process.stderr:
+            time.sleep(0.002)
         process.send_signal(number)
-        said = "".join(said) + process.communicate()[1]
+        code, said = process.wait(), process.stderr
         require_goes_on(said, seen)
         seen = at
         if number is signal.SIGKILL:
-            assert process.returncode == -number
+            assert code == -number
             continue
-        assert process.returncode == 128 + number, said
+        assert code == 128 + number, said
         assert "continue with --resume" in said
         assert said.endswith(f"stopped by {number.name}\n")
         assert not (tmp_path / "out").exists()
-    resumed = subprocess.run(command("out"), capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = run_program(command("out"), tmp_path)
+    assert resumed.poll() == 0, resumed.stderr
     require_goes_on(resumed.stderr, seen - 4)  # kept every five steps, last after 20
-    found, true = json.loads(resumed.stdout), json.loads(whole.stdout)
+    found = json.loads(resumed.stdout)
     assert found["candidates"] == true["candidates"]
     for line in true["candidates"]:
         files = (tmp_path / out / "candidates" / line["name"] for out in ("whole", "out"))

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 from click.testing import CliRunner
+from warm_programs import run_program
 
 from loraport.cli.train import options_from, train
 from loraport.training.options import LoopOptions, LoraOptions, TrainOptions
@@ -150,11 +151,9 @@ def test_a_bad_pattern_is_a_usage_error():
 def test_a_users_mistake_ends_with_2_and_no_traceback(
     base_directory, chat_data, tmp_path, more, reason
 ):
-    command = ["train", str(base_directory), str(chat_data), "-o", str(tmp_path / "out"), *more]
-    done = subprocess.run(
-        [sys.executable, "-m", "loraport", *command], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
+    command = ["train", base_directory, chat_data, "-o", tmp_path / "out", *more]
+    done = run_program(command, tmp_path)
+    assert done.poll() == 2
     assert reason in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""

@@ -4,13 +4,12 @@ import errno
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from torch import nn
+from warm_programs import WarmProgram, run_program
 
 from loraport.errors import LoraportError
 from loraport.process_lock import only_process
@@ -37,8 +36,7 @@ OPTIONS = TrainOptions(
 def command(base, data, out, *more):
     options = ["--rank", "4", "--lr", "0.02", "--steps", "14", "--save-every", "3", *more]
     options += ["--validate-every", "2", "--early-stopping", "6", "--quiet"]
-    train = [sys.executable, "-m", "loraport", "train"]
-    return [*train, str(base), str(data), "-o", str(out), *options]
+    return ["train", base, data, "-o", out, *options]
 
 
 def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored():
@@ -54,36 +52,30 @@ def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored():
 def test_signals_end_with_a_checkpoint_and_a_kill_anywhere_resumes(
     base_directory, chat_data, tmp_path
 ):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    subprocess.run(command(base_directory, chat_data, whole), env=environment, check=True)
+    done = run_program(command(base_directory, chat_data, whole), tmp_path)
+    assert done.poll() == 0, done.stderr
     chance = random.Random()
     metrics = work_directory(parts) / "metrics.jsonl"
     ends = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}
     for number, code in ends.items():
         there = metrics.read_text().count("\n") if metrics.exists() else 0
         lines = there + chance.randint(1, 4)
-        run = subprocess.Popen(
-            command(base_directory, chat_data, parts, "--resume"),
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        run = WarmProgram(command(base_directory, chat_data, parts, "--resume"), tmp_path)
         while run.poll() is None:
             if metrics.exists() and metrics.read_text().count("\n") >= lines:
                 break
             time.sleep(0.002)
         run.send_signal(number)
-        _, told = run.communicate()
-        assert run.returncode == code, told
+        assert run.wait() == code, run.stderr
+        told = run.stderr
         assert "Traceback" not in told
         if number is not signal.SIGKILL:
             assert f"stopped by {number.name} after step" in told
             assert "continue with the same command and --resume" in told
         assert not parts.exists()
-    subprocess.run(
-        command(base_directory, chat_data, parts, "--resume"), env=environment, check=True
-    )
+    done = run_program(command(base_directory, chat_data, parts, "--resume"), tmp_path)
+    assert done.poll() == 0, done.stderr
     for name in ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
 

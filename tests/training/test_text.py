@@ -1,10 +1,8 @@
 """From a JSONL file to an adapter directory, also when killed in between."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import fields, replace
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from warm_programs import WarmProgram, run_program
 
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft
@@ -116,34 +115,26 @@ def test_gradient_checkpointing_computes_the_same(base_directory, chat_data, tmp
 def command(base, data, out, *more):
     options = ["--rank", "4", "--dropout", "0.1", "--lr", "0.02", "--steps", "14"]
     options += ["--save-every", "3", *more]
-    train = [sys.executable, "-m", "loraport", "train"]
-    return [*train, str(base), str(data), "-o", str(out), *options]
+    return ["train", base, data, "-o", out, *options]
 
 
 def test_killed_at_any_moment_it_resumes_bit_for_bit(base_directory, chat_data, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    subprocess.run(
-        command(base_directory, chat_data, whole, "--quiet"), env=environment, check=True
-    )
+    done = run_program(command(base_directory, chat_data, whole, "--quiet"), tmp_path)
+    assert done.poll() == 0, done.stderr
     work = work_directory(parts)
     stops = [work / "metrics.jsonl", work / "checkpoint-00000003", work / "checkpoint-00000009"]
     for kill_at in stops:
-        run = subprocess.Popen(
-            command(base_directory, chat_data, parts, "--quiet", "--resume"), env=environment
+        run = WarmProgram(
+            command(base_directory, chat_data, parts, "--quiet", "--resume"), tmp_path
         )
         while run.poll() is None and not kill_at.exists():
             time.sleep(0.002)
         run.send_signal(signal.SIGKILL)
         run.wait()
         assert not parts.exists()
-    done = subprocess.run(
-        command(base_directory, chat_data, parts, "--resume", "--json"),
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    done = run_program(command(base_directory, chat_data, parts, "--resume", "--json"), tmp_path)
+    assert done.poll() == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 14
     assert "resumed after step" in done.stderr
     for name in ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json"):
