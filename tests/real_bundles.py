@@ -1,6 +1,8 @@
 """Bundles of the real SmolLM2-135M-Instruct, fp32 and int4, each with two adapters.
 
-They take half a minute to build, so they are kept in the user's cache, under a digest of everything
+Each is there twice: with slots, and with slots whose rows have adapters of their own.
+
+They take a minute to build, so they are kept in the user's cache, under a digest of everything
 that has a part in them: this repository's sources and the versions of the packages beneath.
 """
 
@@ -15,10 +17,13 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from loraport.base_model import SMOLLM2, cache_directory, load_model, resolve_base
@@ -36,7 +41,9 @@ _LARGE = 64 << 20  # bytes
 
 
 def real_bundles() -> Path:
-    """Return a directory with ``fp32`` and ``int4`` bundles, and the adapters ``a`` and ``b``."""
+    """Return a directory with the bundles ``fp32``, ``int4`` and, of rows, ``fp32-rows`` and
+    ``int4-rows``, and the adapters ``a`` and ``b``.
+    """
     root = cache_directory()
     target = root / f"real-bundles-{_digest()}"
     root.mkdir(parents=True, exist_ok=True)
@@ -66,15 +73,43 @@ def _build_apart(directory: Path) -> None:
 def _build(directory: Path) -> None:
     from converters.formats.registry import read_adapter
     from converters.onnx import ExportOptions, add_adapters, export_base
+    from converters.onnx.slots.inserting import SlotOptions
 
     base = resolve_base(SMOLLM2)
     for seed, name in enumerate(ADAPTERS):
         _make_adapter(base, directory / name, ADAPTERS[name], seed)
     adapters = {name: read_adapter(directory / name) for name in ADAPTERS}
-    for precision in PRECISIONS:
-        bundle = directory / precision
-        export_base(str(base), bundle, ExportOptions(precision=precision))
-        add_adapters(bundle, adapters)
+    with tempfile.TemporaryDirectory(dir=directory) as kept, _built_once(Path(kept)):
+        for precision in PRECISIONS:
+            for name, per_row in ((precision, False), (f"{precision}-rows", True)):
+                options = ExportOptions(precision=precision, slots=SlotOptions(per_row=per_row))
+                export_base(str(base), directory / name, options)
+                add_adapters(directory / name, adapters)
+
+
+@contextmanager
+def _built_once(kept: Path) -> Iterator[None]:
+    """Run GenAI's builder once for a precision, with its imports done; keep what it writes."""
+    from warm_modules import WarmModules
+
+    from converters.onnx import exporting
+    from converters.onnx.exporters import genai_builder
+
+    build = exporting.build_with_genai
+
+    def once(base: Path, out: Path, *, precision: str, provider: str) -> None:
+        made = kept / precision
+        if not made.is_dir():
+            made.mkdir()
+            build(base, made, precision=precision, provider=provider)
+        shutil.copytree(made, out, dirs_exist_ok=True)
+
+    warm = WarmModules()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(genai_builder, "subprocess", warm)
+        patch.setattr(exporting, "build_with_genai", once)
+        yield
+    warm.close()
 
 
 def _make_adapter(base: Path, out: Path, options: dict[str, Any], seed: int) -> None:

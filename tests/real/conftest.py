@@ -1,9 +1,6 @@
 """SmolLM2-135M-Instruct with PEFT adapters."""
 
-import os
-
 import pytest
-import torch
 
 from loraport.base_model import SMOLLM2, resolve_base
 
@@ -28,13 +25,4 @@ def real_int4(real_directory):
 
 @pytest.fixture(scope="module", autouse=True)
 def session_threads():
-    """Leave sessions their threads: unlike the tiny models, this one gains by them."""
-
-
-@pytest.fixture(autouse=True)
-def all_threads():
-    """Give torch its threads back, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
+    """Leave sessions their threads, which int4's golden outputs depend on."""

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from tiny_llm import TEXTS, peft_model, tokenizer
+from peft_cases import load_with_peft
+from tiny_llm import TEXTS, tokenizer
 
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.modules.graph_weights import load_graph_weights
 from converters.onnx.slots.inserting import SlotOptions
+from loraport.base_model import load_model
 from loraport.runtime import Runtime
 from loraport.runtime.decoder import first_step_inputs, read_decoder
 
@@ -17,23 +19,29 @@ PICKED = ["b", None, "a", "b"]
 
 def of_peft(base, adapters, bundle, precision, prompts):
     """Return PEFT's logits [prompts, s, vocabulary] with each adapter, and the base's."""
+    model = load_model(str(base))
+    if precision == "int4":
+        load_graph_weights(bundle / "model.onnx", model)
+    first, *others = adapters
+    model = load_with_peft(model, adapters[first])
+    for name in others:
+        model.load_adapter(str(adapters[name]), name)
+    model.eval()
     found, ids = {}, torch.tensor(prompts)
-    for name, path in adapters.items():
-        model = peft_model(base, path)
-        if precision == "int4":
-            load_graph_weights(bundle / "model.onnx", model.base_model.model)
-        with torch.no_grad():
+    with torch.no_grad():
+        for name in adapters:
+            model.set_adapter("default" if name == first else name)
             found[name] = model(input_ids=ids).logits.numpy()
-            with model.disable_adapter():
-                found[None] = model(input_ids=ids).logits.numpy()
+        with model.disable_adapter():
+            found[None] = model(input_ids=ids).logits.numpy()
     return found
 
 
 def check_rows(base, adapters, out, precision, prompts, bound, effect):
-    """Compare prompts of one length, each row with the adapter picked for it."""
-    options = ExportOptions(precision=precision, slots=SlotOptions(per_row=True))
-    export_base(str(base), out, options)
-    add_adapters(out, {name: read_adapter(path) for name, path in adapters.items()})
+    """Compare prompts of one length, each row with the adapter picked for it.
+
+    The bundle ``out`` has the adapters, and slots for each row.
+    """
     runtime = Runtime(out, check=False, float32_activations=True)
     decoder = read_decoder(out)
     each = [first_step_inputs(runtime, decoder, prompt[:-1]) for prompt in prompts]
@@ -63,14 +71,19 @@ def test_rows_of_a_tiny_llama(precision, tiny_base, adapters, tmp_path):
     encoded = [tokenizer()(text)["input_ids"] for text in TEXTS[: len(PICKED)]]
     length = min(len(ids) for ids in encoded)
     prompts = [ids[:length] for ids in encoded]
-    check_rows(tiny_base, adapters, tmp_path / "bundle", precision, prompts, 2e-4, 0.05)
+    out = tmp_path / "bundle"
+    options = ExportOptions(precision=precision, slots=SlotOptions(per_row=True))
+    export_base(str(tiny_base), out, options)
+    add_adapters(out, {name: read_adapter(path) for name, path in adapters.items()})
+    check_rows(tiny_base, adapters, out, precision, prompts, 2e-4, 0.05)
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_rows_of_the_real_smollm2(precision, real_directory, tmp_path):
+def test_rows_of_the_real_smollm2(precision, real_directory):
     from loraport.base_model import SMOLLM2, resolve_base
 
     adapters = {name: real_directory / name for name in ("a", "b")}
     prompts = np.random.default_rng(0).integers(100, 40_000, (len(PICKED), 9)).tolist()
-    check_rows(resolve_base(SMOLLM2), adapters, tmp_path / "out", precision, prompts, 1e-3, 1)
+    out = real_directory / f"{precision}-rows"
+    check_rows(resolve_base(SMOLLM2), adapters, out, precision, prompts, 1e-3, 1)
