@@ -97,6 +97,7 @@ def _elementwise(node: ir.Node) -> tuple[int, ...] | None:
 _MICROSOFT = "com.microsoft"
 _RULES: Mapping[tuple[str, str], Callable[[ir.Node], tuple[int, ...] | None]] = {
     ("", "MatMul"): _product,
+    (_MICROSOFT, "MatMulBnb4"): _first,
     (_MICROSOFT, "MatMulNBits"): _first,
     ("", "LayerNormalization"): _normalisation,
     ("", "RMSNormalization"): _normalisation,

@@ -43,7 +43,7 @@ _CLASSES = "pkg.torch.onnx.class_hierarchy"
 _MODULE = "loraport.module"
 # What quantizers and exporters add to the name of a weight.
 _ENDINGS = re.compile(
-    r"(_quantized|_Q\d+(G\d+)?|_DequantizeLinear|\.qweight|_qweight|_transposed|\.MatMul|_fp16|_bnb4)+$"
+    r"(_quantized|_Q\d+(G\d+)?|_DequantizeLinear|\.qweight|_qweight|_transposed|\.MatMul|_fp16|_[Bb]nb4)+$"
 )
 # What ONNX Runtime's optimizer adds to the name of a node: ``/q_proj/MatMul/MatMulScaleFusion/``,
 # ``fused /fc/Gemm``.
@@ -209,10 +209,10 @@ def _is_table_of(table: Site, head: Site) -> bool:
 
 
 def weight_of(site: Site) -> Constant | None:
-    """Return the operator's largest constant: its weight as it is stored."""
+    """Return the operator's largest constant: its weight as it is stored, packed ones in a line."""
     found = [known for value in site.node.inputs if (known := constant(value)) is not None]
     matrices = [known for known in found if len(known.shape) >= 2]
-    return max(matrices, key=lambda known: np.prod(known.shape), default=None)
+    return max(matrices or found, key=lambda known: np.prod(known.shape), default=None)
 
 
 def _name(members: Sequence[Site], tied: bool, readers: Collection[str]) -> str:

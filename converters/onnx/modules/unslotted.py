@@ -97,6 +97,7 @@ _LEARNED = frozenset(
     ]
 )
 _BLOCKED = "com.microsoft.nchwc"
+_VECTORS = frozenset(("MatMul", "MatMulBnb4", "MatMulFpQ4"))  # a vector is a weight, or packed one
 _MULTIPLYING = frozenset(("Conv", "Gemm", "MatMul"))
 # Whatever computes their weights: exporters put those of gates together, or normalize them.
 _NEVER = frozenset(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM", "ConvTranspose"))
@@ -112,6 +113,7 @@ _REASONS = {
     "DynamicQuantizeLSTM": "a recurrent layer's projections are inside the operator",
     "FusedConv": "its activation is of an unknown kind",
     "FusedGemm": "its activation is of an unknown kind, or its other factor is transposed",
+    "MatMulBnb4": "its weight is no constant, of an unknown kind or not turned as usual",
     "MatMulInteger": _OTHER_CHAIN,
     "ConvInteger": _OTHER_CHAIN,
     "ConvTranspose": "transposed convolutions have no slots",
@@ -145,7 +147,7 @@ def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
                 f"{_operator(node)}: its weights are attributes, not constants of the graph"
             )
             continue
-        least = 1 if node.op_type == "MatMul" else 2
+        least = 1 if node.op_type in _VECTORS else 2
         if node.op_type in _NEVER or any(len(shape) >= least for shape in shapes):
             found[name] = _reason(node, shapes)
         elif node.op_type in _MULTIPLYING:
