@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
+from converters.onnx.modules.weight_origins import WeightOrigins
 from converters.onnx.operators.gather import holds_rounded_rows
 
 # Operators that use a matrix for something that no adapter changes.
@@ -83,7 +84,6 @@ _NO_WEIGHTS = frozenset(
         "ArgMax",
     ]
 )
-_MOVING = ("Gather", "GatherND", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Cast")
 # Operators of scikit-learn's and the like, with their weights in attributes.
 _LEARNED = frozenset(
     [
@@ -125,7 +125,7 @@ _REASONS = {
 }
 
 
-def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
+def reasons(nodes: Collection[ir.Node], taken: set[int]) -> dict[str, str]:
     """Say of each operator with a matrix of its own, or larger, or a product with a vector, why.
 
     Args:
@@ -136,7 +136,7 @@ def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
         The operator's name → why.
     """
     found: dict[str, str] = {}
-    fixed: dict[int, bool] = {}
+    origins = WeightOrigins(nodes)
     for node in nodes:
         if id(node) in taken or (node.op_type in _NO_WEIGHTS and not _is_embedding(node)):
             continue
@@ -152,55 +152,14 @@ def reasons(nodes: Iterable[ir.Node], taken: set[int]) -> dict[str, str]:
             found[name] = _reason(node, shapes)
         elif node.op_type in _MULTIPLYING:
             weight = node.inputs[1]
-            maker = weight.producer() if weight is not None and constant(weight) is None else None
-            if weight is None or maker is None:
-                continue
-            if _is_fixed(weight, fixed):
-                why = f"its weight is not stored, {maker.op_type} computes it"
-                found[name] = f"{node.op_type}: {why}"
-            elif _is_picked(weight):
-                found[name] = f"{node.op_type}: its weight is one of several, picked in the run"
+            if weight is not None and constant(weight) is None:
+                why = origins.why_not_stored(weight)
+                found |= {name: f"{node.op_type}: {why}"} if why else {}
     return found
-
-
-def _is_picked(value: ir.Value) -> bool:
-    """Tell whether a matrix is an entry of a larger constant, as those of experts are."""
-    seen: ir.Value | None = value
-    while seen is not None and (node := seen.producer()) is not None:
-        if node.op_type not in _MOVING or not node.inputs:
-            return False
-        seen = node.inputs[0]
-        found = constant(seen)
-        if found is not None:
-            return len(found.shape) > 2 and found.dtype.is_floating_point()
-    return False
 
 
 def _is_embedding(node: ir.Node) -> bool:
     return node.op_type == "Gather" and holds_rounded_rows(node)
-
-
-def _is_fixed(value: ir.Value, known: dict[int, bool]) -> bool:
-    """Tell whether a value is the same whatever the graph's inputs are."""
-    left = [(value, False)]
-    while left:
-        entry, seen = left.pop()
-        producer = entry.producer()
-        if id(entry) in known:
-            continue
-        if producer is None:
-            known[id(entry)] = constant(entry) is not None
-        elif any(
-            attribute.type == ir.AttributeType.GRAPH for attribute in producer.attributes.values()
-        ):
-            known[id(entry)] = False
-        elif seen:
-            inputs = [each for each in producer.inputs if each is not None]
-            known[id(entry)] = all(known.get(id(each), False) for each in inputs)
-        else:
-            left.append((entry, True))
-            left += [(each, False) for each in producer.inputs if each is not None]
-    return known[id(value)]
 
 
 def _operator(node: ir.Node) -> str:

@@ -165,3 +165,81 @@ def test_kernels_in_blocks_are_told(slotted):
     found = slotted(model, "lora").unslotted
     assert list(found) == ["b"]
     assert found["b"].startswith("com.microsoft.nchwc.Conv: its kernel lies in blocks made for")
+
+
+def matrix_info(name, *shape):
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def test_layers_in_one_constant_that_a_scan_goes_through_are_listed(slotted):
+    """As ``jax.lax.scan`` over layers is exported; what the body only carries is no weight."""
+    body = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["h", "own"], ["b"], name="/layers/MatMul"),
+            helper.make_node("MatMul", ["b", "h"], ["scores"], name="/scores"),
+            helper.make_node("MatMul", ["scores", "b"], ["next"], name="/values"),
+        ],
+        "layer",
+        [matrix_info("h", 4, 4), matrix_info("own", 4, 4)],
+        [matrix_info("next", 4, 4)],
+    )
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="/first/MatMul"),
+        helper.make_node("Scan", ["a", "layers"], ["y"], body=body, num_scan_inputs=1),
+    ]
+    random = np.random.default_rng(0)
+    shapes = {"w": (4, 4), "layers": (3, 4, 4)}
+    constants = {n: random.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    made = slotted(graph_of(nodes, [("x", TensorProto.FLOAT, [4, 4])], constants), "lora")
+    assert [slot.name for slot in made.slots] == ["first"]
+    picked = "MatMul: its weight is one of several, picked in the run"
+    assert made.unslotted == {"/layers/MatMul": picked}
+
+
+def test_a_weight_in_each_branch_is_listed(slotted):
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node("Identity", [name], [f"{name}_out"])],
+            name,
+            [],
+            [matrix_info(f"{name}_out", 4, 4)],
+        )
+        for name in ("then", "else")
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="/first/MatMul"),
+        helper.make_node("If", ["wide"], ["own"], **branches),
+        helper.make_node("MatMul", ["a", "own"], ["y"], name="/second/MatMul"),
+    ]
+    random = np.random.default_rng(0)
+    constants = {
+        name: random.standard_normal((4, 4)).astype(np.float32) for name in ("w", "then", "else")
+    }
+    inputs = [("x", TensorProto.FLOAT, [4, 4]), ("wide", TensorProto.BOOL, [])]
+    made = slotted(graph_of(nodes, inputs, constants), "lora")
+    assert [slot.name for slot in made.slots] == ["first"]
+    picked = "MatMul: its weight is one of several, picked in the run"
+    assert made.unslotted == {"/second/MatMul": picked}
+
+
+@pytest.mark.parametrize("operator", ["Gemm", "MatMul", "Conv"])
+def test_weights_that_are_asked_for_in_every_run_are_listed(slotted, operator):
+    """What attention multiplies may be an input, too, and is no weight."""
+    image = operator == "Conv"
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="/first/MatMul"),
+        helper.make_node("MatMul", ["x", "keys"], ["b"], name="/scores"),
+        helper.make_node(operator, ["image" if image else "a", "given"], ["c"], name="/own"),
+        helper.make_node("Identity", ["a"], ["y"]),
+    ]
+    square, kernel = [4, 4], [4, 4, 1, 1]
+    inputs = [
+        ("x", TensorProto.FLOAT, square),
+        ("keys", TensorProto.FLOAT, ["batch", 4, 4]),
+        ("image", TensorProto.FLOAT, [1, 4, 5, 5]),
+        ("given", TensorProto.FLOAT, kernel if image else square),
+    ]
+    made = slotted(graph_of(nodes, inputs, {"w": np.ones((4, 4), np.float32)}), "lora", "conv")
+    assert [slot.name for slot in made.slots] == ["first"]
+    why = f"{operator}: its weight is an input of the graph, which stores none"
+    assert made.unslotted == {"/own": why}
