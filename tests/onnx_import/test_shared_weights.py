@@ -2,13 +2,16 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import DOMAINS, session
 
 from converters.onnx import add_adapters
+from converters.onnx.exporters.storing import sites_of
 from converters.onnx.importing import ImportOptions, import_model
+from converters.onnx.modules import graph_names
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Adapter, Replacement
 from loraport.bundle.manifest import read_manifest
@@ -268,3 +271,29 @@ def test_equal_parameters_that_torchscript_copies_are_replaced_apart(tmp_path):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
         base = product / np.sqrt(1.1)
         assert (np.abs(expected - base).max() > 0.1) == (changed is not None)
+
+
+def test_a_weight_is_compared_with_embeddings_of_its_shape_alone(monkeypatch):
+    """With every other operator it took minutes where there are thousands."""
+    random = np.random.default_rng(0)
+    head, other = (random.standard_normal((7, SIZE)).astype(np.float32) for _ in range(2))
+    weights = {f"w{i}": random.standard_normal((SIZE, SIZE)).astype(np.float32) for i in range(6)}
+    names = [*weights, "head"]
+    chained = chain(weights | {"head": head.T.copy()}, [], [(n, n) for n in names])
+    tables = {"table": head, "small": other[:5]}
+    for name, table in tables.items():
+        chained.graph.initializer.append(numpy_helper.from_array(table, name))
+        chained.graph.node.append(helper.make_node("Gather", [name, "ids"], [f"{name}_rows"]))
+    chained.graph.input.append(helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"]))
+    compared = []
+
+    def count(table, site):
+        compared.append((table.in_features, site.out_features))
+        return is_table_of(table, site)
+
+    is_table_of = graph_names._is_table_of
+    monkeypatch.setattr(graph_names, "_is_table_of", count)
+    named = graph_names.name_sites(sites_of(ir.from_proto(chained)))
+    tied = graph_names.tied_sites(named)
+    assert [set(group) for group in tied] == [{"table", "head"}]
+    assert compared == [(7, 7)]

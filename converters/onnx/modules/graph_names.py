@@ -182,12 +182,17 @@ def tied_sites(named: Iterable[NamedSite]) -> tuple[tuple[str, ...], ...]:
     """
     groups: dict[str, list[str]] = defaultdict(list)
     entries = list(named)
+    tables: dict[tuple[int, int], list[Site]] = defaultdict(list)  # of a graph's many sites, a few
+    for entry in entries:
+        if entry.site.kind is ModuleKind.EMBEDDING:
+            tables[entry.site.in_features, entry.site.out_features].append(entry.site)
     for entry in entries:
         weight = weight_of(entry.site)
         if weight is None:
             continue
-        copies = (each for each in entries if _is_table_of(each.site, entry.site))
-        table = weight_of(first.site) if (first := next(copies, None)) is not None else None
+        alike = tables[entry.site.out_features, entry.site.in_features]
+        copies = (each for each in alike if _is_table_of(each, entry.site))
+        table = weight_of(first) if (first := next(copies, None)) is not None else None
         group = groups[(table or weight).name]
         if entry.path not in group:
             group.append(entry.path)
@@ -195,10 +200,11 @@ def tied_sites(named: Iterable[NamedSite]) -> tuple[tuple[str, ...], ...]:
 
 
 def _is_table_of(table: Site, head: Site) -> bool:
-    """Tell whether an embedding's rows ``[vocab, dim]`` are what a head ``[dim, vocab]`` has."""
-    kinds = (table.kind, head.kind) == (ModuleKind.EMBEDDING, ModuleKind.LINEAR)
-    shapes = (table.in_features, table.out_features) == (head.out_features, head.in_features)
-    if not kinds or not shapes or table.quantized or head.quantized:
+    """Tell whether an embedding's rows ``[vocab, dim]`` are what a head ``[dim, vocab]`` has.
+
+    Their shapes are the same.
+    """
+    if head.kind is not ModuleKind.LINEAR or table.quantized or head.quantized:
         return False
     rows, columns = table.weight(), head.weight()
     starts = range(0, len(rows), _PIECE)  # a first piece tells most apart
