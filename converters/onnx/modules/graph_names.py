@@ -323,6 +323,24 @@ def _tell_apart(
             names.update(dict.fromkeys(module, distinct))
 
 
+def _reads_the_same(one: Site, other: Site) -> bool:
+    """Tell whether equal operators read the very same constants, as branches and calls do."""
+    first, second = one.node, other.node
+    if (first.domain, first.op_type) != (second.domain, second.op_type):
+        return False
+    if {**first.attributes} != {**second.attributes}:
+        return False
+    fixed = [
+        [
+            (number, id(value))
+            for number, value in enumerate(node.inputs)
+            if constant(value) is not None
+        ]
+        for node in (first, second)
+    ]
+    return bool(fixed[0]) and fixed[0] == fixed[1]
+
+
 class _Weights:
     """Tells whether sites compute one module; each weight is read once."""
 
@@ -332,7 +350,9 @@ class _Weights:
     def same(self, one: Site, other: Site) -> bool:
         """Tell whether both have the same weight; they are read only where shapes are the same."""
         shapes = [(site.kind, site.in_features, site.out_features) for site in (one, other)]
-        return one is other or (shapes[0] == shapes[1] and self.of(one) == self.of(other))
+        if one is other or _reads_the_same(one, other):
+            return True
+        return shapes[0] == shapes[1] and self.of(one) == self.of(other)
 
     def of(self, site: Site) -> _Weight:
         """Return what tells a site's weight from others."""

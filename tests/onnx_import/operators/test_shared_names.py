@@ -116,3 +116,28 @@ def test_many_weights_of_one_name_are_each_read_once():
     assert len(set(paths)) == 150
     assert paths[150:] == paths[:50]
     assert paths[:2] == ["all.product0", "all.product1"]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_weight_that_is_called_again_is_not_read(turned):
+    """Steps of a recurrent cell and branches of an ``If`` read one constant many times."""
+    weight = RANDOM.standard_normal((SIZE, SIZE)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gemm", [f"h{n}", "cell.weight"], [f"h{n + 1}"], transB=1, name=f"/c/{n}")
+        for n in range(8)
+    ]
+    nodes[0].input[0], nodes[-1].output[0] = "x", "y"
+    if turned:  # W and its transpose are two weights
+        nodes[4].attribute[0].i = 0
+    stored = numpy_helper.from_array(weight, "cell.weight")
+    model = ir.from_proto(model_of(nodes, [X], SIZE, [stored]))
+    read = []
+
+    def counted(site):
+        return replace(site, weight=lambda: read.append(site.node.name) or site.weight())
+
+    paths = [entry.path for entry in name_sites([counted(site) for site in sites_of(model)])]
+    assert set(read) == ({"/c/0", "/c/4"} if turned else set())
+    others = {path for number, path in enumerate(paths) if number != 4}
+    assert len(others) == 1
+    assert (paths[4] in others) is not turned
