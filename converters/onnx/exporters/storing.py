@@ -16,6 +16,8 @@ from loraport.bundle.manifest import MODEL_FILE
 from loraport.errors import LoraportError
 
 _BITS = 8  # of quantized weights whose operator does not say
+# Operators whose numbers are of 4 bits where they do not say how wide they are.
+_NARROW = ("GatherBlockQuantized", "MatMulBnb4", "MatMulNBits")
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _NAMED = 5
 
@@ -70,7 +72,8 @@ def stored_precision(sites: Iterable[Site]) -> str:
 
 def _stored(site: Site) -> str:
     if site.quantized:
-        return "int4" if site.node.attributes.get_int("bits", _BITS) <= 4 else "int8"
+        bits = 4 if site.node.op_type in _NARROW else _BITS
+        return "int4" if site.node.attributes.get_int("bits", bits) <= 4 else "int8"
     return "fp16" if site.dtype in _HALVES else "fp32"
 
 

@@ -6,6 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import DOMAINS, only_node, run, single_node
 
+from converters.onnx.exporters.storing import stored_precision
 from converters.onnx.operators import find_site
 
 FP4, NF4 = 0, 1
@@ -40,6 +41,7 @@ def test_weight_is_what_the_runtime_multiplies_with(kind, block, k):
     assert (site.in_features, site.out_features, site.quantized) == (k, N, True)
     weight = site.weight()
     assert weight.shape == (k, N)
+    assert stored_precision([site]) == "int4"
     x = np.random.default_rng(1).standard_normal((3, k)).astype(np.float32)
     expected = run(model, x=x)
     got = x.astype(np.float64) @ weight.astype(np.float64)
