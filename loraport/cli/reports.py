@@ -78,6 +78,8 @@ def print_golden(results: Sequence[GoldenResult]) -> None:
         table.add_column(heading, justify="left" if heading == "golden case" else "right")
     for result in results:
         verdict = "[green]ok[/green]" if result.passed else "[red]FAILED[/red]"
+        if not result.swapped:
+            verdict += ": changes the base otherwise than its golden outputs do"
         numbers = (f"{result.max_abs:.2e}", f"{result.tolerance:g}")
         table.add_row(escape(result.name), *numbers, verdict)
     table_console().print(table)

@@ -94,7 +94,12 @@ def golden_cases(runtime: Runtime) -> Check:
         results = replay(runtime)
     except LoraportError as error:
         return Check("golden cases", False, str(error))
-    wrong = [f"{r.name}: max abs {r.max_abs:.3g}" for r in results if not r.passed]
+    other = "changes the base otherwise than its golden outputs do"
+    wrong = [
+        f"{r.name}: max abs {r.max_abs:.3g}" if r.swapped else f"{r.name}: {other}"
+        for r in results
+        if not r.passed
+    ]
     if not results:
         reason = golden_reason(runtime.directory)
         listed = reason and f"none: {reason}"

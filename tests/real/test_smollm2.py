@@ -16,6 +16,7 @@ from loraport.parity.prompts import PROMPTS
 from loraport.parity.verification import default_samples
 from loraport.runtime import Runtime, Sampling, generate
 from loraport.runtime.decoder import first_step_inputs, read_decoder
+from loraport.runtime.replay import replay
 
 pytestmark = pytest.mark.real
 
@@ -137,3 +138,11 @@ def test_int4_computes_with_its_own_weights(real_int4, real_base, real_directory
     unrounded = verify_bundle(real_int4, load_model(str(real_base)), {}, samples=samples[:1])
     failed = [check.name for check in unrounded.checks if not check.passed]
     assert failed == ["base: onnxruntime = torch"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_golden_cases_of_int4_do_not_depend_on_how_many_threads_there_are(real_int4, threads):
+    """Sums in another order flip what the kernels round; a healthy bundle is no damaged one."""
+    results = replay(Runtime(real_int4, threads=threads, check=False))
+    assert {result.name for result in results} == {"base", "adapter-a", "adapter-b", "blend"}
+    assert all(result.passed for result in results), results

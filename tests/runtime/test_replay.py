@@ -1,0 +1,72 @@
+"""Golden cases are replayed within bounds that healthy bundles keep and exchanged adapters do not."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+
+from converters.onnx.importing import ImportOptions, import_model
+from loraport.bundle.golden import read_golden
+from loraport.bundle.manifest import read_manifest
+from loraport.runtime import Runtime
+from loraport.runtime.replay import replay
+
+WIDE = 1e6  # a tolerance that says nothing
+
+
+def passed(runtime):
+    runtime.manifest = replace(runtime.manifest, tolerance=WIDE)
+    return {result.name: result.passed for result in replay(runtime)}
+
+
+def test_an_adapter_must_change_the_base_as_its_golden_outputs_do(own_bundle):
+    runtime = Runtime(own_bundle, threads=1)
+    names = {"base", "adapter-a", "adapter-b", "blend"}
+    assert passed(runtime) == dict.fromkeys(names, True)
+    golden = own_bundle / "golden"
+    shutil.move(golden / "adapter-a.safetensors", golden / "kept")
+    shutil.move(golden / "adapter-b.safetensors", golden / "adapter-a.safetensors")
+    shutil.move(golden / "kept", golden / "adapter-b.safetensors")
+    assert passed(runtime) == {**dict.fromkeys(names, True), "adapter-a": False, "adapter-b": False}
+
+
+def test_an_adapter_that_changes_nothing_is_not_its_golden_outputs(own_bundle):
+    golden = own_bundle / "golden"
+    runtime = Runtime(own_bundle, threads=1)
+    packed = {name: np.zeros_like(array) for name, array in runtime._read("a").items()}
+    runtime._packed["a"] = packed
+    assert passed(runtime)["adapter-a"] is False
+    # Where the golden outputs are the base's too, nothing is as it should be.
+    shutil.copyfile(golden / "base.safetensors", golden / "adapter-a.safetensors")
+    assert passed(runtime)["adapter-a"] is True
+
+
+def product(size, file):
+    """Write one product of 64 columns whose weights are so large."""
+    weight = (np.random.default_rng(0).standard_normal((64, 64)) * size).astype(np.float32)
+    make = onnx.helper
+    ends = [make.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["rows", 64]) for n in "xy"]
+    stored = [onnx.numpy_helper.from_array(weight, "fc.weight")]
+    nodes = [make.make_node("MatMul", ["x", "fc.weight"], ["y"], name="/fc/MatMul")]
+    graph = make.make_graph(nodes, "g", ends[:1], ends[1:], stored)
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=9), file)
+
+
+@pytest.mark.parametrize(("size", "widened"), [(100, True), (0.1, False)])
+def test_what_kernels_round_is_measured_and_allowed(size, widened, tmp_path):
+    product(size, tmp_path / "m.onnx")
+    bundle = tmp_path / "out"
+    import_model(tmp_path / "m.onnx", bundle, ImportOptions(precision="int4"))
+    manifest = read_manifest(bundle)
+    inputs, golden = read_golden(bundle, manifest.golden["base"])
+    exact = Runtime(bundle, threads=1, float32_activations=True).run(inputs)
+    apart = np.abs(exact["y"].astype(np.float64) - golden["y"]).max()
+    assert apart > 0
+    if widened:
+        assert 2 * apart <= manifest.tolerance < 2 * apart + 0.1 + 1e-9
+        assert manifest.tolerances == dict.fromkeys(("wasm", "webgpu"), manifest.tolerance)
+    else:
+        assert (manifest.tolerance, manifest.tolerances["wasm"]) == (1.0, 3.0)
+    assert all(result.passed for result in replay(Runtime(bundle, threads=1)))
