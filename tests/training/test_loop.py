@@ -248,6 +248,26 @@ def test_early_stopping_ends_where_a_training_loss_is_not_finite_and_keeps_the_b
         run(conv_net(), replace(options, early_stopping=0))
 
 
+def test_what_ended_where_a_loss_was_not_finite_ends_there_again(tmp_path):
+    """Stopped before its result was written, it does not go on behind the batch it ended with."""
+    parts = [tuple(tensor[at : at + 4] for tensor in images()) for at in range(0, 24, 4)]
+    spoiled = (torch.full_like(parts[3][0], math.nan), parts[3][1])
+    batches = [*parts[:3], spoiled, *parts[4:]]
+    options = LoopOptions(epochs=2, validate_every=2, early_stopping=3, save_every=2)
+
+    def run(resume):
+        model = conv_net(dropout=0.2)
+        validation = {"validation": parts[:1], "work": tmp_path, "resume": resume}
+        return train(model, batches, classify, options, **validation), model.state_dict()
+
+    (first, state), lines = run(resume=False), (tmp_path / "metrics.jsonl").read_bytes()
+    assert first.steps == 3
+    again, state_again = run(resume=True)
+    assert again == first
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines
+    assert all(torch.equal(state_again[name], tensor) for name, tensor in state.items())
+
+
 def test_metrics_are_json_where_a_validation_loss_is_not_finite(tmp_path):
     """JSON has no NaN; a resumed run reads what stands there instead."""
 

@@ -206,6 +206,7 @@ class _Run:
     tokens: int = 0
     doing: str = "beginning"
     early: EarlyStopping | None = None
+    diverged: bool = False
     stop: StopRequest = field(default_factory=StopRequest)
 
     def go(
@@ -223,7 +224,8 @@ class _Run:
             self._all_steps(stream, validation, log)
             if not log.validations() or log.validations()[-1][0] != self.step:
                 self._validate(validation, log)
-            if self.work and self.options.save_every and self.step % self.options.save_every:
+            every = self.options.save_every
+            if self.work and every and self.step % every and not self.diverged:
                 # Should writing the result fail, nothing has to be trained again.
                 self._save(stream, log)
             log.sync()
@@ -260,6 +262,7 @@ class _Run:
                     raise
                 ends = "training ends, and the adapter that was best is kept"
                 self.observer.note(f"{error.found}; {ends}")
+                self.diverged = True  # and batches and random state are behind the last step
                 return
             if every and self.step % every == 0:
                 self._validate(validation, log)
