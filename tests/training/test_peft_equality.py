@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, get_cosine_schedule_with_warmup
 
 from loraport.training import LoopOptions, LoraOptions, attach, train
 from loraport.training.data.batches import IGNORED, Row, RowBatches
@@ -105,6 +105,20 @@ def with_peft(base, seed, start, targets=TARGETS):
             counted = int((batch.labels[:, 1:] != IGNORED).sum())
             total, count = total + mean_loss(model, batch).item() * counted, count + counted
     return losses, total / count
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup", "rising"),
+    [(1, 0.0, 0), (1, 0.9, 1), (7, 0.3, 2), (40, 0.1, 4), (3, 0.99, 3)],
+)
+def test_rates_are_those_of_transformers_without_its_first_and_last_which_are_zero(
+    total, warmup, rising
+):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=RATE)
+    (theirs,) = get_cosine_schedule_with_warmup(optimizer, rising, total + 1).lr_lambdas
+    own = [learning_rate(step, total, RATE, warmup) for step in range(1, total + 1)]
+    assert own == pytest.approx([RATE * theirs(step) for step in range(1, total + 1)], rel=1e-12)
+    assert min(own) > theirs(total + 1) == 0
 
 
 def test_the_same_run_ends_at_the_same_validation_loss(llama):
