@@ -28,7 +28,8 @@ from loraport.sweep.worker import Setting
 from loraport.training.data.text_data import TextData, digest, padding_token, read_data
 from loraport.training.devices import choose_placement
 from loraport.training.kernels.cuda_graphs import asked_to_record
-from loraport.training.run.faults import faults_explained
+from loraport.training.memory.savers import memory_savers
+from loraport.training.run.faults import MemoryRanOutError, faults_explained
 
 
 def run_sweep(
@@ -59,7 +60,8 @@ def run_sweep(
 
     Raises:
         LoraportError: For anything wrong with the base, data, options or outputs, if another
-            process works on ``out``, or if no candidate could be trained.
+            process works on ``out``, if no candidate could be trained, or if memory runs out for
+            a single one.
     """
     options = options or SweepOptions()
     observer = observer or SilentSweep()
@@ -69,6 +71,9 @@ def run_sweep(
                 lambda: f"writing {out}", lambda: f"{_work(out)} keeps what was trained"
             ):
                 return _run(base, data, out, options, validation, resume, force, observer)
+        except MemoryRanOutError as error:
+            savers = memory_savers(options.train, sweep=True)
+            raise LoraportError(f"{error}; to need less, try {savers}") from None
         except KeyboardInterrupt:
             if (work := _work(out)).exists():
                 observer.note(f"{work} keeps what was trained: continue with --resume")

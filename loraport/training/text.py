@@ -149,7 +149,8 @@ def train_language_model(
                 during=during,
             )
         except MemoryRanOutError as error:
-            raise LoraportError(f"{error}; to need less, try {memory_savers(options)}") from None
+            savers = memory_savers(options, processes=processes.size)
+            raise LoraportError(f"{error}; to need less, try {savers}") from None
 
 
 def _train(
