@@ -8,12 +8,21 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from loraport.cli.train import train
+from loraport.cli.train import options_from, train
 from loraport.errors import LoraportError
 from loraport.training.memory.dry_run import dry_run
 from loraport.training.memory.savers import memory_savers
 from loraport.training.options import LoopOptions, LoraOptions, TrainOptions
 from loraport.training.report import memory_table
+
+
+def as_typed(flags):
+    """Return the options of a command that ends with some flags."""
+    context = train.make_context("train", ["base", "data", "--dry-run", *flags.split()])
+    fields = {
+        name for one in (TrainOptions, LoopOptions, LoraOptions) for name in one.__match_args__
+    }
+    return options_from({name: context.params[name] for name in fields & context.params.keys()})
 
 
 def test_what_does_not_fit_comes_with_what_would(base_directory, monkeypatch):
@@ -47,6 +56,10 @@ def test_only_what_takes_less_is_listed(base_directory, monkeypatch):
         few,
         f"{few} --base-dtype nf4",
     ]
+    typed = [as_typed(flags) for flags in found.alternatives]
+    assert [each.gradient_checkpointing for each in typed] == [True] * 3
+    assert [each.batch_size * each.loop.accumulate for each in typed] == [4, 8, 8]
+    assert [each.base_dtype for each in typed] == ["auto", "auto", "nf4"]
     totals = [made.total for made in found.alternatives.values()]
     assert found.prediction.total > totals[0] > totals[1] > totals[2]
     rounded = replace(
@@ -70,9 +83,25 @@ def test_layers_that_keep_their_activations_can_be_given_up(base_directory, monk
     )
     found = dry_run(str(base_directory), replace(every, checkpointed_layers=1))
     flags, made = next(iter(found.alternatives.items()))
-    assert flags == "without --checkpointed-layers"
+    assert flags == "--checkpointed-layers 2"
+    typed = f"--gradient-checkpointing --checkpointed-layers 1 {flags}"
+    assert as_typed(typed).checkpointed_layers == 2
     assert made == dry_run(str(base_directory), every).prediction
     assert made.total < found.prediction.total
+
+
+def test_a_base_that_cannot_compute_again_is_not_told_to(base_directory, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr("loraport.training.memory.dry_run.available_memory", lambda _: 0)
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    options = TrainOptions(
+        loop=LoopOptions(device="cpu"), batch_size=2, max_length=64, base_dtype="nf4"
+    )
+    found = dry_run(str(base_directory), options)
+    assert list(found.alternatives) == ["--batch-size 1 --accumulate 2"]
+    with pytest.raises(LoraportError, match="expected a model that supports it"):
+        dry_run(str(base_directory), replace(options, gradient_checkpointing=True))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +113,15 @@ def test_what_is_offered_as_many_rows_a_step_is_as_many(size, accumulate, fewer,
     offered = memory_savers(TrainOptions(batch_size=size, loop=loop))
     assert offered.startswith(f"--batch-size {fewer} --accumulate {more} (as many rows a step), ")
     assert fewer * more == size * accumulate
+
+
+def test_what_several_processes_refuse_is_not_offered():
+    options = TrainOptions(batch_size=6, loop=LoopOptions(shard_base=True))
+    assert memory_savers(options, processes=3).startswith("--batch-size 3 --accumulate 2 (")
+    assert not memory_savers(options, processes=4).startswith("--batch-size")
+    assert "nf4" not in memory_savers(options, processes=2)
+    for apart in (replace(options, loop=LoopOptions()), options):
+        assert ", --base-dtype nf4, " in memory_savers(apart, processes=1)
 
 
 def test_what_is_not_in_use_yet_is_offered():

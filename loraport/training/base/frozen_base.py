@@ -14,6 +14,7 @@ from loraport.training.devices import Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
 QUANTIZED = ("nf4", "int8")
 
@@ -84,9 +85,7 @@ def checkpoint_activations(
     enable({"use_reentrant": False, "preserve_rng_state": keep_random_state})
     if layers is None:
         return
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    every = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    every = checkpointable_layers(model)
     if layers > len(every):
         raise LoraportError(
             f"--checkpointed-layers {layers}: expected at most {len(every)}, the layers of "
@@ -94,3 +93,10 @@ def checkpoint_activations(
         )
     for layer in every[layers:]:
         layer.gradient_checkpointing = False
+
+
+def checkpointable_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """Return the layers of a model whose activations can be computed again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]

@@ -14,6 +14,7 @@ from loraport.base_model import model_without_weights, read_model_config, resolv
 from loraport.errors import LoraportError
 from loraport.free_memory import free_memory
 from loraport.training.base.bitsandbytes_library import require_pageable
+from loraport.training.base.frozen_base import checkpointable_layers
 from loraport.training.data.text_data import row_length
 from loraport.training.devices import Placement, choose_placement
 from loraport.training.kernels.cuda_graphs import asked_to_record
@@ -102,7 +103,7 @@ def dry_run(base: str, options: TrainOptions) -> DryRun:
     alternatives: dict[str, Prediction] = {}
     if prediction.total > available:
         least, flags = prediction.total, dict[tuple[str, ...], str]()
-        for flag, changes in _savings(options, placement):
+        for flag, changes in _savings(options, placement, model):
             changed = replace(options, **changes)
             made = predict(model, directory, changed, placement)
             if made.total < least:
@@ -156,14 +157,26 @@ def _base_dtype(directory: Path, storage: str, placement: Placement) -> torch.dt
     return torch.bfloat16 if narrow else torch.float32
 
 
-def _savings(options: TrainOptions, placement: Placement) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield flags that may save memory, each with the options it changes, the gentlest first."""
+def _savings(
+    options: TrainOptions, placement: Placement, model: PreTrainedModel
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield flags that may save memory, each with the options it changes, the gentlest first.
+
+    Appended to a command, they replace what it has of them.
+
+    Args:
+        options: How to train.
+        placement: Where.
+        model: The base.
+    """
     if options.cuda_graphs:
         yield "--no-cuda-graphs", {"cuda_graphs": False}
     if not options.gradient_checkpointing:
-        yield "--gradient-checkpointing", {"gradient_checkpointing": True}
+        if model.supports_gradient_checkpointing:
+            yield "--gradient-checkpointing", {"gradient_checkpointing": True}
     elif options.checkpointed_layers is not None:
-        yield "without --checkpointed-layers", {"checkpointed_layers": None}
+        layers = len(checkpointable_layers(model))
+        yield f"--checkpointed-layers {layers}", {"checkpointed_layers": layers}
     if options.batch_size > 1:
         accumulate = options.loop.accumulate * options.batch_size
         loop = replace(options.loop, accumulate=accumulate)

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loraport.errors import LoraportError
-from loraport.training.base.frozen_base import QUANTIZED, checkpoint_activations
+from loraport.training.base.frozen_base import (
+    QUANTIZED,
+    checkpoint_activations,
+    checkpointable_layers,
+)
 from loraport.training.data.batches import TokenBatch
 from loraport.training.data.end_to_end import SegmentedBatch
 from loraport.training.data.model_inputs import Shortcuts, assume_shortcuts, attention_window
@@ -149,9 +153,7 @@ def _random_states(model: PreTrainedModel, options: TrainOptions, placement: Pla
     """
     if not options.gradient_checkpointing or placement.device.type != "cpu":
         return 0
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    every = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+    every = len(checkpointable_layers(model))
     return ((options.checkpointed_layers or every) + 1) * torch.get_rng_state().nbytes
 
 
