@@ -1,4 +1,4 @@
-"""Golden cases are replayed within bounds that healthy bundles keep and exchanged adapters do not."""
+"""Golden cases: bounds that healthy bundles keep, and exchanged adapters do not."""
 
 import shutil
 from dataclasses import replace
