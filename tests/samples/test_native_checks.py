@@ -19,6 +19,22 @@ def test_every_golden_case_passes(check_program, bundle):
         assert any(f" {case}" in line for line in lines), case
 
 
+def test_an_adapter_must_change_the_base_as_its_golden_outputs_do(check_program, own_bundle):
+    """Where the tolerance is as wide as an adapter's effect, nothing else proves the swap."""
+    edit_manifest(own_bundle, lambda document: document.update(tolerance=1e6))
+    assert run_without_python(check_program, own_bundle).returncode == 0  # the control
+    golden = own_bundle / "golden"
+    kept = (golden / "adapter-a.safetensors").read_bytes()
+    shutil.copyfile(golden / "adapter-b.safetensors", golden / "adapter-a.safetensors")
+    (golden / "adapter-b.safetensors").write_bytes(kept)
+    rehash(own_bundle, *(f"golden/adapter-{name}.safetensors" for name in "ab"))
+    done = run_without_python(check_program, own_bundle)
+    assert (done.returncode, done.stderr) == (1, "")
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert len(failed) == 4  # each as slots and as ONNX Runtime's adapter
+    assert all("changes the base otherwise" in line and " adapter-" in line for line in failed)
+
+
 def test_a_bundle_without_adapters_passes(check_program, bare_bundle):
     done = run_without_python(check_program, bare_bundle)
     assert done.returncode == 0, done.stderr
