@@ -65,8 +65,9 @@ def test_what_kernels_round_is_measured_and_allowed(size, widened, tmp_path):
     apart = np.abs(exact["y"].astype(np.float64) - golden["y"]).max()
     assert apart > 0
     if widened:
-        assert 2 * apart <= manifest.tolerance < 2 * apart + 0.1 + 1e-9
-        assert manifest.tolerances == dict.fromkeys(("wasm", "webgpu"), manifest.tolerance)
+        assert apart <= manifest.tolerance < apart + 0.1 + 1e-9
+        wide = max(3.0, manifest.tolerance)
+        assert manifest.tolerances == dict.fromkeys(("wasm", "webgpu"), wide)
     else:
         assert (manifest.tolerance, manifest.tolerances["wasm"]) == (1.0, 3.0)
     assert all(result.passed for result in replay(Runtime(bundle, threads=1)))
