@@ -30,6 +30,7 @@ from converters.onnx.modules.holders import BaseHolders, GraphHolders, Holders
 from converters.onnx.modules.matching import Match, Matcher, SiteMatcher, Unmatched
 from converters.onnx.modules.merged_calls import MergedCalls, merged_calls
 from converters.onnx.modules.module_parts import SplitModule
+from converters.onnx.modules.stored_gains import added_to_gains
 from converters.onnx.modules.unslotted import reasons
 from converters.onnx.slots.inserting import (
     SlotOptions,
@@ -136,7 +137,8 @@ def import_model(
         examples = [options.inputs] if options.inputs else list(example_inputs(model))
         careful = may_end_the_process(model)
         progress("putting in the slots")
-        imported = slot_graph(model, options, base, exact)
+        gains = added_to_gains(model, file.parent)
+        imported = slot_graph(model, options, base, exact, gains)
         if base is None and (names := imported.computed):
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             progress(
@@ -180,6 +182,7 @@ def slot_graph(
     options: ImportOptions,
     base: BaseModules | None = None,
     exact: Sequence[NamedSite] | None = None,
+    gains: int | None = 0,
 ) -> ImportedGraph:
     """Put slots into a graph and say of everything with weights that has none why.
 
@@ -190,6 +193,7 @@ def slot_graph(
         base: The base's modules, if it is known.
         exact: The graph's sites before its weights were rounded: each reader of a weight that
             modules share has a rounding of its own now.
+        gains: What its norms have added to their weights, see `added_to_gains`.
 
     Raises:
         LoraportError: If there is no operator that can have a slot; with all the reasons.
@@ -215,7 +219,12 @@ def slot_graph(
     merged = merged_calls(model)
     listening = _Listening(finder, merged)
     known = (*named, *others)
-    by_name = GraphHolders(model.graph, known, as_stored=model.producer_name == _PYTORCH)
+    by_name = GraphHolders(
+        model.graph,
+        known,
+        as_stored=model.producer_name == _PYTORCH,
+        added_to_gains=gains,
+    )
     if not served:
         raise LoraportError(
             f"slots: expected operators that can have one, got {_listed(nodes)}"

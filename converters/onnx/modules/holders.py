@@ -2,13 +2,13 @@
 
 With the base at hand, the values decide (transposed or not), and the names only between equals.
 Without it, an initializer that kept its name is that parameter, and the weight of an operator
-with a name is that module's.
+with a name is that module's; `stored_gains` says what a norm's is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -19,8 +19,10 @@ from torch import nn
 from converters.onnx.graph.torch_dtypes import TORCH_DTYPES
 from converters.onnx.modules.gains_plus_one import gains_plus_one
 from converters.onnx.modules.graph_names import NamedSite, weight_of
+from converters.onnx.modules.stored_gains import is_gain
 from loraport.adapter import ModuleKind
 from loraport.naming import bias_name, is_module_path, weight_name
+from loraport.runtime.decoder import GENAI_CONFIG
 from loraport.stored_tensors import stored_tensors
 
 _NOT_AS_IT_IS = (
@@ -43,6 +45,11 @@ class Use(Protocol):
         ...
 
 
+_EITHER_GAIN = (
+    f"the graph's norms may hold their weights or one more, and no {GENAI_CONFIG} beside it says "
+    "which decoder it is; export again with --base"
+)
+_INEXACT_GAIN = "the graph holds one more than it, rounded; export again with --base"
 _MAYBE_SHARED = (
     "several operators use it, and equal parameters may share it; export again with --base"
 )
@@ -166,12 +173,19 @@ class GraphHolders:
         named: All its sites with their modules' names.
         as_stored: What has a parameter's name lies as that does, ``Conv1D``'s ``[in, out]`` too:
             so it is where PyTorch exported the graph. ``[out, in]`` is taken for granted else.
+        added_to_gains: What norms have added to their weights, see `added_to_gains`.
     """
 
     def __init__(
-        self, graph: ir.Graph, named: Iterable[NamedSite], *, as_stored: bool = False
+        self,
+        graph: ir.Graph,
+        named: Iterable[NamedSite],
+        *,
+        as_stored: bool = False,
+        added_to_gains: int | None = 0,
     ) -> None:
         self._graph = graph
+        self._added_to_gains = added_to_gains
         self._as_stored = as_stored
         copies = [value for value in _stored(graph) for value in _copies(value)]
         self._by_name = {
@@ -219,7 +233,17 @@ class GraphHolders:
             return _MAYBE_SHARED
         if value.const_value is None:
             value = self._by_name[parameter] = _apart(self._graph, value)
-        return Holder(value, self._own_uses(value), transposed=False)
+        holder = Holder(value, self._own_uses(value), transposed=False)
+        return self._gain(holder) if is_gain(value) else holder
+
+    def _gain(self, holder: Holder) -> Holder | str:
+        """Return the place of a norm's weight, to which the graph may have added one."""
+        if self._added_to_gains == 0:
+            return holder
+        if self._added_to_gains is None:
+            return _EITHER_GAIN
+        own = _less_one(holder.value)
+        return _INEXACT_GAIN if own is None else replace(holder, less_one=own)
 
     def _own_uses(self, value: ir.Value) -> tuple[Use, ...]:
         """Return where a constant is read, but for copies of it that are other parameters."""
@@ -295,6 +319,16 @@ def _holds(value: ir.Value, tensor: torch.Tensor, plus: int = 0) -> bool | None:
 def _as(dtype: torch.dtype, tensor: torch.Tensor, plus: int) -> torch.Tensor:
     own = tensor.cpu().to(dtype)
     return own + plus if plus else own
+
+
+def _less_one(value: ir.Value) -> torch.Tensor | None:
+    """Return one less than a constant, in its type; ``None`` if one more than that is another."""
+    stored = value.const_value
+    assert stored is not None
+    dtype = TORCH_DTYPES[stored.dtype.name]
+    known = torch.from_numpy(np.array(stored.numpy(), np.float32)).to(dtype)
+    own = known - 1
+    return own if torch.equal(own + 1, known) else None
 
 
 def _looks_up(use: Use) -> bool:
