@@ -121,6 +121,50 @@ def test_a_function_in_another_opset_is_refused_with_the_reason(tmp_path):
     assert not (tmp_path / "bundle").exists()
 
 
+def turned_product(opset):
+    """``x W^T``: ``Transpose`` and ``MatMul`` did not change from opset 13 to 20."""
+    turn = helper.make_node("Transpose", ["weight"], ["turned"], perm=[1, 0])
+    product = helper.make_node("MatMul", ["x", "turned"], ["y"])
+    made = function("Linear", ["x", "weight"], ["y"], [turn, product], opset)
+    made.opset_import.append(helper.make_opsetid("ai.onnx.ml", opset))  # that nothing uses
+    return made
+
+
+@pytest.mark.parametrize("opset", [13, 20])
+def test_a_function_in_another_opset_whose_operators_are_the_same_is_put_in(opset, tmp_path):
+    node = helper.make_node
+    calls = [
+        node("Linear", ["x", "first.weight"], ["hidden"], name="first", domain="own"),
+        node("Linear", ["hidden", "second.weight"], ["y"], name="second", domain="own"),
+    ]
+    model = network([turned_product(opset)], calls)
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    onnx.save(model, tmp_path / "m.onnx")
+    import_model(tmp_path / "m.onnx", tmp_path / "bundle")
+    assert set(read_manifest(tmp_path / "bundle").slots.modules()) == set(SIZES)
+    written = onnx.load(str(tmp_path / "bundle" / MODEL_FILE), load_external_data=False)
+    assert {entry.domain: entry.version for entry in written.opset_import}[""] == 18
+    a, b = np.ones((2, 6), np.float32), np.full((10, 2), 0.25, np.float32)
+    lora = LoraModule(ModuleKind.LINEAR, torch.from_numpy(a), torch.from_numpy(b), alpha=2.0)
+    add_adapters(tmp_path / "bundle", {"a": Adapter({"first": lora})})
+    x = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
+    stored, runtime = values_of(model), Runtime(tmp_path / "bundle", threads=1)
+    for adapter, change in ((None, 0.0), ("a", b.astype(np.float64) @ a)):
+        hidden = x.astype(np.float64) @ (stored["first.weight"] + change).T
+        got = runtime.run({"x": x}, adapter)["y"]
+        np.testing.assert_allclose(got, hidden @ stored["second.weight"].T, rtol=1e-4, atol=1e-4)
+    assert np.abs(got - runtime.run({"x": x})["y"]).max() > 1
+
+
+def test_a_function_in_another_opset_whose_operator_changed_since_names_it(tmp_path):
+    """``Softmax`` of opset 12 flattens what is after its axis."""
+    node = helper.make_node
+    whole = function("Whole", ["x"], ["y"], [node("Softmax", ["x"], ["y"], axis=1)], 12)
+    onnx.save(network([whole], [node("Whole", ["x"], ["y"], domain="own")]), tmp_path / "m.onnx")
+    with pytest.raises(LoraportError, match=r"Whole in opset 12, .* 18, where Softmax is another"):
+        import_model(tmp_path / "m.onnx", tmp_path / "bundle")
+
+
 def test_functions_that_call_one_another_in_a_circle_are_refused(tmp_path):
     node = helper.make_node
     there = function("There", ["x"], ["y"], [node("Back", ["x"], ["y"], domain="own")])

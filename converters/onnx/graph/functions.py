@@ -26,12 +26,13 @@ def inlined(model: ModelProto, file: Path) -> ModelProto:
     """Return a model whose own functions' calls are replaced by what they compute.
 
     Args:
-        model: Any model; returned as it is if it has no functions of its own.
+        model: Any model; returned as it is if it has no functions of its own. Those of another
+            opset, whose operators are the same in the model's, are changed in place to that.
         file: Its file, for the error.
 
     Raises:
         LoraportError: If functions call one another in a circle, stand for more operators than
-            any model has, or want another opset than the model has.
+            any model has, or use operators that are others in the model's opset.
     """
     from onnx import inliner
 
@@ -39,7 +40,7 @@ def inlined(model: ModelProto, file: Path) -> ModelProto:
     if not own:
         return model
     counted: dict[_Key, int] = {}
-    versions = {entry.domain: entry.version for entry in model.opset_import}
+    versions = {_domain(entry.domain): entry.version for entry in model.opset_import}
 
     def size(nodes: Iterable[NodeProto]) -> int:
         return sum(size_of((node.domain, node.op_type)) for node in nodes_of(nodes))
@@ -59,10 +60,19 @@ def inlined(model: ModelProto, file: Path) -> ModelProto:
             raise ValueError(f"calls that stand for more than {_MOST_NODES} operators")
         for function in own.values():
             for entry in function.opset_import:
-                version = versions.setdefault(entry.domain, entry.version)
-                if entry.version != version:
-                    got = f"in opset {entry.version}, the model in {version}"
-                    raise ValueError(f"{function.name} {got}")
+                domain = _domain(entry.domain)
+                version = versions.setdefault(domain, entry.version)
+                if entry.version == version:
+                    continue
+                for node in nodes_of(function.node):
+                    called = (node.domain, node.op_type)
+                    if _domain(node.domain) != domain or called in own:
+                        continue
+                    if _since(called, entry.version) != _since(called, version):
+                        got = f"in opset {entry.version}, the model in {version}"
+                        why = f"where {node.op_type} is another operator"
+                        raise ValueError(f"{function.name} {got}, {why}")
+                entry.version = version
         result = inliner.inline_selected_functions(model, list(own), exclude=False)
     except (RuntimeError, RecursionError, ValueError, TypeError) as error:
         reason = first_line(error)
@@ -71,6 +81,22 @@ def inlined(model: ModelProto, file: Path) -> ModelProto:
             f"{reason}; inline them with the tool that exported the model"
         ) from error
     return result
+
+
+def _domain(name: str) -> str:
+    """Return a domain by the one name that it goes by: the standard operators' has two."""
+    return "" if name == "ai.onnx" else name
+
+
+def _since(operator: _Key, opset: int) -> int:
+    """Return the opset from which on an operator is as it is in ``opset``, itself if unknown."""
+    from onnx import defs
+
+    domain, name = operator
+    try:
+        return defs.get_schema(name, opset, _domain(domain)).since_version
+    except defs.SchemaError:
+        return opset
 
 
 def nodes_of(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
