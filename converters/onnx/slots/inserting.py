@@ -22,6 +22,7 @@ import onnx_ir as ir
 import torch
 
 from converters.onnx.graph.flattening import flatten_rows
+from converters.onnx.graph.integer_constants import store_integer_constants
 from converters.onnx.graph.provenance import record_slot
 from converters.onnx.graph.site import Site
 from converters.onnx.modules.holders import Holders
@@ -202,6 +203,7 @@ def insert_slots(
     for path in wanted:
         if path not in covered:
             unslotted.setdefault(path, "no operator of the graph computes it by itself")
+    store_integer_constants(model.graph)
     model.ir_version = max(model.ir_version or 0, _MINIMUM_IR_VERSION)
     slots = SlotTable(tuple(table.values()), controls=tuple(controls.made))
     return SlottedModel(model, slots, unslotted)
