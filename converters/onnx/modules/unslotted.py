@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
 from converters.onnx.modules.weight_origins import WeightOrigins
-from converters.onnx.operators.gather import holds_rounded_rows
+from converters.onnx.operators import einsum, gather
 
 # Operators that use a matrix for something that no adapter changes.
 _NO_WEIGHTS = frozenset(
@@ -98,6 +98,7 @@ _LEARNED = frozenset(
 )
 _BLOCKED = "com.microsoft.nchwc"
 _VECTORS = frozenset(("MatMul", "MatMulBnb4", "MatMulFpQ4"))  # a vector is a weight, or packed one
+_LOOKING_UP = frozenset(("Gather", "GatherND"))
 _MULTIPLYING = frozenset(("Conv", "Gemm", "MatMul"))
 # Whatever computes their weights: exporters put those of gates together, or normalize them.
 _NEVER = frozenset(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM", "ConvTranspose"))
@@ -147,7 +148,7 @@ def reasons(nodes: Collection[ir.Node], taken: set[int]) -> dict[str, str]:
                 f"{_operator(node)}: its weights are attributes, not constants of the graph"
             )
             continue
-        least = 1 if node.op_type in _VECTORS else 2
+        least = 1 if node.op_type in _VECTORS or einsum.sums_constant(node) else 2
         if node.op_type in _NEVER or any(len(shape) >= least for shape in shapes):
             found[name] = _reason(node, shapes)
         elif node.op_type in _MULTIPLYING:
@@ -159,7 +160,16 @@ def reasons(nodes: Collection[ir.Node], taken: set[int]) -> dict[str, str]:
 
 
 def _is_embedding(node: ir.Node) -> bool:
-    return node.op_type == "Gather" and holds_rounded_rows(node)
+    return node.op_type in _LOOKING_UP and (gather.holds_rounded_rows(node) or _is_table(node))
+
+
+def _is_table(node: ir.Node) -> bool:
+    """Tell whether a run picks what is read of a constant matrix of floats."""
+    table = constant(node.inputs[0])
+    if table is None or constant(node.inputs[1]) is not None:
+        return False
+    sizes = [size for size in table.shape if size != 1]
+    return len(sizes) == 2 and table.dtype.is_floating_point()
 
 
 def _operator(node: ir.Node) -> str:
@@ -179,8 +189,15 @@ def _reason(node: ir.Node, shapes: list[tuple[int, ...]]) -> str:
         if node.attributes.get_int("transA", 0):
             return f"{operator}: its other factor is transposed"
         return f"{operator}: its constant of shape {shapes[-1]} is no matrix of floats"
+    if node.op_type in _LOOKING_UP and _is_table(node):
+        axis = node.attributes.get_int("axis", 0)
+        how = f"along axis {axis}" if node.op_type == "Gather" else "by coordinates"
+        what = f"it reads its constant of shape {shapes[0]} {how}"
+        return f"{operator}: {what}; a Gather of a matrix along axis 0 takes a slot"
     if node.op_type == "Gather":
         return "Gather: its rows of integers are not only dequantized, all by one scale"
+    if node.op_type == "Einsum" and all(len(shape) < 2 for shape in shapes):
+        return f"Einsum: its constant of shape {shapes[-1]} is no matrix of floats"
     if node.op_type == "Einsum":
         return "Einsum: its equation is more than a product of rows with a matrix"
     if node.op_type == "Conv":

@@ -70,6 +70,17 @@ def find_site(node: ir.Node) -> Site | None:
     return None if _ELLIPSIS in product.leading else _of_axes(node, x, stored, weight, product)
 
 
+def sums_constant(node: ir.Node) -> bool:
+    """Tell whether an ``Einsum`` adds up what a constant weighs, as a product does."""
+    terms = _terms(node.attributes.get_string("equation", "")) if node.op_type == "Einsum" else None
+    if terms is None or len(node.inputs) != 2:
+        return False
+    return any(
+        constant(value) is not None and bool(set(term) - set(terms[2]) - set(_ELLIPSIS))
+        for value, term in zip(node.inputs, terms, strict=False)
+    )
+
+
 def _of_axes(
     node: ir.Node, x: ir.Value, stored: ir.Value, weight: Constant, product: _Product
 ) -> Site:

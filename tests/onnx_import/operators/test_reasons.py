@@ -106,6 +106,49 @@ def test_products_with_vectors_are_listed(slotted):
     }
 
 
+def test_einsums_with_vectors_are_listed(slotted):
+    """Not an outer product, which the angles of a rotation are."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="/layer/MatMul"),
+        helper.make_node("Einsum", ["a", "v"], ["b"], name="/right", equation="ni,i->n"),
+        helper.make_node("Einsum", ["v", "a"], ["c"], name="/left", equation="i,...i->..."),
+        helper.make_node("Einsum", ["b", "v"], ["d"], name="/angles", equation="n,i->ni"),
+        helper.make_node("Sum", ["b", "c", "d"], ["y"], name="/all"),
+    ]
+    constants = {"w": np.ones((4, 4), np.float32), "v": np.ones(4, np.float32)}
+    model = graph_of(nodes, [("x", TensorProto.FLOAT, [4, 4])], constants)
+    why = "Einsum: its constant of shape (4,) is no matrix of floats"
+    assert slotted(model, "lora").unslotted == {"/right": why, "/left": why}
+
+
+def test_tables_that_are_not_looked_up_by_rows_are_listed(slotted):
+    """What no run changes is no table of weights."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="/layer/MatMul"),
+        helper.make_node("Gather", ["turned", "ids"], ["b"], name="/columns", axis=1),
+        helper.make_node("Gather", ["positions", "ids"], ["p"], name="/positions", axis=1),
+        helper.make_node("Unsqueeze", ["ids", "last"], ["places"]),
+        helper.make_node("GatherND", ["table", "places"], ["c"], name="/nd"),
+        helper.make_node("Gather", ["turned", "fixed"], ["d"], name="/fixed", axis=1),
+        helper.make_node("Squeeze", ["p", "first"], ["e"]),
+        helper.make_node("Sum", ["a", "b", "c", "d", "e"], ["y"], name="/all"),
+    ]
+    shapes = {"w": (4, 4), "turned": (4, 9), "table": (9, 4), "positions": (1, 9, 4)}
+    constants = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    constants |= {"last": np.array([-1]), "first": np.array([0]), "fixed": np.arange(4)}
+    inputs = [("x", TensorProto.FLOAT, [4, 4]), ("ids", TensorProto.INT64, [4])]
+    found = slotted(graph_of(nodes, inputs, constants), "lora", "embedding").unslotted
+    assert found == {
+        name: f"{operator}: it reads its constant of shape {shape} {how}; "
+        "a Gather of a matrix along axis 0 takes a slot"
+        for name, operator, shape, how in (
+            ("/columns", "Gather", (4, 9), "along axis 1"),
+            ("/positions", "Gather", (1, 9, 4), "along axis 1"),
+            ("/nd", "GatherND", (9, 4), "by coordinates"),
+        )
+    }
+
+
 def test_weights_in_attributes_are_listed(slotted):
     """What only scales an input is no weight that an adapter could change."""
     settings = {"domain": "ai.onnx.ml", "offset": [0.0], "scale": [2.0]}
