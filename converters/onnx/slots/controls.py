@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from converters.onnx.graph.nodes import NodeChain
 from converters.onnx.graph.site import Site
+from converters.onnx.slots.input_names import names_outside, require_free
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import (
     ADAPTER_IDS_INPUT,
@@ -255,6 +256,7 @@ class Controls:
 
     def _control(self, name: str, role: ControlRole, size: str, members: int = 0) -> ir.Value:
         if (name,) not in self._values:
+            require_free(name, self.graph, names_outside(self.graph))
             control = Control(name, role, members)
             dtype = ir.DataType[control.dtype]
             value = ir.Value(name=name, shape=ir.Shape([size]), type=ir.TensorType(dtype))

@@ -14,7 +14,7 @@ compute a module in parts: each takes its columns of ``B``, gain and bias, see `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -30,6 +30,7 @@ from converters.onnx.modules.matching import Match, Matcher, SiteMatcher, Unmatc
 from converters.onnx.modules.slottable import SlottableModule
 from converters.onnx.operators import find_site
 from converters.onnx.slots.controls import Controls
+from converters.onnx.slots.input_names import names_outside, rename_inner, require_free
 from converters.onnx.slots.replacing import make_replaceable
 from converters.onnx.slots.slot_nodes import add_slot_nodes
 from converters.onnx.slots.slot_parts import Columns, SlotParts
@@ -130,6 +131,7 @@ def insert_slots(
         subgraph.opset_imports.update(model.graph.opset_imports)
     wanted = {path: module for path, module in modules.items() if options.serves(module.kind)}
     matcher = matcher or Matcher(wanted)
+    outside = names_outside(model.graph)
     controls = Controls(model.graph, strength=options.strength, per_row=options.per_row)
     table: dict[str, Slot] = {}
     inputs: dict[str, dict[str, ir.Value]] = {}
@@ -170,7 +172,6 @@ def insert_slots(
             choose(site, slot, Columns(widths, number))
     if not options.per_row:
         flatten_rows(model.graph, [node for node, _, _ in chosen])
-    taken = {value.name for value in model.graph.inputs}
     parts = SlotParts(model.graph)
     for node, slot, columns in chosen:
         paths = [member.module_path for member in slot.members]
@@ -181,7 +182,8 @@ def insert_slots(
         site = find_site(node)  # anew: its values may be rows now
         assert site is not None
         if slot.name not in table:
-            _check_names(slot, model.graph, taken)
+            for entry in slot.inputs.values():
+                require_free(entry.name, model.graph, outside)
             inputs[slot.name] = _add_inputs(model.graph, slot, site, lanes=options.per_row)
             table[slot.name] = slot
         if slot != table[slot.name]:
@@ -206,6 +208,8 @@ def insert_slots(
     store_integer_constants(model.graph)
     model.ir_version = max(model.ir_version or 0, _MINIMUM_IR_VERSION)
     slots = SlotTable(tuple(table.values()), controls=tuple(controls.made))
+    added = {*slots.inputs(), *(control.input for control in slots.controls)}
+    rename_inner(model.graph, added)
     return SlottedModel(model, slots, unslotted)
 
 
@@ -256,16 +260,6 @@ def _slot(site: Site, modules: Match, options: SlotOptions) -> Slot:
         gain="gain" in options.variants,
         bias="bias" in options.variants,
     )
-
-
-def _check_names(slot: Slot, graph: ir.Graph, taken: Container[str | None]) -> None:
-    """Refuse a slot whose inputs have names of the graph's own inputs, ``taken``, or constants."""
-    for entry in slot.inputs.values():
-        if entry.name in graph.initializers or entry.name in taken:
-            raise LoraportError(
-                f"{entry.name}: expected a graph without an input of this name, got one with; it "
-                "has slots already: export the model that they were put in"
-            )
 
 
 def _add_inputs(graph: ir.Graph, slot: Slot, site: Site, *, lanes: bool) -> dict[str, ir.Value]:

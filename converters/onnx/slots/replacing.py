@@ -19,6 +19,7 @@ from converters.onnx.graph.nodes import NodeChain
 from converters.onnx.graph.source_graph import MappedTensor
 from converters.onnx.graph.torch_dtypes import TORCH_DTYPES
 from converters.onnx.modules.holders import Holder, Holders
+from converters.onnx.slots.input_names import names_outside, rename_inner, require_free
 from loraport.bundle.slots import ReplacementSlot
 from loraport.errors import Problems
 from loraport.naming import names_parameter, slot_saved
@@ -48,7 +49,8 @@ def make_replaceable(graph: ir.Graph, names: Sequence[str], holders: Holders) ->
         holders: Finds parameters in the graph.
 
     Raises:
-        LoraportError: Naming every name that no parameter in the graph answers to, and why.
+        LoraportError: Naming every name that no parameter in the graph answers to, and why; or an
+            input, output or constant that is called like a parameter's input.
     """
     problems = Problems()
     slots: list[ReplacementSlot] = []
@@ -64,6 +66,7 @@ def make_replaceable(graph: ir.Graph, names: Sequence[str], holders: Holders) ->
                 refused[parameter] = holder
                 continue
             slot = _slot(parameter, holder)
+            require_free(slot.input, graph, names_outside(graph))
             own = holder.less_one
             values[slot.input] = _as_torch(holder.value) if own is None else _own(slot, own)
             _redirect(graph, slot, holder)
@@ -73,6 +76,7 @@ def make_replaceable(graph: ir.Graph, names: Sequence[str], holders: Holders) ->
             got = f"none: {wanted[0]}: {why}" if why else "none of this name"
             problems.add(name, "a parameter that the graph can take anew", got)
     problems.raise_if_any("--replace")
+    rename_inner(graph, {slot.input for slot in slots})
     return Replaceable(tuple(slots), values, refused)
 
 
