@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from loraport.counts import counted
 from loraport.errors import LoraportError, Problems
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ class Checkpoint:
             return self._tensors[name]
         except KeyError:
             raise LoraportError(
-                f"tensor {name!r}: expected it in {self.path}, got {len(self)} other tensors"
+                f"tensor {name!r}: expected it in {self.path}, got "
+                f"{counted(len(self), 'other tensor')}"
             ) from None
 
     def load(self, name: str) -> torch.Tensor:

@@ -19,6 +19,7 @@ from converters.formats.format import AdapterFormat, FormatContext
 from converters.formats.kohya_names import Target, find_targets, known_modules
 from loraport.adapter import Adapter, LoraModule
 from loraport.checkpoint import Checkpoint, read_header
+from loraport.counts import counted
 from loraport.errors import LoraportError, Problems
 from loraport.naming.kohya import (
     COMPONENTS,
@@ -173,7 +174,7 @@ def _targets(
     known = known_modules(names, list(carried.modules), context)
     if not known and names:
         problems.add(
-            f"the names of {len(names)} modules",
+            f"the names of {counted(len(names), 'module')}",
             "a list of modules, to tell dots from underscores",
             "none",
             _GIVE_BASE,

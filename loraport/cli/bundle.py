@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from loraport.cli.counts import counted
 from loraport.cli.options import log, progress
 from loraport.cli.sizes import size_text
+from loraport.counts import counted
 
 _BUNDLE = click.Path(path_type=Path)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from converters.formats.registry import adapter_formats, read_adapter, write_adapter
-from loraport.cli.counts import counted
+from loraport.counts import counted
 from loraport.output import refuse_existing
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from loraport.adapter import Adapter
-from loraport.cli.counts import counted
 from loraport.cli.sizes import size_text
+from loraport.counts import counted
 
 
 def show_errors(

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loraport.cli.counts import counted
 from loraport.cli.options import log, progress
 from loraport.cli.share_line import ShareLine
 from loraport.cli.visible import visible
+from loraport.counts import counted
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:

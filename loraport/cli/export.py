@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loraport.cli.counts import counted
 from loraport.cli.options import log, named_paths, progress
+from loraport.counts import counted
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from loraport.cli.byte_progress import ByteProgress
-from loraport.cli.counts import counted
 from loraport.cli.sizes import size_text
+from loraport.counts import counted
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:

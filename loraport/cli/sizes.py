@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraport.cli.counts import counted
+from loraport.counts import counted
 
 
 def size_text(count: int) -> str:

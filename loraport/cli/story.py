@@ -11,9 +11,9 @@ import click
 from rich.table import Table
 
 import loraport
-from loraport.cli.counts import counted
 from loraport.cli.options import log, progress
 from loraport.cli.reports import print_verification, table_console
+from loraport.counts import counted
 from loraport.errors import LoraportError
 from loraport.output import refuse_existing
 
@@ -87,7 +87,7 @@ class Story:
             ),
         )
         for task in TASKS:
-            progress(f"{task}: {self._steps} steps, rank {_RANK}")
+            progress(f"{task}: {counted(self._steps, 'step')}, rank {_RANK}")
             summary = train_language_model(
                 self._base,
                 sample_data() / f"{task}.jsonl",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loraport.cli.options import log, progress
+from loraport.counts import counted
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _reference_model(
         known = stored_tensors(model)
         kept = {name: known[name].detach().clone() for name in names & known.keys()}
         replaced = load_graph_weights(bundle / MODEL_FILE, model)
-        progress(f"{len(replaced)} weights taken dequantized from the graph")
+        progress(f"{counted(len(replaced), 'weight')} taken dequantized from the graph")
     return model, lambda name: kept[name] if name in kept else stored_tensor(model, name)
 
 

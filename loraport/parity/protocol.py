@@ -27,6 +27,7 @@ from torch import nn
 
 from loraport.adapter import Adapter
 from loraport.bundle.manifest import check_files
+from loraport.counts import counted
 from loraport.errors import LoraportError
 from loraport.parity.calibration import Calibration
 from loraport.parity.changes import Changes, Original, changes_of
@@ -160,7 +161,7 @@ class Protocol:
         return Check(
             "slots",
             not wrong,
-            "; ".join(wrong) or f"{len(table.slots) + len(table.replacements)} slots",
+            "; ".join(wrong) or counted(len(table.slots) + len(table.replacements), "slot"),
         )
 
     def _base(self) -> Check:
@@ -193,9 +194,9 @@ class Protocol:
         computed = partial(stored_tensor, self._model)
         wrong = differences(tensors, manifest.slots, changes, self._original, computed)
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        count = f"{len(changes.terms)} modules"
+        count = counted(len(changes.terms), "module")
         if changes.replaced:
-            count += f", {len(changes.replaced)} replaced parameters"
+            count += f", {counted(len(changes.replaced), 'replaced parameter')}"
         detail = "; ".join(wrong[:_SHOWN]) + more
         return Check(f"adapter {name}: packed = source", not wrong, detail or count)
 
@@ -247,7 +248,7 @@ class Protocol:
                 expected = torch_outputs(self._model, sample.torch)
             got = run(sample)
             if len(expected) != len(got):
-                return f"torch has {len(expected)} outputs, the bundle {len(got)}"
+                return f"torch has {counted(len(expected), 'output')}, the bundle {len(got)}"
             comparisons += [compare(e, g) for e, g in zip(expected, got, strict=True)]
         return worst(comparisons)
 

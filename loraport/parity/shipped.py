@@ -14,6 +14,7 @@ import numpy as np
 from loraport.bundle.base_values import BaseValues
 from loraport.bundle.golden import golden_reason
 from loraport.bundle.manifest import REQUIRED_MODEL_FILE
+from loraport.counts import counted
 from loraport.errors import LoraportError
 from loraport.parity.check import Check
 from loraport.parity.metrics import compare, worst
@@ -43,7 +44,7 @@ def same_in_both_files(runtime: Runtime, name: str) -> Check:
     wrong = [f"{key} is missing" for key in expected if key not in got]
     wrong += [f"{key} is not in the .safetensors" for key in got if key not in expected]
     wrong += [f"{key} differs" for key in expected if key in got and not _same(expected, got, key)]
-    return Check(title, not wrong, _listed(wrong) or f"{len(got)} tensors")
+    return Check(title, not wrong, _listed(wrong) or counted(len(got), "tensor"))
 
 
 def required_graph(
@@ -104,7 +105,7 @@ def golden_cases(runtime: Runtime) -> Check:
         reason = golden_reason(runtime.directory)
         listed = reason and f"none: {reason}"
         return Check("golden cases", bool(reason), listed or "the manifest lists none")
-    seen = f"{len(results)} cases within {runtime.manifest.tolerance:g}"
+    seen = f"{counted(len(results), 'case')} within {runtime.manifest.tolerance:g}"
     return Check("golden cases", not wrong, _listed(wrong) or seen)
 
 

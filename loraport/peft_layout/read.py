@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.checkpoint import Checkpoint
+from loraport.counts import counted
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint
 from loraport.naming import Part, PeftKey, parse_peft_key, peft_key, peft_parameter_key, weight_name
@@ -267,7 +268,9 @@ def _check_shapes(
     grouped = lora_a.dim() > 2 and lora_b.shape[1] > 0 and lora_a.shape[0] % lora_b.shape[1] == 0
     if lora_b.shape[1] != lora_a.shape[0] and not grouped:
         problems.add(
-            peft_key(path, part_b), f"{lora_a.shape[0]} columns, the rank of A", _shape(lora_b)
+            peft_key(path, part_b),
+            f"{counted(lora_a.shape[0], 'column')}, the rank of A",
+            _shape(lora_b),
         )
     if lora_b[0, 0].numel() != 1 or lora_b.dim() != lora_a.dim():
         problems.add(peft_key(path, part_b), "a 1x1 kernel of A's dimensions", _shape(lora_b))
@@ -303,7 +306,7 @@ def _token_rows(
     if tensor.dim() != 2 or tensor.shape[0] != len(rows):
         problems.add(
             peft_key(path, Part.TOKEN_ROWS),
-            f"{len(rows)} rows, as trainable_token_indices lists",
+            f"{counted(len(rows), 'row')}, as trainable_token_indices lists",
             _shape(tensor),
         )
     return rows

@@ -18,6 +18,7 @@ from loraport.bundle.slots import (
     Slot,
     SlotTable,
 )
+from loraport.counts import counted
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class Rows:
         batches = {value.shape[0] for value in inputs.values() if isinstance(value, np.ndarray)}
         if batches and len(adapters) not in batches:
             raise LoraportError(
-                f"adapters per row: expected one for each of {max(batches)} rows, got "
+                f"adapters per row: expected one for each of {counted(max(batches), 'row')}, got "
                 f"{len(adapters)}"
             )
         ids = [BASE if name is None else self._numbers[name] for name in adapters]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 from loraport.base_model import load_tokenizer
+from loraport.counts import counted
 from loraport.errors import LoraportError
 from loraport.runtime.generation import Sampling, generate
 from loraport.runtime.model import Runtime, Selection
@@ -84,7 +85,9 @@ class TextGenerator:
         if text != shown:
             yield text[len(shown) :]
         seconds = time.perf_counter() - started
-        self.last_speed = f"{len(new)} tokens, {len(new) / max(seconds, 1e-9):.1f} tokens/s"
+        self.last_speed = (
+            f"{counted(len(new), 'token')}, {len(new) / max(seconds, 1e-9):.1f} tokens/s"
+        )
 
     def generate(
         self,

@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from loraport.counts import counted
 from loraport.errors import LoraportError
 from loraport.sweep.trial import Outcome
 
@@ -124,6 +125,6 @@ def _reason(
         size = "the same size"
     return (
         f"the best, {best}, is better by {difference.mean:.4f}, which is within the noise of "
-        f"{rows} validation rows (standard error {difference.error or 0.0:.4f}); "
+        f"{counted(rows, 'validation row')} (standard error {difference.error or 0.0:.4f}); "
         f"this one has {size}"
     )

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loraport.counts import counted
 from loraport.sweep.observer import SilentSweep
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ class SweepReport(SilentSweep):
 
     def planned(self, *, groups: int, trials: int, done: int) -> None:
         """Say how much there is to do."""
-        self._say(f"{trials} candidates, {done} finished before; passes to train: {groups}")
+        self._say(
+            f"{counted(trials, 'candidate')}, {done} finished before; passes to train: {groups}"
+        )
 
     def group_started(self, *, names: Sequence[str], steps: int, done: int) -> None:
         """Say which candidates begin."""

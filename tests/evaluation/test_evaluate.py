@@ -345,7 +345,7 @@ def test_rows_cut_and_left_out_are_told(tiny_base, tmp_path, tokenizer):
     assert [document[f"{kind}rows"] for kind in ("", "truncated_", "dropped_")] == [3, 4, 2]
     said = " ".join(done.stderr.split())
     assert f"note: {data}: 4 rows were cut to 16 tokens" in said
-    assert "2 rows were left out, since nothing of their answer is within 16 tokens" in said
+    assert "2 rows were left out, since nothing of the answer is within 16 tokens" in said
     assert "(lines 4, 5)" in said
     whole = CliRunner().invoke(eval_command, [*few, "--max-length", "256"])
     document = json.loads(whole.stdout)

@@ -276,7 +276,7 @@ def test_each_answer_is_learned_after_what_the_model_is_asked_with(
             assert row.labels[start - 1] == IGNORED
             assert list(row.labels[start : start + len(wanted)]) == wanted
     told = " ".join(read.notes(path, 999))
-    assert ("1 chats are several rows each" in told) is bool(template)
+    assert ("1 chat is several rows, since" in told) is bool(template)
 
 
 @pytest.mark.parametrize("template", [None, HIDES_EARLIER])
@@ -474,11 +474,11 @@ def test_a_row_of_one_token_is_not_said_to_be_cut(write_jsonl, tokenizer):
     assert [shown(row, tokenizer) for row in read.rows] == ["abc<|end|>"]
     assert (read.dropped, read.empty) == ((1, 3, 4), (1, 3))
     _, cut, empty = read.notes(path, 5)
-    assert cut.endswith("1 rows were left out, since nothing of their answer is within 5 tokens "
-                        "(lines 4)")  # fmt: skip
+    assert cut.endswith("1 row was left out, since nothing of the answer is within 5 tokens "
+                        "(line 4)")  # fmt: skip
     assert empty.endswith("2 rows were left out, since nothing is to be learned after the first "
                           "token (lines 1, 3)")  # fmt: skip
-    with pytest.raises(LoraportError, match="got 1 rows, of which nothing is to be learned after"):
+    with pytest.raises(LoraportError, match="got 1 row, of which nothing is to be learned after"):
         read_rows(write_jsonl(rows[:1]), tokenizer, 5)
 
 

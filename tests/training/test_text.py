@@ -414,8 +414,8 @@ def test_cut_and_repeated_rows_are_told(base_directory, write_jsonl, tmp_path):
     )
     assert notes == [
         f"{data}: 2 rows were cut to 6 tokens",
-        f"{data}: 1 rows were left out, since nothing of their answer is within 6 tokens (lines 2)",
-        "1 validation rows also occur in the training rows",
+        f"{data}: 1 row was left out, since nothing of the answer is within 6 tokens (line 2)",
+        "1 validation row also occurs in the training rows",
     ]
     assert (summary.rows, summary.truncated_rows, summary.dropped_rows) == (2, 2, 1)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from loraport.base_model import context_length, resolve_base
+from loraport.counts import counted
 from loraport.errors import LoraportError
 from loraport.training.data.batches import Row
 from loraport.training.data.tokens import read_rows
@@ -80,7 +81,8 @@ def read_data(
             observer.note(text)
     shared = len(set(train_rows) & set(held_out))
     if shared:
-        observer.note(f"{shared} validation rows also occur in the training rows")
+        occur = "occurs" if shared == 1 else "occur"
+        observer.note(f"{counted(shared, 'validation row')} also {occur} in the training rows")
     return TextData(
         tuple(train_rows),
         tuple(held_out),
@@ -115,8 +117,8 @@ def split_rows(
     count = max(1, round(len(whole) * share))
     if count >= len(whole):
         raise LoraportError(
-            f"the data: expected more than {count} rows, of which {share:g} are held out for "
-            f"validation, got {len(whole)}; give more rows or --validation-share 0"
+            f"the data: expected more than {counted(count, 'row')}, of which {share:g} are "
+            f"held out for validation, got {len(whole)}; give more rows or --validation-share 0"
         )
     held_out = set(random.Random(f"split {seed}").sample(whole, count))
     parts: tuple[list[Row], list[Row]] = ([], [])

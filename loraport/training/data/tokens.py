@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraport.counts import counted, counted_were
 from loraport.errors import LoraportError
 from loraport.training.data.batches import IGNORED, Row
 from loraport.training.data.chat import UnusableError, chat_rows
@@ -46,22 +47,27 @@ class Rows:
             length: The largest length.
         """
         if self.divided:
+            chats = f"{self.divided} chats are several rows each"
+            if self.divided == 1:
+                chats = "1 chat is several rows"
             yield (
-                f"{path}: {self.divided} chats are several rows each, since the chat template "
+                f"{path}: {chats}, since the chat template "
                 "writes an answer otherwise once other turns follow; each answer is learned as it "
                 "is asked for"
             )
         if self.truncated:
-            yield f"{path}: {self.truncated} rows were cut to {length} tokens"
+            yield f"{path}: {counted_were(self.truncated, 'row')} cut to {length} tokens"
         cut = (Counter(self.dropped) - Counter(self.empty)).elements()
         for lines, reason in (
-            (tuple(cut), f"nothing of their answer is within {length} tokens"),
+            (tuple(cut), f"nothing of the answer is within {length} tokens"),
             (self.empty, _EMPTY),
         ):
             if lines:
                 first = tuple(dict.fromkeys(lines))
                 shown = ", ".join(map(str, first[:10])) + (" ..." if first[10:] else "")
-                yield (f"{path}: {len(lines)} rows were left out, since {reason} (lines {shown})")
+                rows = f"{counted_were(len(lines), 'row')} left out"
+                place = f"line{'s' if first[1:] else ''} {shown}"
+                yield f"{path}: {rows}, since {reason} ({place})"
 
 
 def read_rows(
@@ -109,8 +115,9 @@ def read_rows(
     bad.raise_if_any()
     if not rows:
         far = len(dropped) - len(empty)
-        parts = [f"{far} rows whose answer is cut off at {max_length} tokens; raise it"] * bool(far)
-        parts += [f"{len(empty)} rows, of which {_EMPTY}"] * bool(empty)
+        cut_off = f"whose answer is cut off at {max_length} tokens; raise it"
+        parts = [f"{counted(far, 'row')} {cut_off}"] * bool(far)
+        parts += [f"{counted(len(empty), 'row')}, of which {_EMPTY}"] * bool(empty)
         reason = ", and ".join(parts[::-1]) or "none"
         raise LoraportError(f"{path}: expected rows to learn, got {reason}")
     return Rows(tuple(rows), truncated, tuple(dropped), divided, tuple(empty))

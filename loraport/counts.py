@@ -10,3 +10,12 @@ def counted(count: int, thing: str) -> str:
     ('1 module', '3 replaced parameters')
     """
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def counted_were(count: int, thing: str) -> str:
+    """Return how many there are of a thing to which something was done.
+
+    >>> counted_were(1, "row"), counted_were(3, "row")
+    ('1 row was', '3 rows were')
+    """
+    return f"{counted(count, thing)} {'was' if count == 1 else 'were'}"
