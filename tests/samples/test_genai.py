@@ -8,17 +8,29 @@ from pathlib import Path
 SAMPLE = Path(__file__).parents[2] / "samples" / "genai" / "swap.py"
 
 
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, SAMPLE, *arguments], capture_output=True, text=True, check=False
+    )
+
+
 def test_the_sample_runs_base_and_adapters(bundle):
     imported = re.findall(r"^(?:import|from) ([\w.]+)", SAMPLE.read_text(), re.MULTILINE)
     assert "onnxruntime_genai" in imported
     assert not {"loraport", "converters"} & set(imported)
-    done = subprocess.run(
-        [sys.executable, SAMPLE, bundle, "the harbour light", "a", "b"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run(bundle, "the harbour light", "a", "b")
     assert done.returncode == 0, done.stderr[-2000:]
     said = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
     assert said.keys() >= {"base", "a", "b"}
     assert len({said[name] for name in ("base", "a", "b")}) == 3
+
+
+def test_what_cannot_be_done_is_told_in_one_message(bundle, tmp_path):
+    done = run(bundle, "the harbour light", "a", "c", "d")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(f"error: adapters of {bundle}: expected of a, b, got c, d\n")
+    missing = run(tmp_path / "missing", "the harbour light")
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert missing.stderr.startswith("error: ")
+    assert "genai_config.json" in missing.stderr
+    assert missing.stderr.count("\n") == 1
