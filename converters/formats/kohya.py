@@ -154,17 +154,8 @@ def _module(path: str, found: dict[str, FoundTensor], problems: Problems) -> Lor
                 "it normalises the other axis; merge it with its own tool",
             )
             return None
-        found["magnitude"] = FoundTensor(magnitude.name, _as_peft_shapes_it(found, magnitude))
+        found["magnitude"] = FoundTensor(magnitude.name, magnitude.tensor.flatten())
     return assemble(path, found, problems, alpha=None if alpha is None else float(alpha.tensor))
-
-
-def _as_peft_shapes_it(found: Mapping[str, FoundTensor], magnitude: FoundTensor) -> torch.Tensor:
-    """Return DoRA's magnitude ``[out]``, a convolution's ``[1, out, 1, ...]``."""
-    lora_a = found.get("lora_A")
-    flat = magnitude.tensor.flatten()
-    if lora_a is None or lora_a.tensor.dim() <= 2:
-        return flat
-    return flat.reshape(1, -1, *[1] * (lora_a.tensor.dim() - 2))
 
 
 def _targets(

@@ -139,11 +139,14 @@ def _by_name(token_indices: dict[str, list[int]]) -> dict[str, list[int]]:
 
 def _parts(module: LoraModule) -> dict[Part, torch.Tensor]:
     embedding = module.kind is ModuleKind.EMBEDDING
+    magnitude = module.magnitude
+    if magnitude is not None and module.kind is ModuleKind.CONV:
+        magnitude = magnitude.reshape(1, -1, *[1] * (module.lora_A.dim() - 2))  # PEFT broadcasts it
     named = {
         Part.EMBEDDING_A if embedding else Part.LORA_A: module.lora_A,
         Part.EMBEDDING_B if embedding else Part.LORA_B: module.lora_B,
         Part.LORA_B_BIAS: module.lora_B_bias,
-        Part.MAGNITUDE: module.magnitude,
+        Part.MAGNITUDE: magnitude,
     }
     return {part: tensor for part, tensor in named.items() if tensor is not None}
 

@@ -119,6 +119,26 @@ def test_what_is_saved_is_what_peft_and_load_compute(llama, tmp_path):
     assert (base - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_peft_loads_the_magnitudes_of_a_convolution(kind, tmp_path):
+    from peft import PeftModel
+
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(3, 5, 2))
+    fresh = copy.deepcopy(model)
+    options = LoraOptions(rank=2, use_dora=True, targets=("0",))
+    layer = attach(model, options)["0"]
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        layer.magnitude *= torch.linspace(0.5, 2, 5)
+    write_peft(adapter_of(model), tmp_path / "adapter")
+    x = torch.randn(2, 3, *(4,) * (layer.lora_A.dim() - 2))
+    base = fresh(x)
+    peft = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    torch.testing.assert_close(peft(x), model(x), rtol=1e-5, atol=1e-5)
+    assert (model(x) - base).abs().max() > 0.1
+
+
 def cases():
     from transformers.pytorch_utils import Conv1D
 
