@@ -30,6 +30,7 @@ from loraport.training.devices import choose_placement
 from loraport.training.kernels.cuda_graphs import asked_to_record
 from loraport.training.memory.savers import memory_savers
 from loraport.training.run.faults import MemoryRanOutError, faults_explained
+from loraport.training.run.interruption import Stopped, stop_requests
 
 
 def run_sweep(
@@ -62,6 +63,7 @@ def run_sweep(
         LoraportError: For anything wrong with the base, data, options or outputs, if another
             process works on ``out``, if no candidate could be trained, or if memory runs out for
             a single one.
+        Stopped: After SIGINT or SIGTERM; one that comes while ``out`` is written waits for that.
     """
     options = options or SweepOptions()
     observer = observer or SilentSweep()
@@ -144,8 +146,12 @@ def _run(
     if not choice.better_than_base:
         observer.note("no candidate is better than the base: try other learning rates or more data")
     result = sweep_result(base, out, trained, choice)
-    write_result(out, trained, result, identity, keep_all=options.keep_all, force=force)
-    shutil.rmtree(work)
+    with stop_requests() as stop:
+        write_result(out, trained, result, identity, keep_all=options.keep_all, force=force)
+        shutil.rmtree(work)
+    if stop.signal_number is not None:
+        observer.note(f"{out} is complete")
+        raise Stopped(stop.signal_number)
     return result
 
 

@@ -313,6 +313,45 @@ def test_a_finished_sweep_is_what_it_was(tiny_base, data, tmp_path, monkeypatch)
         run(*few, "--steps", 2, "--resume")
 
 
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("signals", [1, 2])
+def test_stopped_while_its_result_is_written_it_is_complete(
+    tiny_base, data, tmp_path, monkeypatch, capsys, signals
+):
+    """Python itself ignores an interrupt where objects are removed, as here; a second one stops."""
+    from loraport.cli import main
+    from loraport.sweep import output
+
+    class Removed:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    out, draw, drawn = tmp_path / "out", output.draw_quality, []
+
+    def interrupted(result, path):
+        drawn.append(path)
+        if len(drawn) == 1:
+            Removed()
+        elif signals == 2:
+            signal.raise_signal(signal.SIGINT)
+        draw(result, path)
+
+    monkeypatch.setattr(output, "draw_quality", interrupted)
+    few = ("--rank", "2", "--lr", "1e-2", "--steps", 2, "--device", "cpu", "--max-length", 32)
+    with pytest.raises(SystemExit) as ended:
+        main([str(each) for each in ("sweep", tiny_base, data, "-o", out, *few)])
+    said = capsys.readouterr().err
+    assert ended.value.code == 128 + signal.SIGINT, said
+    assert said.endswith("stopped by SIGINT\n")
+    assert out.exists() == (signals == 1) != (tmp_path / "out.sweep").exists()
+    if signals == 1:
+        assert f"{out} is complete" in said
+        assert read_peft(out).modules
+        assert all((out / name).stat().st_size for name in ("quality.png", "quality.svg"))
+    else:
+        assert "continue with --resume" in said
+
+
 @pytest.mark.parametrize("content", ["[]", "{", "null"])
 def test_a_damaged_identity_is_named(tmp_path, content):
     """Control: the identity that was written."""
