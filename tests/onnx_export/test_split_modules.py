@@ -14,6 +14,7 @@ from torch import nn
 
 from converters.formats.registry import read_adapter
 from converters.onnx.modules.graph_weights import load_graph_weights
+from converters.onnx.modules.holders import BaseHolders
 from converters.onnx.modules.slottable import slottable_modules
 from converters.onnx.packing.pack import pack
 from converters.onnx.slots.inserting import SlotOptions, insert_slots, require_slot_inputs
@@ -169,6 +170,14 @@ def test_a_rank_of_none_is_the_base(net):
         for entry in slot.inputs.values()
     }
     assert np.array_equal(opened.run(None, {"x": x, **empty})[0], opened.run(None, {"x": x})[0])
+
+
+def test_a_split_weight_is_not_replaced_as_a_whole(net):
+    """Control: one that a single operator has."""
+    model = ir.from_proto(graph_of(net))
+    holders = BaseHolders.of_module(model.graph, net)
+    assert "split over several operators" in holders.find("fc.weight")
+    assert holders.find("down.weight").value.name == "down"
 
 
 def test_half_precision(net, tmp_path):

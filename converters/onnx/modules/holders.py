@@ -26,8 +26,8 @@ from loraport.runtime.decoder import GENAI_CONFIG
 from loraport.stored_tensors import stored_tensors
 
 _NOT_AS_IT_IS = (
-    "the graph does not hold it as it is: it is quantized, packed with others or part of an "
-    "operator; merge the adapter that stores it and export that"
+    "the graph does not hold it as it is: it is quantized, packed with others, split over several "
+    "operators or part of one; merge the adapter that stores it and export that"
 )
 
 
