@@ -70,16 +70,10 @@ def session_threads():
 @pytest.fixture(scope="session", autouse=True)
 def warm_modules():
     """Start what exports run apart with its imports done; `test_warm_modules.py` has the proof."""
-    from warm_modules import WarmModules
+    from warm_modules import warm_exports
 
-    from converters.onnx.exporters import genai_builder, quantizing
-
-    warm = WarmModules()
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (genai_builder, quantizing):
-            patch.setattr(module, "subprocess", warm)
+    with warm_exports():
         yield
-    warm.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

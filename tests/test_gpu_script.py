@@ -4,10 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from warm_programs import run_program
+from warm_programs import WarmProgram, run_program
 
 SCRIPT = Path(__file__).parent / "benchmarks" / "gpu.py"
 
@@ -22,14 +23,24 @@ def test_without_a_gpu_it_says_so_and_ends_well(tmp_path):
     assert (done.poll(), done.stdout) == (0, "nothing measured: no NVIDIA GPU\n")
 
 
+def begin(command, *, stdout, stderr, env):
+    """Begin what `subprocess.Popen` would."""
+    assert command[:2] == [sys.executable, str(SCRIPT)]
+    assert stdout is stderr
+    log = Path(stdout.name)
+    return WarmProgram(command[2:], log.parent, script=SCRIPT, environment=env, log=log)
+
+
 @pytest.fixture(scope="module")
 def exported(tiny_base, tmp_path_factory):
     """What a section said side by side for two precisions, one of them unknown, and its place."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPT.parent))
+        from gpu_sections import side_by_side as module
         from gpu_sections.place import Place
-        from gpu_sections.side_by_side import side_by_side
 
+        patch.setattr(module, "subprocess", SimpleNamespace(Popen=begin))
+        side_by_side = module.side_by_side
         work = tmp_path_factory.mktemp("exported")
         place = Place(str(tiny_base), "cpu", work, 1, ("fp32", "fp64"), tiny=True)
         with side_by_side("bundles", place) as rows:

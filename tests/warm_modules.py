@@ -11,6 +11,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 MODULES = (
@@ -52,6 +54,23 @@ class WarmModules:
         """End the process."""
         if self._server is not None:
             self._server.communicate()
+
+
+@contextmanager
+def warm_exports() -> Iterator[None]:
+    """Let the exports of this process run what they run apart in a `WarmModules`."""
+    import pytest
+
+    from converters.onnx.exporters import genai_builder, quantizing
+
+    warm = WarmModules()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (genai_builder, quantizing):
+            patch.setattr(module, "subprocess", warm)
+        try:
+            yield
+        finally:
+            warm.close()
 
 
 def _serve() -> None:

@@ -1,7 +1,8 @@
 """``python -m loraport`` and other programs, as forks of one process that has their imports done.
 
 What starts is a process like any other: it has a number, takes signals, can be killed and has an
-exit code. The imports of training alone take longer than a tiny model does.
+exit code. The imports of training alone take longer than a tiny model does. What scripts export
+runs apart as in tests, see `warm_modules.py`.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ _IMPORTED = (
 
 
 class WarmProgram:
-    """A program that runs, or has ended.
+    """A program that runs in a session of its own, or has ended.
 
     Args:
         arguments: Of ``loraport``, or of a script.
         directory: Gets the files that what it prints goes to.
         script: Runs instead of ``loraport``.
-        environment: Variables that are set for it alone.
+        environment: All its variables; this process's where none are given.
+        log: Gets all that it prints, in place of the files in ``directory``.
     """
 
     def __init__(
@@ -46,15 +48,18 @@ class WarmProgram:
         *,
         script: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
     ) -> None:
-        self._out, self._err = directory / "stdout.log", directory / "stderr.log"
+        self._out, self._err = log or directory / "stdout.log", log or directory / "stderr.log"
         for file in (self._out, self._err):
             file.write_text("")  # what another program printed there is not this one's
         words = [str(script or "loraport"), *map(str, arguments)]
         files = [str(self._out), str(self._err)]
-        target: Any = (words, script is not None, files, {**os.environ, **(environment or {})})
+        variables = dict(os.environ if environment is None else environment)
+        target: Any = (words, script is not None, files, variables)
         self._process = _context().Process(target=_become, args=target)
         self._process.start()
+        self.pid = self._process.pid
 
     @property
     def stdout(self) -> str:
@@ -73,11 +78,19 @@ class WarmProgram:
     def send_signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
         if self.poll() is None:
-            os.kill(self._process.pid, number)
+            os.kill(self.pid, number)
 
-    def wait(self) -> int:
-        """Return the exit code once it has ended."""
-        self._process.join()
+    def kill(self) -> None:
+        """End it, if it has not ended."""
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """Return the exit code once it has ended; ``None`` if it runs longer than ``seconds``."""
+        self._process.join(seconds)
         return self._process.exitcode
 
 
@@ -103,15 +116,23 @@ def _become(words: list[str], script: bool, files: list[str], environment: dict[
     """Run a program in this process."""
     import runpy
 
+    from warm_modules import warm_exports
+
     for number, file in enumerate(files, 1):
-        os.dup2(os.open(file, os.O_WRONLY), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setsid()
     os.nice(5)  # what watches it, to stop it in time, comes first
     sys.argv = words
-    if script:
-        sys.path.insert(0, str(Path(words[0]).parent))
-        runpy.run_path(words[0], run_name="__main__")
-    else:
-        runpy.run_module("loraport", run_name="__main__")
+    try:
+        if script:
+            sys.path.insert(0, str(Path(words[0]).parent))
+            with warm_exports():
+                runpy.run_path(words[0], run_name="__main__")
+        else:
+            runpy.run_module("loraport", run_name="__main__")
+    finally:
+        # As an interpreter that is about to end: what comes too late changes no exit code.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
