@@ -22,7 +22,6 @@ test('golden cases agree or differ as they must, and a swap opens nothing', asyn
     await page.getByLabel('Adapter', { exact: true }).selectOption('b');
     await hasSet(page, { b: 1 });
     assert.equal(fetched.filter((path) => path === 'model.onnx.data').length, 1);
-    page.setDefaultTimeout(300_000); // the check reads every file once more
     const rows = await check(page);
     assert.deepEqual(
       rows.map(([name, , , , result]) => [name, result]),

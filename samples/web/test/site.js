@@ -35,6 +35,7 @@ export function launch() {
 /** A page that counts what it fetches of the bundle and keeps what it complains of. */
 export async function visit(context, address, { runtime = 'wasm' } = {}) {
   const page = await context.newPage();
+  page.setDefaultTimeout(300_000); // a real model takes long to open and check on a busy machine
   const fetched = [];
   const complaints = [];
   page.on('request', (request) => {
