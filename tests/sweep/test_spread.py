@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from warm_programs import WarmProgram
 
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint
@@ -40,28 +41,35 @@ def data(write_jsonl):
 class Run:
     """A command in a process group of its own, like one in a terminal.
 
-    Its processes, and those they start, are known by a mark in their environment.
+    Its processes, and those they start, are known by a mark in their environment. Of ``loraport``
+    its arguments alone are given, and it is a `WarmProgram`.
     """
 
-    def __init__(self, log, *command, **environment):
+    def __init__(self, directory, *command, **environment):
         self.mark = uuid.uuid4().hex
-        self.log = log
+        directory.mkdir()
+        self._out, self._err = directory / "stdout.log", directory / "stderr.log"
         # Ray's own warnings are not ours.
         environment = {"PYTHONWARNINGS": "ignore", "LORAPORT_TEST": self.mark} | environment
-        with log.open("w") as file, log.with_suffix(".out").open("w") as out:
+        others = {key: value for key, value in os.environ.items() if key[:4] != "RAY_"}
+        environment = others | environment
+        if command[0] == "sweep":
+            self.process = WarmProgram(command, directory, environment=environment)
+            return
+        with self._out.open("w") as out, self._err.open("w") as err:
             self.process = subprocess.Popen(
                 list(map(str, command)),
                 stdout=out,
-                stderr=file,
-                env={k: v for k, v in os.environ.items() if k[:4] != "RAY_"} | environment,
+                stderr=err,
+                env=environment,
                 start_new_session=True,
             )
 
     def said(self):
-        return self.log.read_text()
+        return self._err.read_text()
 
     def shown(self):
-        return self.log.with_suffix(".out").read_text()
+        return self._out.read_text()
 
     def wait(self):
         return self.process.wait(PATIENCE)
@@ -101,7 +109,7 @@ def start(tmp_path_factory):
     begun, logs = [], tmp_path_factory.mktemp("logs")
 
     def run(*command, **environment):
-        begun.append(Run(logs / f"{len(begun)}.log", *command, **environment))
+        begun.append(Run(logs / str(len(begun)), *command, **environment))
         return begun[-1]
 
     # Background jobs are told to ignore Ctrl-C.
@@ -117,8 +125,7 @@ def sweep(start):
     def run(*arguments, home):
         """Sweep, with a home directory where Ray may keep its token."""
         home.mkdir(exist_ok=True)
-        command = (sys.executable, "-m", "loraport", "sweep", *arguments)
-        return start(*command, HOME=str(home))
+        return start("sweep", *arguments, HOME=str(home))
 
     return run
 
