@@ -8,10 +8,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from converters.low_rank import Factors, factor_matrix, require_share
+from converters.merge.base import BaseCheckpoint
 from converters.merge.layout import BaseLayout
 from converters.merge.opening import open_base
 from converters.merge.sources import FLOATING, OpenFiles, open_files, torch_dtype
-from converters.stored_parameters import StoredParameter, checkpoint_layout, stored_parameters
+from converters.stored_parameters import (
+    StoredParameter,
+    checkpoint_layout,
+    rounded_weights,
+    stored_parameters,
+)
 from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint, hash_weight
@@ -82,9 +88,10 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
     if options.energy is not None:
         require_share(options.energy)
     base, tuned = open_base(options.base), open_base(options.tuned)
-    layout = checkpoint_layout(base)
+    layout, tuned_layout = checkpoint_layout(base), checkpoint_layout(tuned)
+    _require_floats({"base": (base, layout), "tuned model": (tuned, tuned_layout)})
     before = stored_parameters(base, layout)
-    after = stored_parameters(tuned, checkpoint_layout(tuned))
+    after = stored_parameters(tuned, tuned_layout)
     resized = _check_same_model(before, after, layout)
     modules: dict[str, LoraModule] = {}
     replacements: dict[str, Replacement] = {}
@@ -276,6 +283,19 @@ def _require_finite(subject: str, *tensors: torch.Tensor) -> None:
             f"{subject}: expected finite values in both models, got NaN or infinity; the training "
             "diverged; train again"
         )
+
+
+def _require_floats(models: Mapping[str, tuple[BaseCheckpoint, BaseLayout]]) -> None:
+    problems = Problems()
+    for role, (checkpoint, layout) in models.items():
+        for name, dtype in rounded_weights(checkpoint, layout).items():
+            problems.add(
+                f"{role}: {name}",
+                "a weight in floating point",
+                f"one stored as {dtype}, of which no config.json tells",
+                "give the config.json that it was saved with, or the float model it was made from",
+            )
+    problems.raise_if_any("the weights of the two models cannot be compared")
 
 
 def _check_same_model(

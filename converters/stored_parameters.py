@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converters.merge.base import BaseCheckpoint
+from converters.merge.codes import named_as_codes
 from converters.merge.layout import BaseLayout, Piece, base_layout
 from converters.merge.sources import FLOATING, OpenFiles, Source
 
@@ -65,6 +66,18 @@ def stored_parameters(checkpoint: BaseCheckpoint, layout: BaseLayout) -> dict[st
         parts = tuple((piece, sources[piece.tensor]) for piece in pieces)
         if all(source.dtype in FLOATING for _, source in parts):
             found[parameter] = _parameter(parameter, parts, layout)
+    return found
+
+
+def rounded_weights(checkpoint: BaseCheckpoint, layout: BaseLayout) -> dict[str, str]:
+    """Return the type of every weight that is stored as codes, of which no config.json tells."""
+    sources = checkpoint.sources()
+    found = {}
+    for name, pieces in layout.pieces.items():
+        weight = name.rpartition(".")[2] == "weight" or named_as_codes(name)
+        for dtype in {sources[piece.tensor].dtype for piece in pieces} - FLOATING.keys():
+            if weight or dtype.startswith("F8"):
+                found[name] = dtype
     return found
 
 

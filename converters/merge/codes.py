@@ -11,6 +11,15 @@ from collections.abc import Container
 _CODES = ("qweight", "weight_packed", "W_q", "codes")
 
 
+def named_as_codes(name: str) -> bool:
+    """Tell whether a tensor is named as a quantization's codes are.
+
+    >>> named_as_codes("fc.qweight"), named_as_codes("fc.weight")
+    (True, False)
+    """
+    return name.rpartition(".")[2] in _CODES or name.endswith("_blocks")
+
+
 def stored_codes(parameter: str, names: Container[str]) -> str | None:
     """Return the tensor that holds a parameter's codes, if there is one.
 

@@ -295,6 +295,44 @@ def test_another_vocabulary_is_kept_whole(more, tied, tmp_path):
     assert torch.allclose(logits(merged), expected, rtol=0, atol=1e-5 * expected.abs().max())
 
 
+@pytest.mark.parametrize(
+    ("leaf", "dtype", "told"),
+    [
+        ("weight", torch.float8_e4m3fn, "F8_E4M3"),
+        ("weight", torch.int8, "I8"),
+        ("qweight", torch.int32, "I32"),
+    ],
+)
+def test_codes_of_which_no_config_tells_are_refused_in_either_model_or_both(
+    leaf, dtype, told, tmp_path
+):
+    """What else changed would have been an adapter without a word of the weights."""
+    model = llama()
+    name = "model.layers.0.self_attn.q_proj"
+    for directory in ("float", "base", "tuned"):
+        save_base(model, tmp_path / directory)
+        if directory != "float":
+            file = tmp_path / directory / "model.safetensors"
+            stored = load_file(file)
+            codes = (stored.pop(f"{name}.weight") * 100).to(dtype)
+            stored |= {f"{name}.{leaf}": codes, f"{name}.scales": torch.ones(len(codes))}
+            save_file(stored, file, {"format": "pt"})
+        model.model.norm.weight.data += 1
+    for models in (("base", "tuned"), ("float", "tuned"), ("base", "float")):
+        base, tuned = (str(tmp_path / each) for each in models)
+        with pytest.raises(LoraportError, match="cannot be compared") as refused:
+            extract(ExtractOptions(base, tuned, rank=2), lambda *_: None)
+        lines = str(refused.value).splitlines()[1:]
+        roles = zip(("base", "tuned model"), models, strict=True)
+        expected = [role for role, directory in roles if directory != "float"]
+        assert len(lines) == len(expected)
+        for role, line in zip(expected, lines, strict=True):
+            assert line.startswith(
+                f"  - {role}: {name}.{leaf}: expected a weight in floating point"
+            )
+            assert f"got one stored as {told}, of which no config.json tells" in line
+
+
 def test_what_cannot_be_extracted(tmp_path):
     torch.manual_seed(0)
     save_base(llama(), tmp_path / "base")
