@@ -147,7 +147,10 @@ def _reduced(
     import torch
 
     if module.groups > 1:
-        raise LoraportError("a convolution with groups, whose rank cannot be reduced")
+        raise LoraportError(
+            "a convolution with groups, whose rank cannot be reduced; leave out --rank and "
+            "--energy: the sum is then exact"
+        )
     a, b = module.lora_A.flatten(1), module.lora_B.flatten(1)
     factors = refactor(torch.zeros_like(b) if _cancels(b, a) else b, a, rank, energy)
     reduced = replace(
