@@ -4,7 +4,8 @@ Kernels of 4-bit and 8-bit products round their activations to 8 bits. Sums in a
 with another number of threads or other vector instructions, flip such roundings, and language
 models with a few very large activations magnify that. So their distance from the same products
 with float32 activations is measured: that is how far a runtime is that does not round at all, those
-that flip some roundings are nearer, and it is what golden cases allow where the table says less.
+that flip some roundings are nearer, and it is what golden cases allow where the table says less;
+but never so much that one recorded case could be taken for another.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraport.bundle.golden import BASE_CASE, GOLDEN_DIRECTORY, INPUT, OUTPUT, base_inputs
+from loraport.bundle.golden import (
+    BASE_CASE,
+    GOLDEN_DIRECTORY,
+    INPUT,
+    OUTPUT,
+    base_inputs,
+    read_golden,
+)
 from loraport.bundle.manifest import MODEL_FILE, GoldenCase, Manifest, write_manifest
 from loraport.output import new_file
 from loraport.runtime.full_precision import with_float32_activations
@@ -105,7 +113,8 @@ def _record(
             save_file(arrays, partial)
     manifest = replace(manifest, golden={**manifest.golden, **cases})
     if with_float32_activations(bundle / MODEL_FILE) is not None:
-        manifest = _allowing(manifest, _rounding(bundle, manifest, cases, inputs, found))
+        rounding = _rounding(bundle, manifest, cases, inputs, found)
+        manifest = _allowing(manifest, rounding, _apart(bundle, manifest, found))
     manifest = manifest.with_files(bundle, [case.file for case in cases.values()])
     write_manifest(manifest, bundle)
     return manifest
@@ -119,24 +128,44 @@ def _rounding(
     found: Mapping[str, Mapping[str, np.ndarray]],
 ) -> float:
     """Return how far outputs are at most from those of float32 activations."""
-    import numpy as np
-
     exact = Runtime(bundle, check=False, float32_activations=True)
     exact.manifest = manifest
+    expected = _run(exact, cases, inputs)
+    return max(_difference(expected[name], outputs) for name, outputs in found.items())
+
+
+def _apart(
+    bundle: Path, manifest: Manifest, found: Mapping[str, Mapping[str, np.ndarray]]
+) -> float:
+    """Return how far the outputs of two cases are at least from each other, of new ones and all."""
+    least = math.inf
+    for other, case in manifest.golden.items():
+        theirs = found[other] if other in found else read_golden(bundle, case)[1]
+        for name, outputs in found.items():
+            if name != other:
+                least = min(least, _difference(theirs, outputs))
+    return least
+
+
+def _difference(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
+    import numpy as np
+
     return max(
-        float(np.abs(expected[key].astype(np.float64) - found[name][key]).max(initial=0))
-        for name, expected in _run(exact, cases, inputs).items()
-        for key in expected
+        float(np.abs(one[key].astype(np.float64) - other[key]).max(initial=0)) for key in one
     )
 
 
-def _allowing(manifest: Manifest, distance: float) -> Manifest:
-    """Return a manifest whose golden cases may be so far off, to a tenth, in all runtimes."""
-    if not math.isfinite(distance):
-        return manifest
-    least = math.ceil(distance * 10) / 10
+def _allowing(manifest: Manifest, rounding: float, apart: float) -> Manifest:
+    """Return a manifest whose golden cases allow a rounding, in all runtimes.
+
+    In tenths, and less than half of what cases are apart.
+    """
+    wide = [math.ceil(rounding * 10)] if math.isfinite(rounding) else [0]
+    if math.isfinite(apart):
+        wide.append(math.ceil(apart / 2 * 10) - 1)
+    allowed = min(wide) / 10
     return replace(
         manifest,
-        tolerance=max(manifest.tolerance, least),
-        tolerances={name: max(bound, least) for name, bound in manifest.tolerances.items()},
+        tolerance=max(manifest.tolerance, allowed),
+        tolerances={name: max(bound, allowed) for name, bound in manifest.tolerances.items()},
     )

@@ -6,10 +6,13 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+import torch
 
+from converters.onnx import add_adapters
 from converters.onnx.importing import ImportOptions, import_model
+from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.bundle.golden import read_golden
-from loraport.bundle.manifest import read_manifest
+from loraport.bundle.manifest import read_manifest, write_manifest
 from loraport.runtime import Runtime
 from loraport.runtime.replay import replay
 
@@ -71,3 +74,24 @@ def test_what_kernels_round_is_measured_and_allowed(size, widened, tmp_path):
     else:
         assert (manifest.tolerance, manifest.tolerances["wasm"]) == (1.0, 3.0)
     assert all(result.passed for result in replay(Runtime(bundle, threads=1)))
+
+
+def test_no_case_may_be_taken_for_another(tmp_path):
+    """What is allowed is less than half of what tells an adapter's outputs from the base's."""
+    product(100, tmp_path / "m.onnx")
+    bundle = tmp_path / "out"
+    import_model(tmp_path / "m.onnx", bundle, ImportOptions(precision="int4"))
+    manifest = read_manifest(bundle)
+    a, b = torch.randn(2, 64), torch.randn(64, 2)
+    inputs, base = read_golden(bundle, manifest.golden["base"])
+    effect = np.abs(inputs["x"] @ (b @ a).numpy().T).max()
+    wide = manifest.tolerance
+    # As it was before the rounding of the base was measured, and an adapter of half its size.
+    write_manifest(replace(manifest, tolerance=1e-3), bundle)
+    module = LoraModule(ModuleKind.LINEAR, a, b * (wide / effect), alpha=2)
+    add_adapters(bundle, {"a": Adapter({"fc": module})})
+    manifest = read_manifest(bundle)
+    adapted = read_golden(bundle, manifest.golden["adapter-a"])[1]
+    apart = np.abs(adapted["y"] - base["y"]).max()
+    assert apart / 2 < wide - 0.1  # the control: the rounding alone would be allowed more
+    assert manifest.tolerance < apart / 2 <= manifest.tolerance + 0.1 + 1e-6
