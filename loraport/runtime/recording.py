@@ -131,7 +131,7 @@ def _rounding(
     exact = Runtime(bundle, check=False, float32_activations=True)
     exact.manifest = manifest
     expected = _run(exact, cases, inputs)
-    return max(_difference(expected[name], outputs) for name, outputs in found.items())
+    return max((_difference(expected[name], outputs) for name, outputs in found.items()), default=0)
 
 
 def _apart(
@@ -150,9 +150,8 @@ def _apart(
 def _difference(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
     import numpy as np
 
-    return max(
-        float(np.abs(one[key].astype(np.float64) - other[key]).max(initial=0)) for key in one
-    )
+    distances = (np.abs(one[key].astype(np.float64) - other[key]) for key in one)
+    return max((float(distance.max(initial=0)) for distance in distances), default=0)
 
 
 def _allowing(manifest: Manifest, rounding: float, apart: float) -> Manifest:

@@ -85,15 +85,26 @@ def _swapped(
     name: str, rivals: list[str], golden: Mapping[str, Outputs], here: Mapping[str, Outputs]
 ) -> bool:
     """Tell whether a case changes the base as its golden outputs do, and not as a rival's."""
+    base = golden[BASE_CASE]
+    if not (_alike(golden[name], base) and _alike(here[BASE_CASE], base)):
+        return False
     change = _change(here[name], here[BASE_CASE])
-    wanted = _change(golden[name], golden[BASE_CASE])
+    wanted = _change(golden[name], base)
     direction = _cosine(change, wanted)
     # The change is between two runs, each with its own rounding.
-    rounding = _change(here[BASE_CASE], golden[BASE_CASE])
+    rounding = _change(here[BASE_CASE], base)
     if np.linalg.norm(wanted) <= 2 * np.linalg.norm(rounding):
         return direction != 0
-    others = (_cosine(change, _change(golden[rival], golden[BASE_CASE])) for rival in rivals)
-    return direction > 0 and all(direction >= other for other in others)
+    others = [golden[rival] for rival in rivals if _alike(golden[rival], base)]
+    return direction > 0 and all(
+        direction >= _cosine(change, _change(other, base)) for other in others
+    )
+
+
+def _alike(one: Outputs, other: Outputs) -> bool:
+    return {key: each.shape for key, each in one.items()} == {
+        key: each.shape for key, each in other.items()
+    }
 
 
 def _change(outputs: Outputs, base: Outputs) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from converters.onnx import add_adapters
 from converters.onnx.importing import ImportOptions, import_model
@@ -46,6 +47,21 @@ def test_an_adapter_that_changes_nothing_is_not_its_golden_outputs(own_bundle):
     assert passed(runtime)["adapter-a"] is True
 
 
+def test_a_case_of_another_shape_than_the_bases_fails(own_bundle):
+    """Somebody's own case, with other inputs, cannot be told to change the base as it should."""
+    runtime = Runtime(own_bundle, threads=1)
+    file = own_bundle / "golden" / "adapter-a.safetensors"
+    inputs, _ = read_golden(own_bundle, runtime.manifest.golden["base"])
+    shorter = {name: array[..., :3] for name, array in inputs.items() if array.ndim == 2}
+    cut = {**inputs, **shorter}
+    outputs = runtime.run(cut, "a", ["logits"])
+    arrays = {f"input.{name}": np.ascontiguousarray(array) for name, array in cut.items()}
+    save_file({**arrays, "output.logits": outputs["logits"]}, file)
+    found = passed(runtime)
+    assert found.pop("adapter-a") is False
+    assert all(found.values())
+
+
 def product(size, file):
     """Write one product of 64 columns whose weights are so large."""
     weight = (np.random.default_rng(0).standard_normal((64, 64)) * size).astype(np.float32)
@@ -74,6 +90,7 @@ def test_what_kernels_round_is_measured_and_allowed(size, widened, tmp_path):
     else:
         assert (manifest.tolerance, manifest.tolerances["wasm"]) == (1.0, 3.0)
     assert all(result.passed for result in replay(Runtime(bundle, threads=1)))
+    assert add_adapters(bundle, {}).tolerance == manifest.tolerance  # nothing new is measured
 
 
 def test_no_case_may_be_taken_for_another(tmp_path):

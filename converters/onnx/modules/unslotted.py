@@ -114,7 +114,7 @@ _REASONS = {
     "DynamicQuantizeLSTM": "a recurrent layer's projections are inside the operator",
     "FusedConv": "its activation is of an unknown kind",
     "FusedGemm": "its activation is of an unknown kind, or its other factor is transposed",
-    "MatMulBnb4": "its weight is no constant, of an unknown kind or not turned as usual",
+    "MatMulBnb4": "its weight is no constant, of an unknown kind, not turned as usual or torn",
     "MatMulInteger": _OTHER_CHAIN,
     "ConvInteger": _OTHER_CHAIN,
     "ConvTranspose": "transposed convolutions have no slots",

@@ -7,6 +7,8 @@ Runtime's ContribOperators documentation and ``blockwise_quant_block_bnb4.h``.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -38,13 +40,13 @@ _VALUES = {0: _FP4, 1: _NF4}  # by ``quant_type``
 
 
 def find_site(node: ir.Node) -> Site | None:
-    """Return the site, or ``None`` where the weight is no constant or not turned as usual."""
+    """Return the site, or ``None`` where the weight is no constant, not turned as usual or torn."""
     x, packed, absmax = inputs_of(node, 3)
     codes, scales = constant(packed), constant(absmax)
     values = _VALUES.get(node.attributes.get_int("quant_type", 1))
     if x is None or codes is None or scales is None or values is None:
         return None
-    if node.attributes.get_int("transB", 1) != 1:
+    if node.attributes.get_int("transB", 1) != 1 or not _fit(node, codes, scales):
         return None
     return Site(
         node=node,
@@ -58,12 +60,21 @@ def find_site(node: ir.Node) -> Site | None:
     )
 
 
+def _fit(node: ir.Node, codes: Constant, scales: Constant) -> bool:
+    """Tell whether there are as many codes and scales as the node says; files may say anything."""
+    rows, columns, block = (node.attributes.get_int(key, 0) for key in ("N", "K", "block_size"))
+    if min(rows, columns, block) < 1:
+        return False
+    size = rows * columns
+    return math.prod(codes.shape) >= -(-size // 2) and math.prod(scales.shape) >= -(-size // block)
+
+
 def _dequantize(
     node: ir.Node, codes: Constant, scales: Constant, values: tuple[float, ...]
 ) -> np.ndarray:
     """Return the node's weight as float32 ``[K, N]``."""
     rows, columns = node.attributes.get_int("N", 0), node.attributes.get_int("K", 0)
-    block = node.attributes.get_int("block_size", 32)
+    block = node.attributes.get_int("block_size", 0)
     packed = codes.array().ravel()
     spread = np.stack((packed >> 4, packed & 15), axis=1).ravel()[: rows * columns]
     weight = np.array(values, np.float32)[spread]

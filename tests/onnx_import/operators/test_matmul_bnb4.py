@@ -61,6 +61,16 @@ def test_what_is_stored_otherwise_is_no_site(change):
     assert find_site(node) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("N", N + 1), ("N", 10**12), ("N", 0), ("K", -64), ("block_size", 0)]
+)
+def test_sizes_that_the_numbers_do_not_have_make_no_site(name, value):
+    node = only_node(quantized(NF4, 32, 64))
+    assert find_site(node) is not None
+    node.attributes[name] = ir.AttrInt64(name, value)
+    assert find_site(node) is None
+
+
 def test_an_adapter_adds_its_product(slotted, adapter):
     made = slotted(quantized(NF4, 32, 64))
     [slot] = made.slots
