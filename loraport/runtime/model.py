@@ -46,6 +46,7 @@ class Runtime:
         cuda_graphs: On CUDA, capture a decoder's step of one token once for each adapter and
             repeat it: text comes several times as fast where the GPU waits for the host. Runs
             take turns then, and none may leave outputs on the device.
+        graph: A graph over the bundle's data file, to be opened in place of its own.
 
     Raises:
         LoraportError: If the bundle is damaged, the provider is not to be had, or CUDA graphs are
@@ -61,6 +62,7 @@ class Runtime:
         check: bool = True,
         float32_activations: bool = False,
         cuda_graphs: bool = False,
+        graph: bytes | None = None,
     ) -> None:
         self.directory = Path(bundle)
         self.manifest: Manifest = read_manifest(self.directory)
@@ -77,6 +79,7 @@ class Runtime:
             float32_activations=float32_activations,
             defaults=self._empty,
             precision=self.manifest.precision,
+            graph=graph,
             cuda_graphs=cuda_graphs,
         )
         self._packed: dict[str, Mapping[str, Any]] = {}

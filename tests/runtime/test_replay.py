@@ -62,11 +62,12 @@ def test_a_case_of_another_shape_than_the_bases_fails(own_bundle):
     assert all(found.values())
 
 
-def product(size, file):
+def product(size, file, dtype=np.float32):
     """Write one product of 64 columns whose weights are so large."""
-    weight = (np.random.default_rng(0).standard_normal((64, 64)) * size).astype(np.float32)
+    weight = (np.random.default_rng(0).standard_normal((64, 64)) * size).astype(dtype)
     make = onnx.helper
-    ends = [make.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["rows", 64]) for n in "xy"]
+    elements = make.np_dtype_to_tensor_dtype(weight.dtype)
+    ends = [make.make_tensor_value_info(n, elements, ["rows", 64]) for n in "xy"]
     stored = [onnx.numpy_helper.from_array(weight, "fc.weight")]
     nodes = [make.make_node("MatMul", ["x", "fc.weight"], ["y"], name="/fc/MatMul")]
     graph = make.make_graph(nodes, "g", ends[:1], ends[1:], stored)
@@ -91,6 +92,24 @@ def test_what_kernels_round_is_measured_and_allowed(size, widened, tmp_path):
         assert (manifest.tolerance, manifest.tolerances["wasm"]) == (1.0, 3.0)
     assert all(result.passed for result in replay(Runtime(bundle, threads=1)))
     assert add_adapters(bundle, {}).tolerance == manifest.tolerance  # nothing new is measured
+
+
+@pytest.mark.parametrize(("size", "widened"), [(100, True), (0.1, False)])
+def test_what_halves_round_is_measured_and_allowed(size, widened, tmp_path):
+    product(size, tmp_path / "m.onnx", np.float16)
+    bundle = tmp_path / "out"
+    import_model(tmp_path / "m.onnx", bundle, ImportOptions())
+    manifest = read_manifest(bundle)
+    inputs, golden = read_golden(bundle, manifest.golden["base"])
+    weight = onnx.numpy_helper.to_array(onnx.load(tmp_path / "m.onnx").graph.initializer[0])
+    expected = inputs["x"].astype(np.float64) @ weight.astype(np.float64)
+    apart = np.abs(expected - golden["y"]).max()
+    assert apart > 0
+    if widened:
+        assert apart - 1e-3 <= manifest.tolerance < apart + 0.1 + 1e-3
+    else:
+        assert (manifest.precision, manifest.tolerance) == ("fp16", 0.1)
+    assert all(result.passed for result in replay(Runtime(bundle, threads=1)))
 
 
 def test_no_case_may_be_taken_for_another(tmp_path):
