@@ -52,7 +52,9 @@ SECTIONS: dict[str, Callable[[Place], Iterator[Row]]] = {
     "sweep": training.sweep,
     "memory": training.memory,
 }
-UNTIMED, TIMED = ("losses", "encoder", "memory"), ("swaps", "decode", "rows", "speed", "sweep")
+# Beside exports, which leave the GPU alone; beside what is not timed; and alone.
+BESIDE_EXPORTS, UNTIMED = ("memory",), ("losses", "encoder")
+TIMED = ("swaps", "decode", "rows", "speed", "sweep")
 WITHOUT_RUNTIME = frozenset(("bundles", "losses", "speed", "sweep", "memory"))
 
 
@@ -72,6 +74,7 @@ def main() -> None:
     if missing:
         print(f"nothing measured: {missing}")
         return
+    start = time.perf_counter()
     rows = [Row("machine", machine(arguments.device))]
     with tempfile.TemporaryDirectory() as temporary:
         scratch = arguments.work or Path(temporary)
@@ -91,6 +94,7 @@ def main() -> None:
             rows += found
             if arguments.json:  # after each section: a later one may never end
                 arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    rows.append(Row("all of this", f"{time.perf_counter() - start:.0f} s"))
     width = max(len(row.what) for row in rows)
     for row in rows:
         print(f"{row.what:{width}}  {row.figure}{'  # ' + row.note if row.note else ''}")
@@ -108,10 +112,10 @@ def all_of_it(place: Place) -> Iterator[list[Row]]:
         yield from one_by_one(place, tuple(SECTIONS))
         return
     with side_by_side("bundles", place) as exported:
-        yield from one_by_one(place, UNTIMED)
+        yield from one_by_one(place, BESIDE_EXPORTS)
     yield exported
     with side_by_side("parity", place) as compared:
-        pass
+        yield from one_by_one(place, UNTIMED)
     yield compared
     yield from one_by_one(place, TIMED)
 

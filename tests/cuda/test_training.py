@@ -211,6 +211,8 @@ def test_what_waits_for_the_gpu_cannot_be_recorded_and_says_so(llama):
     with pytest.raises(LoraportError, match="--cuda-graphs: a pass of LlamaForCausalLM cannot be"):
         recorded(llama, loop(steps=30), LoraOptions(rank=4))
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    drawn = torch.rand(8, device="cuda")  # the process goes on
+    assert drawn.unique().numel() == 8
 
 
 @pytest.mark.parametrize("waits", [False, True])

@@ -60,8 +60,15 @@ class _OnGpu:
             stream=self._stream,
             capture_error_mode="thread_local",  # autograd's own thread takes part
         )
-        with torch.cuda.stream(self._stream), recording:  # which leaves its stream where it fails
-            run()
+        try:
+            with torch.cuda.stream(self._stream), recording:  # leaves its stream where it fails
+                run()
+        except BaseException:
+            # Its random numbers, too, would be asked for by a recording for ever.
+            random = torch.cuda.default_generators[self._device.index]
+            with contextlib.suppress(RuntimeError):  # the cause is what counts
+                random.graphsafe_set_state(random.clone_state())
+            raise
         return graph.replay
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ def worthwhile(place: Place) -> bool:
 def side_by_side(section: str, place: Place) -> Iterator[list[Row]]:
     """Run a section for all precisions; the rows are there when the block has ended."""
     cores = max(_CORES, (os.cpu_count() or 1) // len(place.precisions))
-    started = []
+    started, begun = [], time.perf_counter()
     for precision in place.precisions:
         file = place.scratch / f"{section}-{precision}.json"
         file.unlink(missing_ok=True)
@@ -44,6 +45,7 @@ def side_by_side(section: str, place: Place) -> Iterator[list[Row]]:
         yield rows
         for precision, file, child in started:
             child.wait()
+            print(f"{section}, {precision}: {time.perf_counter() - begun:.0f} s", file=sys.stderr)
             if file.exists():
                 found = [Row(**row) for row in json.loads(file.read_text())]
                 rows += [row for row in found if row.what not in _SAME]
