@@ -28,9 +28,9 @@ from loraport.sweep.worker import Setting
 from loraport.training.data.text_data import TextData, digest, padding_token, read_data
 from loraport.training.devices import choose_placement
 from loraport.training.kernels.cuda_graphs import asked_to_record
-from loraport.training.memory.savers import memory_savers
-from loraport.training.run.faults import MemoryRanOutError, faults_explained
+from loraport.training.run.faults import faults_explained
 from loraport.training.run.interruption import Stopped, stop_requests
+from loraport.training.run.savers import savers_told
 
 
 def run_sweep(
@@ -67,15 +67,12 @@ def run_sweep(
     """
     options = options or SweepOptions()
     observer = observer or SilentSweep()
-    with only_process(out):
+    with only_process(out), ExitStack() as during:
         try:
             with faults_explained(
                 lambda: f"writing {out}", lambda: f"{_work(out)} keeps what was trained"
             ):
-                return _run(base, data, out, options, validation, resume, force, observer)
-        except MemoryRanOutError as error:
-            savers = memory_savers(options.train, sweep=True)
-            raise LoraportError(f"{error}; to need less, try {savers}") from None
+                return _run(base, data, out, options, validation, resume, force, observer, during)
         except KeyboardInterrupt:
             if (work := _work(out)).exists():
                 observer.note(f"{work} keeps what was trained: continue with --resume")
@@ -93,6 +90,7 @@ def _run(
     resume: bool,
     force: bool,
     observer: SweepObserver,
+    during: ExitStack,
 ) -> SweepResult:
     trials = options.grid.trials(options.train.lora)
     work = _work(out)
@@ -106,6 +104,7 @@ def _run(
     resolve_base(base)
     tokenizer = load_tokenizer(base)
     rows = read_data(base, data, validation, tokenizer, options.train, observer)
+    during.enter_context(savers_told(base, rows, options.train, sweep=True))
     if not rows.validation:
         raise LoraportError(
             "validation rows: expected some, by which candidates are compared, got none; give "

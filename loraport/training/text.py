@@ -40,14 +40,14 @@ from loraport.training.lora.inject import adapter_of, attach
 from loraport.training.lora.targets import select_targets
 from loraport.training.losses.language_model import language_model_loss
 from loraport.training.losses.loss import LossFunction
-from loraport.training.memory.savers import memory_savers
 from loraport.training.options import TrainOptions
 from loraport.training.run.checkpoints import require_same_run
 from loraport.training.run.curve import draw_losses
-from loraport.training.run.faults import MemoryRanOutError, faults_explained, kept
+from loraport.training.run.faults import faults_explained, kept
 from loraport.training.run.loop import TrainingResult, loop_identity, train
 from loraport.training.run.metrics import METRICS_FILE
 from loraport.training.run.observer import Observer, Silent
+from loraport.training.run.savers import savers_told
 
 SUMMARY_FILE = "training.json"
 CURVE_FILE = "loss.png"
@@ -135,22 +135,18 @@ def train_language_model(
     processes = processes_now()
     alone = only_process(out) if processes.first else contextlib.nullcontext()
     with alone, contextlib.ExitStack() as during:
-        try:
-            return _train(
-                base,
-                data,
-                out,
-                options,
-                validation,
-                resume=resume,
-                force=force,
-                observer=observer if observer is not None and processes.first else Silent(),
-                processes=processes,
-                during=during,
-            )
-        except MemoryRanOutError as error:
-            savers = memory_savers(options, processes=processes.size)
-            raise LoraportError(f"{error}; to need less, try {savers}") from None
+        return _train(
+            base,
+            data,
+            out,
+            options,
+            validation,
+            resume=resume,
+            force=force,
+            observer=observer if observer is not None and processes.first else Silent(),
+            processes=processes,
+            during=during,
+        )
 
 
 def _train(
@@ -178,6 +174,7 @@ def _train(
     _refuse_for_processes(options, processes)
     tokenizer = load_tokenizer(base)
     rows = read_data(base, data, validation, tokenizer, options, observer)
+    during.enter_context(savers_told(base, rows, options, processes=processes.size))
     identity = _identity(rows, options)
     placement = choose_placement(options.loop.device, options.loop.dtype)
     whole_identity = {**identity, **loop_identity(options.loop, placement)}

@@ -189,7 +189,10 @@ def test_a_full_disk_loses_nothing_that_was_kept(tiny_base, data, tmp_path, monk
 
 
 def test_out_of_memory_says_what_to_change(tiny_base, data, tmp_path, monkeypatch):
-    """Of two candidates in one pass, too; what is named are options of this very command."""
+    """Of two candidates in one pass, too; what is named are options of this very command.
+
+    Rows are half as long as they may be.
+    """
 
     def full(*_, **__):
         calls.append(1)
@@ -204,7 +207,7 @@ def test_out_of_memory_says_what_to_change(tiny_base, data, tmp_path, monkeypatc
     text = str(raised.value)
     assert text.startswith("r2-a4-lr0.001: out of memory (Tried to allocate 2.00 GiB); ")
     saver = "--batch-size 3 --accumulate 2 (as many rows a step), --gradient-checkpointing"
-    offered = f"{saver}, --max-length 16, lower ranks, or a smaller base"
+    offered = f"{saver}, --max-length 8, lower ranks, or a smaller base"
     assert text.endswith(f"; to need less, try {offered}")
     known = {name for option in sweep.params for name in option.opts}
     assert set(re.findall(r"--[a-z-]+", offered)) <= known

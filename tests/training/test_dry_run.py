@@ -11,9 +11,9 @@ from rich.console import Console
 from loraport.cli.train import options_from, train
 from loraport.errors import LoraportError
 from loraport.training.memory.dry_run import dry_run
-from loraport.training.memory.savers import memory_savers
 from loraport.training.options import LoopOptions, LoraOptions, TrainOptions
 from loraport.training.report import memory_table
+from loraport.training.run.savers import memory_savers
 
 
 def as_typed(flags):
@@ -120,6 +120,9 @@ def test_what_several_processes_refuse_is_not_offered():
     assert memory_savers(options, processes=3).startswith("--batch-size 3 --accumulate 2 (")
     assert not memory_savers(options, processes=4).startswith("--batch-size")
     assert "nf4" not in memory_savers(options, processes=2)
+    for flag in ("compile", "cuda_graphs", "liger_kernel"):
+        whole = replace(options, loop=LoopOptions(), **{flag: True})
+        assert "--shard-base" not in memory_savers(whole, processes=2)
     for apart in (replace(options, loop=LoopOptions()), options):
         assert ", --base-dtype nf4, " in memory_savers(apart, processes=1)
 
@@ -128,10 +131,18 @@ def test_what_is_not_in_use_yet_is_offered():
     plain = TrainOptions(batch_size=1, base_dtype="nf4", max_length=2)
     expected = "--rank 8, or a smaller base (--dry-run says what each takes)"
     assert memory_savers(plain) == f"--gradient-checkpointing, {expected}"
+    assert memory_savers(plain, layers=0) == expected  # a model that cannot
     plain = replace(plain, gradient_checkpointing=True)
     assert memory_savers(plain) == expected
     plain = replace(plain, checkpointed_layers=1)
     assert memory_savers(plain) == f"without --checkpointed-layers, {expected}"
+    assert memory_savers(plain, layers=3) == f"--checkpointed-layers 3, {expected}"
+    assert memory_savers(replace(plain, checkpointed_layers=3), layers=3) == expected
+    whole = replace(plain, checkpointed_layers=None, base_dtype="int8")
+    assert memory_savers(whole) == f"--base-dtype nf4, {expected}"
+    assert memory_savers(whole, processes=2) == f"--base-dtype nf4, {expected}"
+    whole = replace(whole, base_dtype="auto")
+    assert memory_savers(whole, processes=2) == f"--shard-base or --base-dtype nf4, {expected}"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +110,31 @@ def test_out_of_memory_says_what_to_change(base_directory, chat_data, tmp_path, 
     saver = "--batch-size 2 --accumulate 2 (as many rows a step), --gradient-checkpointing"
     assert f"{saver}, --base-dtype nf4, --max-length" in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "offered"),
+    [
+        (TrainOptions(), "--gradient-checkpointing, --base-dtype nf4, --max-length 21, --rank 8"),
+        (
+            TrainOptions(packing="fill", gradient_checkpointing=True, checkpointed_layers=1),
+            "--checkpointed-layers 2, --base-dtype nf4, --max-length 128, --rank 8",
+        ),
+    ],
+)
+def test_what_to_change_is_of_this_base_and_of_these_rows(
+    base_directory, chat_data, tmp_path, monkeypatch, options, offered
+):
+    """A base of two layers and 256 tokens of context, and rows of at most 43."""
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("loraport.training.text.language_model_loss", full)
+    options = replace(options, batch_size=1, lora=LoraOptions(rank=16), loop=OPTIONS.loop)
+    with pytest.raises(LoraportError) as raised:
+        train_language_model(str(base_directory), chat_data, tmp_path / "out", options)
+    assert f"; to need less, try {offered}, or a smaller base" in str(raised.value)
 
 
 def test_other_errors_stay_what_they_are(base_directory, chat_data, tmp_path, monkeypatch):

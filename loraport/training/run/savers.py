@@ -1,0 +1,102 @@
+"""What to change where memory ran out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from loraport.base_model import model_without_weights, resolve_base
+from loraport.errors import LoraportError
+from loraport.training.base.frozen_base import QUANTIZED, checkpointable_layers
+from loraport.training.data.text_data import TextData
+from loraport.training.options import TrainOptions
+from loraport.training.run.faults import MemoryRanOutError
+
+
+@contextmanager
+def savers_told(
+    base: str, rows: TextData, options: TrainOptions, *, processes: int = 1, sweep: bool = False
+) -> Iterator[None]:
+    """Add to an error of memory that ran out what to change.
+
+    Args:
+        base: See `loraport.base_model.resolve_base`.
+        rows: Of the run.
+        options: Of the run.
+        processes: See `memory_savers`.
+        sweep: See `memory_savers`.
+
+    Raises:
+        LoraportError: In the place of `MemoryRanOutError`.
+    """
+    try:
+        yield
+    except MemoryRanOutError as error:
+        longest = max(len(row.tokens) for row in (*rows.train, *rows.validation))
+        savers = memory_savers(
+            options,
+            longest=rows.length if options.packing == "fill" else longest,
+            layers=_layers(base),
+            processes=processes,
+            sweep=sweep,
+        )
+        raise LoraportError(f"{error}; to need less, try {savers}") from None
+
+
+def memory_savers(
+    options: TrainOptions,
+    *,
+    longest: int | None = None,
+    layers: int | None = None,
+    processes: int = 1,
+    sweep: bool = False,
+) -> str:
+    """Return what would need less memory and is not in use yet, the gentlest first.
+
+    Args:
+        options: Of the run.
+        longest: Tokens of the longest row or packed sequence; as many as may be where ``None``.
+        layers: How many layers can compute activations again; ``None`` where that is not known.
+        processes: How many share a batch; each needs a row of it.
+        sweep: They are `loraport sweep`'s, which has fewer, and a list of ranks.
+    """
+    size, length, rank = options.batch_size, longest or options.max_length, options.lora.rank
+    savers = []
+    fewer = next((count for count in range(size // 2, 0, -1) if size % count == 0), 0)
+    if fewer >= processes:
+        accumulate = options.loop.accumulate * (size // fewer)
+        savers.append(f"--batch-size {fewer} --accumulate {accumulate} (as many rows a step)")
+    some = options.checkpointed_layers
+    if options.cuda_graphs:
+        savers.append("--no-cuda-graphs")
+    elif not options.gradient_checkpointing and layers != 0:
+        savers.append("--gradient-checkpointing")
+    elif some is not None and layers is None:
+        savers.append("without --checkpointed-layers")
+    elif some is not None and some < (layers or 0):
+        savers.append(f"--checkpointed-layers {layers}")
+    smaller_base = []
+    sharded = options.loop.shard_base and processes > 1  # which quantized weights cannot be
+    whole = options.compile or options.cuda_graphs or options.liger_kernel  # in every process
+    if processes > 1 and not (sharded or whole or options.base_dtype in QUANTIZED):
+        smaller_base.append("--shard-base")
+    if options.base_dtype != "nf4" and not (sweep or sharded):
+        smaller_base.append("--base-dtype nf4")
+    if smaller_base:
+        savers.append(" or ".join(smaller_base))
+    if length > 2:
+        savers.append(f"--max-length {max(2, length // 2)}")
+    if sweep:
+        return ", ".join([*savers, "lower ranks, or a smaller base"])
+    savers.append(f"--rank {max(1, rank // 2)}" if rank > 1 else "")
+    return ", ".join([*filter(None, savers), "or a smaller base (--dry-run says what each takes)"])
+
+
+def _layers(base: str) -> int | None:
+    """Return how many layers can compute activations again; ``None`` where that is not known."""
+    model = model_without_weights(resolve_base(base))
+    if model is None:
+        return None
+    if not model.supports_gradient_checkpointing:
+        return 0
+    return len(checkpointable_layers(model)) or None
