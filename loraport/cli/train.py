@@ -192,15 +192,18 @@ def train(
 
 
 def _dry_run(base: str, data: Path, options: TrainOptions, *, as_json: bool) -> None:
-
     from loraport.cli.reports import table_console
     from loraport.errors import LoraportError
+    from loraport.training.distributed.processes import joined
     from loraport.training.memory.dry_run import dry_run
     from loraport.training.report import memory_table
 
     if not data.is_file():
         raise LoraportError(f"{data}: expected a file of rows (JSONL), got none")
-    found = dry_run(base, options)
+    with joined(options.loop.device) as processes:
+        found = dry_run(base, options)
+    if not processes.first:
+        return
     if as_json:
         totals = {flags: made.total for flags, made in found.alternatives.items()}
         document = asdict(found) | {

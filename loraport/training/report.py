@@ -115,7 +115,11 @@ def summary_table(summary: TrainingSummary) -> Table:
 
 def memory_table(found: DryRun) -> Table:
     """Return the table of ``--dry-run``."""
-    table = Table(title=f"memory of a run on {escape(found.base)}, predicted", title_justify="left")
+    title = f"memory of a run on {escape(found.base)}, predicted"
+    each = ""
+    if found.processes > 1:
+        title, each = f"{title}, of each of {found.processes} processes", " for each"
+    table = Table(title=title, title_justify="left")
     table.add_column("what", justify="left")
     table.add_column("GB", justify="right")
     kept = found.prediction.kept
@@ -134,7 +138,7 @@ def memory_table(found: DryRun) -> Table:
     table.add_section()
     table.add_row("in all", f"{found.prediction.total / 1e9:.3f}")
     verdict = "it fits" if found.fits else "it does not fit"
-    table.add_row(f"free on {found.device}: {verdict}", f"{found.available / 1e9:.3f}")
+    table.add_row(f"free on {found.device}{each}: {verdict}", f"{found.available / 1e9:.3f}")
     for flags, prediction in found.alternatives.items():
         fits = "fits" if prediction.total <= found.available else "does not fit"
         table.add_row(f"{flags} ({fits})", f"{prediction.total / 1e9:.3f}")

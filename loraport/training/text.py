@@ -26,6 +26,7 @@ from loraport.training.data.packing import make_batches
 from loraport.training.data.text_data import TextData, digest, padding_token, read_data
 from loraport.training.devices import choose_placement
 from loraport.training.distributed.processes import Processes, processes_now
+from loraport.training.distributed.sharing import refuse_for_processes
 from loraport.training.distributed.stream import Batches
 from loraport.training.kernels.compiled import compiled_layers
 from loraport.training.kernels.cuda_graphs import (
@@ -171,7 +172,7 @@ def _train(
             _refuse_unfinished(work)
         resolve_base(base)  # a download or conversion that the others then find
     processes.wait()
-    _refuse_for_processes(options, processes)
+    refuse_for_processes(options, processes)
     tokenizer = load_tokenizer(base)
     rows = read_data(base, data, validation, tokenizer, options, observer)
     during.enter_context(savers_told(base, rows, options, processes=processes.size))
@@ -297,25 +298,6 @@ def _train(
 def work_directory(out: Path) -> Path:
     """Return where an unfinished run for ``out`` keeps its checkpoints."""
     return out.with_name(f"{out.name}.training")
-
-
-def _refuse_for_processes(options: TrainOptions, processes: Processes) -> None:
-    flags = {
-        "--compile": options.compile,
-        "--cuda-graphs": options.cuda_graphs,
-        "--liger-kernel": options.liger_kernel,
-    }
-    for flag in [flag for flag, given in flags.items() if given]:
-        if options.loop.shard_base and processes.size > 1:
-            raise LoraportError(
-                f"{flag}: expected a base that every process has whole, got --shard-base; leave "
-                "out one of them"
-            )
-    if options.batch_size < processes.size:
-        raise LoraportError(
-            f"--batch-size {options.batch_size}: expected at least a row for each of "
-            f"{processes.size} processes, which share every batch; raise it"
-        )
 
 
 def _refuse_unfinished(work: Path) -> None:

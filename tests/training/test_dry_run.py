@@ -1,5 +1,6 @@
 """``--dry-run``: what it says of a run, and what would make it fit."""
 
+import contextlib
 import io
 import json
 from dataclasses import replace
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from loraport.cli.train import options_from, train
 from loraport.errors import LoraportError
+from loraport.training.distributed.processes import Processes
 from loraport.training.memory.dry_run import dry_run
 from loraport.training.options import LoopOptions, LoraOptions, TrainOptions
 from loraport.training.report import memory_table
@@ -119,7 +121,9 @@ def test_what_several_processes_refuse_is_not_offered():
     options = TrainOptions(batch_size=6, loop=LoopOptions(shard_base=True))
     assert memory_savers(options, processes=3).startswith("--batch-size 3 --accumulate 2 (")
     assert not memory_savers(options, processes=4).startswith("--batch-size")
-    assert "nf4" not in memory_savers(options, processes=2)
+    sharded = memory_savers(options, processes=2)
+    assert "nf4" not in sharded
+    assert "--dry-run" not in sharded
     for flag in ("compile", "cuda_graphs", "liger_kernel"):
         whole = replace(options, loop=LoopOptions(), **{flag: True})
         assert "--shard-base" not in memory_savers(whole, processes=2)
@@ -190,6 +194,56 @@ def test_recorded_passes_keep_as_much_as_a_step_takes_and_are_given_up_first(
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(memory_table(tight))
     assert "recorded passes" in console.export_text()
+
+
+def test_of_several_processes_each_has_its_rows_and_its_part_of_the_memory(
+    base_directory, monkeypatch
+):
+    loop = LoopOptions(device="cpu")
+    options = TrainOptions(
+        lora=LoraOptions(rank=4),
+        loop=loop,
+        batch_size=9,
+        max_length=64,
+        gradient_checkpointing=True,
+        base_dtype="nf4",
+    )
+    alone, all_rows = (
+        dry_run(str(base_directory), replace(options, batch_size=n)).prediction for n in (5, 9)
+    )
+    monkeypatch.setattr("loraport.training.memory.dry_run.processes_now", lambda: Processes(0, 2))
+    # Gradients are there twice while they are summed, which can be more than a step of few tokens.
+    wide = replace(options, lora=LoraOptions(rank=512), batch_size=2, max_length=2)
+    few = dry_run(str(base_directory), wide).prediction
+    assert few.step.peak == 2 * few.kept.gradients
+    monkeypatch.setattr("loraport.training.memory.dry_run.available_memory", lambda _: 10)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    found = dry_run(str(base_directory), options)
+    assert (found.prediction, found.available, found.processes) == (alone, 5, 2)
+    assert found.prediction.total < all_rows.total
+    assert list(found.alternatives) == ["--batch-size 3 --accumulate 3"]
+    with pytest.raises(LoraportError, match="--shard-base, of which nothing is predicted"):
+        dry_run(str(base_directory), replace(options, loop=replace(loop, shard_base=True)))
+    with pytest.raises(LoraportError, match="at least a row for each of 2 processes"):
+        dry_run(str(base_directory), replace(options, batch_size=1))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(memory_table(found))
+    said = console.export_text()
+    assert "predicted, of each of 2 processes" in said
+    assert "free on cpu for each: it does not fit" in said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_tells(base_directory, chat_data, monkeypatch, rank):
+    processes = Processes(rank, 2)
+    monkeypatch.setattr(
+        "loraport.training.distributed.processes.joined",
+        lambda _: contextlib.nullcontext(processes),
+    )
+    monkeypatch.setattr("loraport.training.memory.dry_run.processes_now", lambda: processes)
+    arguments = [str(base_directory), str(chat_data), "--dry-run", "--json", "--device", "cpu"]
+    said = CliRunner().invoke(train, arguments).output
+    assert json.loads(said)["processes"] == 2 if rank == 0 else said == ""
 
 
 def test_the_command_prints_a_table_and_writes_nothing(base_directory, chat_data, tmp_path):

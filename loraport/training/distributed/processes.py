@@ -143,6 +143,11 @@ def processes_now() -> Processes:
     return Processes()
 
 
+def processes_here() -> int:
+    """Return how many of the processes that ``torchrun`` started run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Processes]:
     """Join the processes that ``torchrun`` started, for the length of a command.
@@ -187,7 +192,7 @@ def _take_gpu(device: str) -> bool:
         return False
     local = int(os.environ.get("LOCAL_RANK", "0"))
     there = torch.cuda.device_count()
-    if ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    if ":" in device and processes_here() > 1:
         raise LoraportError(
             f"device {device!r}: expected auto or cuda, so that each process takes a GPU of its "
             "own, got one GPU for all"

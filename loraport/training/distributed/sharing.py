@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from loraport.errors import LoraportError
 from loraport.training.distributed.processes import Processes
 from loraport.training.distributed.stream import Batches, EpochBatches
+from loraport.training.options import TrainOptions
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,27 @@ def own_parts(batches: Batches, processes: Processes) -> Iterator[Any]:
 def unpacked(batch: Any) -> tuple[Any, bool]:
     """Return a batch and whether it counts."""
     return (batch.batch, False) if isinstance(batch, Idle) else (batch, True)
+
+
+def refuse_for_processes(options: TrainOptions, processes: Processes) -> None:
+    """Refuse what several processes cannot do.
+
+    Raises:
+        LoraportError: Naming the option.
+    """
+    flags = {
+        "--compile": options.compile,
+        "--cuda-graphs": options.cuda_graphs,
+        "--liger-kernel": options.liger_kernel,
+    }
+    for flag in [flag for flag, given in flags.items() if given]:
+        if options.loop.shard_base and processes.size > 1:
+            raise LoraportError(
+                f"{flag}: expected a base that every process has whole, got --shard-base; leave "
+                "out one of them"
+            )
+    if options.batch_size < processes.size:
+        raise LoraportError(
+            f"--batch-size {options.batch_size}: expected at least a row for each of "
+            f"{processes.size} processes, which share every batch; raise it"
+        )

@@ -17,6 +17,8 @@ from loraport.training.base.bitsandbytes_library import require_pageable
 from loraport.training.base.frozen_base import checkpointable_layers
 from loraport.training.data.text_data import row_length
 from loraport.training.devices import Placement, choose_placement
+from loraport.training.distributed.processes import Processes, processes_here, processes_now
+from loraport.training.distributed.sharing import refuse_for_processes
 from loraport.training.kernels.cuda_graphs import asked_to_record
 from loraport.training.kernels.liger_kernels import liger_function
 from loraport.training.losses.output_head import output_head
@@ -60,6 +62,7 @@ class DryRun:
         prediction: What the run would take.
         alternatives: Options to add or change → what the run would take then; only where it
             does not fit, and each takes less than the one before.
+        processes: How many train together; all else is said of each of them.
     """
 
     base: str
@@ -67,6 +70,7 @@ class DryRun:
     available: int
     prediction: Prediction
     alternatives: dict[str, Prediction]
+    processes: int = 1
 
     @property
     def fits(self) -> bool:
@@ -76,6 +80,9 @@ class DryRun:
 
 def dry_run(base: str, options: TrainOptions) -> DryRun:
     """Predict a run's memory; no weight is read.
+
+    Where ``torch.distributed`` is initialised, that of each of its processes: of the one that gets
+    most rows of a batch.
 
     Args:
         base: See `loraport.base_model.resolve_base`.
@@ -93,36 +100,51 @@ def dry_run(base: str, options: TrainOptions) -> DryRun:
             "configuration alone, got another; train a few steps instead (--steps 2)"
         )
     options = replace(options, max_length=row_length(directory, options.max_length))
+    processes = processes_now()
+    refuse_for_processes(options, processes)
+    if options.loop.shard_base and processes.size > 1:
+        raise LoraportError(
+            "--dry-run: expected a base that every process has whole, got --shard-base, of which "
+            "nothing is predicted; leave it out, or train a few steps instead (--steps 2)"
+        )
     placement = choose_placement(options.loop.device, options.loop.dtype)
-    asked_to_record(placement.device, options)
+    asked_to_record(placement.device, options, processes.size)
     if options.liger_kernel:
         liger_function(str(model.config.model_type), placement.device)
     require_pageable(options.loop.optimizer, placement.device)
     available = available_memory(placement.device)
-    prediction = predict(model, directory, options, placement)
+    if placement.device.type == "cpu" and processes.size > 1:
+        available //= processes_here()  # a GPU has one of them
+    prediction = predict(model, directory, options, placement, processes)
     alternatives: dict[str, Prediction] = {}
     if prediction.total > available:
         least, flags = prediction.total, dict[tuple[str, ...], str]()
-        for flag, changes in _savings(options, placement, model):
+        for flag, changes in _savings(options, placement, model, processes):
             changed = replace(options, **changes)
-            made = predict(model, directory, changed, placement)
+            made = predict(model, directory, changed, placement, processes)
             if made.total < least:
                 least, options = made.total, changed
                 flags[tuple(changes)] = flag  # of two dtypes of the base, the later
                 alternatives[" ".join(flags.values())] = made
-    return DryRun(base, str(placement.device), available, prediction, alternatives)
+    device = str(placement.device)
+    return DryRun(base, device, available, prediction, alternatives, processes.size)
 
 
 def predict(
-    model: PreTrainedModel, directory: Path, options: TrainOptions, placement: Placement
+    model: PreTrainedModel,
+    directory: Path,
+    options: TrainOptions,
+    placement: Placement,
+    processes: Processes,
 ) -> Prediction:
-    """Predict what a run takes at its peak.
+    """Predict what a run takes at its peak, in the process that gets most rows.
 
     Args:
         model: The base on the meta device; left so.
         directory: The base, for the dtype it is stored in.
         options: How to train.
         placement: Where, and in which precision.
+        processes: They share each batch.
 
     Raises:
         LoraportError: If nothing can be adapted or the model cannot be traced.
@@ -132,7 +154,10 @@ def predict(
     kept = kept_memory(
         model, options.lora, options.base_dtype, dtype, optimizer=options.loop.optimizer
     )
-    step = step_memory(model, options, placement)
+    rows = -(-options.batch_size // processes.size)
+    step = step_memory(model, replace(options, batch_size=rows), placement)
+    if processes.size > 1:  # when gradients are summed, they are there twice
+        step = replace(step, peak=max(step.peak, 2 * kept.gradients))
     return Prediction(kept, step, step.peak if options.cuda_graphs else 0)
 
 
@@ -158,7 +183,7 @@ def _base_dtype(directory: Path, storage: str, placement: Placement) -> torch.dt
 
 
 def _savings(
-    options: TrainOptions, placement: Placement, model: PreTrainedModel
+    options: TrainOptions, placement: Placement, model: PreTrainedModel, processes: Processes
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield flags that may save memory, each with the options it changes, the gentlest first.
 
@@ -168,6 +193,7 @@ def _savings(
         options: How to train.
         placement: Where.
         model: The base.
+        processes: They share each batch.
     """
     if options.cuda_graphs:
         yield "--no-cuda-graphs", {"cuda_graphs": False}
@@ -177,11 +203,13 @@ def _savings(
     elif options.checkpointed_layers is not None:
         layers = len(checkpointable_layers(model))
         yield f"--checkpointed-layers {layers}", {"checkpointed_layers": layers}
-    if options.batch_size > 1:
-        accumulate = options.loop.accumulate * options.batch_size
+    size = options.batch_size
+    fewer = next(count for count in range(processes.size, size + 1) if size % count == 0)
+    if fewer < size:
+        accumulate = options.loop.accumulate * (size // fewer)
         loop = replace(options.loop, accumulate=accumulate)
-        flags = f"--batch-size 1 --accumulate {accumulate}"
-        yield flags, {"batch_size": 1, "loop": loop}
+        flags = f"--batch-size {fewer} --accumulate {accumulate}"
+        yield flags, {"batch_size": fewer, "loop": loop}
     if options.base_dtype in ("auto", "float32") and placement.dtype is torch.float32:
         yield "--base-dtype bfloat16", {"base_dtype": "bfloat16"}
     if options.base_dtype != "nf4":

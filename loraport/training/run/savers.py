@@ -89,7 +89,8 @@ def memory_savers(
     if sweep:
         return ", ".join([*savers, "lower ranks, or a smaller base"])
     savers.append(f"--rank {max(1, rank // 2)}" if rank > 1 else "")
-    return ", ".join([*filter(None, savers), "or a smaller base (--dry-run says what each takes)"])
+    hint = "" if sharded else " (--dry-run says what each takes)"
+    return ", ".join([*filter(None, savers), f"or a smaller base{hint}"])
 
 
 def _layers(base: str) -> int | None:
