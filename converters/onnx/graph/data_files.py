@@ -16,12 +16,13 @@ from pathlib import Path
 import onnx_ir as ir
 
 from converters.onnx.graph.source_graph import MappedTensor, data_locations
+from loraport.bundle.base_values import BASE_VALUES_FILE
 from loraport.bundle.golden import GOLDEN_DIRECTORY
 from loraport.bundle.manifest import MANIFEST_FILE, MODEL_FILE, REQUIRED_MODEL_FILE
 from loraport.errors import Problems
 
 _OWN_DATA = "model.onnx.data"
-_OWN_NAMES = (MODEL_FILE, REQUIRED_MODEL_FILE, MANIFEST_FILE, "sources.json")
+_OWN_NAMES = (MODEL_FILE, REQUIRED_MODEL_FILE, MANIFEST_FILE, BASE_VALUES_FILE, "sources.json")
 _OWN_DIRECTORIES = (GOLDEN_DIRECTORY, "adapters")
 _GENAI = "genai_config.json"
 _TOKENIZER = (
@@ -44,7 +45,7 @@ def share_data(
     *,
     copy: bool = False,
 ) -> list[str]:
-    """Link a model's data files into a bundle, under the names that the graph has for them.
+    """Link a model's data files into a bundle, where the graph looks for them.
 
     Args:
         model: As `read_graph` gave it.

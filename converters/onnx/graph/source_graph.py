@@ -149,8 +149,12 @@ def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
 
 
 def data_locations(model: ir.Model) -> list[str]:
-    """Return the data files as the graph names them, each once, sorted."""
-    return sorted({str(tensor.location) for tensor in external_tensors(model)})
+    """Return the data files by their plain paths, each once, sorted.
+
+    A graph may name a file in several ways: ``./data//w.bin`` is ``data/w.bin``.
+    """
+    found = {PurePosixPath(str(tensor.location)) for tensor in external_tensors(model)}
+    return sorted(path.as_posix() for path in found)
 
 
 def _tensors(model: ir.Model) -> list[tuple[Any, ir.TensorProtocol]]:
