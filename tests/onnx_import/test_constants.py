@@ -257,6 +257,53 @@ def test_what_an_input_of_the_graph_decides_is_no_constant(name):
     assert constant(ir.from_proto(model).graph.outputs[0]) is None
 
 
+SIZED = {  # opset, ``Shape``'s attributes, ``ReduceProd``'s axes and whether they are an input
+    "all but the last": (17, {"end": -1}, None, False),
+    "two in the middle": (17, {"start": 1, "end": 3}, [0], False),
+    "axes that are an input": (18, {"start": -2}, [-1], True),
+    "old": (9, {}, None, False),
+}
+
+
+@pytest.mark.parametrize("keepdims", [0, 1])
+@pytest.mark.parametrize("name", SIZED)
+def test_weights_that_are_reshaped_by_sizes_of_their_own(name, keepdims):
+    """As tf2onnx writes an einsum with a weight of more dimensions than two."""
+    opset, ends, axes, as_input = SIZED[name]
+    named = {} if axes is None or as_input else {"axes": axes}
+    product = helper.make_node(
+        "ReduceProd", ["sizes", "axes"][: 1 + as_input], ["n"], keepdims=keepdims, **named
+    )
+    nodes = [
+        helper.make_node("Shape", ["w"], ["sizes"], **ends),
+        product,
+        helper.make_node("Reshape", ["n", "one"], ["ns"]),
+        helper.make_node("Concat", ["ns", "rest"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["w", "shape"], ["y"]),
+    ]
+    weight = np.random.default_rng(0).standard_normal((2, 3, 5, 4)).astype(np.float32)
+    arrays = {
+        "w": weight,
+        "one": np.array([1]),
+        "rest": np.array([-1]),
+        "axes": np.array(axes or [0]),
+    }
+    stored = [numpy_helper.from_array(array, key) for key, array in arrays.items()]
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "g", [], [made], stored)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=4)
+    found = constant(ir.from_proto(model).graph.outputs[0])
+    expected = session(model).run(None, {})[0]
+    assert (found.name, found.shape, found.quantized) == ("w", expected.shape, False)
+    np.testing.assert_array_equal(found.array(), expected)
+    assert expected.shape not in (weight.shape, weight.T.shape)
+    nodes[0].input[0] = "x"  # the control: what a run gives decides
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None] * 4)
+    graph = helper.make_graph(nodes, "g", [x], [made], stored)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=4)
+    assert constant(ir.from_proto(model).graph.outputs[0]) is None
+
+
 IMPOSSIBLE = {
     "Split": ([[4, 2]], {"axis": 5}),
     "Slice": ([[0], [4], [7]], {}),

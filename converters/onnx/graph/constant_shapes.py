@@ -42,7 +42,7 @@ def _flatten(node: ir.Node, source: Constant, look: Look) -> Constant:
 
 
 def _squeeze(node: ir.Node, source: Constant, look: Look) -> Constant | None:
-    axes = _integers(node, 1, "axes", look)
+    axes = integers(node, 1, "axes", look)
     if axes is None and len(node.inputs) > 1:
         return None
     rank = len(source.shape)
@@ -52,7 +52,7 @@ def _squeeze(node: ir.Node, source: Constant, look: Look) -> Constant | None:
 
 
 def _unsqueeze(node: ir.Node, source: Constant, look: Look) -> Constant | None:
-    axes = _integers(node, 1, "axes", look)
+    axes = integers(node, 1, "axes", look)
     if axes is None:
         return None
     left = iter(source.shape)
@@ -67,7 +67,7 @@ def _reshaped(source: Constant, shape: Sequence[int]) -> Constant:
 
 def _slice(node: ir.Node, value: ir.Value, source: Constant, look: Look) -> Constant | None:
     starts, ends, axes, steps = (
-        _integers(node, number, name, look)
+        integers(node, number, name, look)
         for number, name in enumerate(("starts", "ends", "axes", "steps"), start=1)
     )
     unknown = [n for n in (3, 4) if len(node.inputs) > n and node.inputs[n] is not None]
@@ -84,7 +84,7 @@ def _slice(node: ir.Node, value: ir.Value, source: Constant, look: Look) -> Cons
 def _split(node: ir.Node, value: ir.Value, source: Constant, look: Look) -> Constant | None:
     axis = node.attributes.get_int("axis", 0)
     length, number = source.shape[axis], len(node.outputs)
-    sizes = _integers(node, 1, "split", look)
+    sizes = integers(node, 1, "split", look)
     if sizes is None:
         if len(node.inputs) > 1 and node.inputs[1] is not None:
             return None
@@ -136,7 +136,7 @@ def _concat(node: ir.Node, value: ir.Value, source: Constant, look: Look) -> Con
     )
 
 
-def _integers(node: ir.Node, number: int, name: str, look: Look) -> Sequence[int] | None:
+def integers(node: ir.Node, number: int, name: str, look: Look) -> Sequence[int] | None:
     """Return what was an attribute before it was an input, if it is given and a constant."""
     attribute = node.attributes.get(name)
     if attribute is not None:

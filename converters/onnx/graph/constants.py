@@ -3,8 +3,9 @@
 A weight may reach its operator through ``Transpose``, ``Identity``, ``Cast``, ``Reshape`` or
 ``DequantizeLinear``, maybe rounded by ``QuantizeLinear`` before, or as small integers through
 ``Cast``, ``Sub`` of a zero point and ``Mul`` by a scale; it may be a part of a constant
-(``Split``, ``Slice``, ``Gather``) or put together of several (``Concat``): shape, type and name are
-known at once, the values when they are asked for.
+(``Split``, ``Slice``, ``Gather``), put together of several (``Concat``), or reshaped by its own
+sizes (``Shape``, ``ReduceProd``): shape, type and name are known at once, the values when they are
+asked for.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import onnx_ir as ir
 
 from converters.onnx.graph.constant_numbers import COMPUTING, followed
 from converters.onnx.graph.constant_shapes import PARTS, SHAPING
+from converters.onnx.graph.constant_sizes import SIZES
 from converters.onnx.graph.constant_value import Constant
 from loraport.errors import LoraportError, first_line
 
@@ -23,6 +25,7 @@ from loraport.errors import LoraportError, first_line
 _LONGEST = 64
 _DEEPEST = 3
 _RULES = SHAPING | COMPUTING
+_MAKING = PARTS | SIZES  # values with names of their own
 # What impossible shapes, axes and numbers give.
 _IMPOSSIBLE = (IndexError, ValueError, TypeError, ZeroDivisionError, StopIteration)
 
@@ -50,7 +53,7 @@ def constant(value: ir.Value | None, depth: int = 0) -> Constant | None:
                 return None
         elif node.op_type == "Identity":
             value = node.inputs[0]
-        elif (node.op_type in _RULES or node.op_type in PARTS) and node.inputs:
+        elif (node.op_type in _RULES or node.op_type in _MAKING) and node.inputs:
             passed.append(value)
             value = followed(node)
         else:
@@ -71,8 +74,8 @@ def _passed(value: ir.Value, source: Constant, depth: int) -> Constant | None:
     node = value.producer()
     assert node is not None
     try:
-        if node.op_type in PARTS:
-            return PARTS[node.op_type](node, value, source, look)
+        if node.op_type in _MAKING:
+            return _MAKING[node.op_type](node, value, source, look)
         return _RULES[node.op_type](node, source, look)
     except _IMPOSSIBLE:
         return None
