@@ -24,7 +24,7 @@ from loraport.parity.protocol import Protocol, Sample
 from loraport.parity.tolerances import Tolerance, tolerance_for
 from loraport.runtime import Runtime
 from loraport.runtime.decoder import GENAI_CONFIG, first_step_inputs, read_decoder
-from loraport.runtime.full_precision import with_float32_activations
+from loraport.runtime.full_precision import rounds_activations
 
 _BEYOND = 16  # tokens, of a text that is longer than a window
 _MOST_PRODUCTS = 10**12  # of one such run; some minutes on two cores
@@ -100,7 +100,7 @@ def verify_bundle(
         LoraportError: If the bundle cannot be opened at all, or an adapter is not in it.
     """
     runtime = Runtime(bundle, provider=provider, check=False, float32_activations=True)
-    rounds = with_float32_activations(bundle / MODEL_FILE) is not None
+    rounds = rounds_activations(bundle / MODEL_FILE)
     deployed = Runtime(bundle, provider=provider, check=False) if rounds else None
     for name in adapters:
         runtime.manifest.require_adapter(name)

@@ -1,114 +1,75 @@
-"""The same graph computing in float32 where its own kernels round.
+"""The same graph with its quantized kernels computing in full precision.
 
 ``MatMulNBits`` may round its activations to 8 bits (``accuracy_level`` 4, what ONNX Runtime
-GenAI's builder asks for on CPUs), and in halves every sum is rounded. That hides errors of weights,
-slots and adapters behind a much larger noise. Parity of quantized graphs is therefore proved with
-``accuracy_level`` 1, float32 activations, and what is rounded is measured beside a graph that
-rounds nothing.
+GenAI's builder asks for on CPUs). That hides errors of weights, slots and adapters behind a much
+larger noise; parity is therefore proved with ``accuracy_level`` 1, float32 activations.
+
+ONNX Runtime makes such operators itself of a weight that is dequantized for its product alone;
+`FUSED_FLOAT32` is the session's setting for those.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    import onnx
 
 _FLOAT32_ACTIVATIONS = 1
-# Attributes that say in which type a node's output is.
-_TYPES = ("to", "dtype", "output_dtype")
+FUSED_FLOAT32 = ("session.qdq_matmulnbits_accuracy_level", str(_FLOAT32_ACTIVATIONS))
 
 
 def with_float32_activations(graph: Path) -> bytes | None:
-    """Return the graph serialized with float32 activations, or ``None`` if it has those.
+    """Return the graph serialized with float32 activations, or ``None`` if it asks for no others.
 
     The weights stay in their data file, which a session finds by the graph's directory.
     """
     import onnx
 
     model = onnx.load(str(graph), load_external_data=False)
-    changed = False
-    for node in model.graph.node:
-        if node.op_type != "MatMulNBits":
-            continue
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level" and attribute.i != _FLOAT32_ACTIVATIONS:
-                attribute.i = _FLOAT32_ACTIVATIONS
-                changed = True
-    return model.SerializeToString() if changed else None
+    levels = _levels_that_round(model.graph)
+    for level in levels:
+        level.i = _FLOAT32_ACTIVATIONS
+    return model.SerializeToString() if levels else None
 
 
-def in_float32(graph: Path) -> bytes | None:
-    """Return the graph serialized so that it computes in float32, or ``None`` if it does.
-
-    What it is given and its weights stay as they are, in their types and in their data file, which
-    a session finds by the graph's directory. Outputs in halves become float32.
-    """
+def rounds_activations(graph: Path) -> bool:
+    """Tell whether ONNX Runtime may round activations in a graph that a session opens as it is."""
     import onnx
-    import onnx_ir as ir
 
-    rounding = with_float32_activations(graph)
-    if rounding is not None:
-        proto = onnx.load_from_string(rounding)
-    else:
-        proto = onnx.load(str(graph), load_external_data=False)
-    model = ir.serde.deserialize_model(proto)
-    inner: list[ir.Graph | ir.Function] = [*model.graph.subgraphs()]
-    for function in model.functions.values():
-        inner += [function, *function.subgraphs()]
-    halves = [_widen(model.graph, given=True), *(_widen(body, given=False) for body in inner)]
-    if not any(halves):
-        return rounding
-    return bytes(ir.serde.serialize_model(model).SerializeToString())
+    whole = onnx.load(str(graph), load_external_data=False).graph
+    if _levels_that_round(whole):
+        return True
+    nodes = list(_nodes(whole))
+    made = {name: node for node in nodes for name in node.output}
+    for node in nodes:
+        if node.op_type in ("MatMul", "Gemm"):
+            x, weight = (made.get(name) for name in node.input[:2])
+            if _dequantizes(weight) and not _dequantizes(x):  # both are an integer product's
+                return True
+    return False
 
 
-def _widen(body: ir.Graph | ir.Function, *, given: bool) -> bool:
-    """Let a graph or function compute in float32; tell whether anything in it was in halves.
-
-    Args:
-        body: It is changed.
-        given: Its inputs keep their types, as those of a model's own graph do.
-    """
-    import onnx_ir as ir
-
-    halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    graph = body.graph if isinstance(body, ir.Function) else body
-    known = (*graph.initializers.values(), *(graph.inputs if given else ()))
-    kept = dict.fromkeys(value for value in known if value.dtype in halves)
-    nodes = list(graph)
-    widened = [_widen_attributes(node, halves) for node in nodes]
-    changed = bool(kept) or any(widened)
-    for value in (*graph.inputs, *(output for node in nodes for output in node.outputs)):
-        if value.dtype in halves and value not in kept:
-            value.dtype = ir.DataType.FLOAT
-            changed = True
-    for value in kept if nodes else ():
-        cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
-        wide = cast.outputs[0]
-        wide.name, wide.shape = f"{value.name}::float32", value.shape
-        wide.dtype = ir.DataType.FLOAT
-        readers = [use for use in value.uses() if use.node is not cast]
-        for reader, index in readers:
-            reader.replace_input_with(index, wide)
-        graph.insert_before(nodes[0], cast)
-    return changed
+def _levels_that_round(graph: onnx.GraphProto) -> list[onnx.AttributeProto]:
+    return [
+        attribute
+        for node in _nodes(graph)
+        if node.op_type == "MatMulNBits"
+        for attribute in node.attribute
+        if attribute.name == "accuracy_level" and attribute.i != _FLOAT32_ACTIVATIONS
+    ]
 
 
-def _widen_attributes(node: ir.Node, halves: tuple[ir.DataType, ir.DataType]) -> bool:
-    """Let what a node makes be in float32; tell whether it was in halves."""
-    import onnx_ir as ir
+def _dequantizes(node: onnx.NodeProto | None) -> bool:
+    return node is not None and node.op_type == "DequantizeLinear"
 
-    changed = False
-    for name, attribute in list(node.attributes.items()):
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in halves:
-            tensor = attribute.as_tensor()
-            wide = ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
-            node.attributes[name] = ir.AttrTensor(name, wide)
-            changed = True
-        elif name in _TYPES and attribute.value in halves:
-            node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT)
-            changed = True
-    return changed
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the operators of a graph, its branches' and bodies' too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, attribute.g):
+                yield from _nodes(inner)

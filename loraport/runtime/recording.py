@@ -27,7 +27,8 @@ from loraport.bundle.golden import (
 from loraport.bundle.manifest import MODEL_FILE, GoldenCase, Manifest, write_manifest
 from loraport.errors import LoraportError
 from loraport.output import new_file
-from loraport.runtime.full_precision import in_float32
+from loraport.runtime.float32_graph import in_float32
+from loraport.runtime.full_precision import rounds_activations
 from loraport.runtime.model import Runtime
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _record(
             save_file(arrays, partial)
     manifest = replace(manifest, golden={**manifest.golden, **cases})
     exact = in_float32(bundle / MODEL_FILE)
-    if exact is not None:
+    if exact is not None or rounds_activations(bundle / MODEL_FILE):
         rounding = _rounding(bundle, exact, manifest, cases, inputs, found)
         manifest = _allowing(manifest, rounding, _apart(bundle, manifest, found))
     manifest = manifest.with_files(bundle, [case.file for case in cases.values()])
@@ -124,7 +125,7 @@ def _record(
 
 def _rounding(
     bundle: Path,
-    exact: bytes,
+    exact: bytes | None,
     manifest: Manifest,
     cases: Mapping[str, GoldenCase],
     inputs: Mapping[str, np.ndarray],
@@ -132,7 +133,7 @@ def _rounding(
 ) -> float:
     """Return how far outputs are at most from those of a graph in float32; 0 if it does not run."""
     try:
-        runtime = Runtime(bundle, check=False, graph=exact)
+        runtime = Runtime(bundle, check=False, graph=exact, float32_activations=True)
         runtime.manifest = manifest
         expected = _run(runtime, cases, inputs)
     except LoraportError:

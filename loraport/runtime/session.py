@@ -10,7 +10,7 @@ from typing import Any
 
 from loraport.errors import LoraportError, first_line
 from loraport.runtime.capturing import CapturingSession
-from loraport.runtime.full_precision import with_float32_activations
+from loraport.runtime.full_precision import FUSED_FLOAT32, with_float32_activations
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # What goes wrong in a run is raised; printed as well it would only be said twice.
@@ -80,6 +80,8 @@ def open_session(
     try:
         for name, value in (defaults or {}).items():
             options.add_initializer(name, value)
+        if float32_activations:
+            options.add_session_config_entry(*FUSED_FLOAT32)
         if graph is None and float32_activations:
             graph = with_float32_activations(model)
         if graph is not None:

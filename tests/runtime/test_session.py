@@ -6,6 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from loraport.errors import LoraportError
+from loraport.runtime.full_precision import rounds_activations
 from loraport.runtime.session import open_session
 from loraport.runtime.values import as_value
 
@@ -40,3 +41,64 @@ def test_defaults_that_onnx_runtime_refuses(sum_graph):
     value, _ = as_value(np.zeros(2, np.float32), "cpu")
     with pytest.raises(LoraportError, match=r"sum\.onnx: ONNX Runtime cannot open it"):
         open_session(sum_graph, defaults={"a\0b": value, "a\0c": value})
+
+
+def dequantized(weight, scale, _packed):
+    """A product that ONNX Runtime itself makes a ``MatMulNBits`` of."""
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s"], ["wide"], axis=1),
+        helper.make_node("MatMul", ["x", "wide"], ["y"]),
+    ]
+    return nodes, [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(scale, "s")]
+
+
+def in_a_branch(_weight, scale, packed):
+    """A ``MatMulNBits`` in both branches of an ``If``, as decoders with and without a cache are."""
+    sizes = {"K": packed.shape[1] * packed.shape[2], "N": packed.shape[0], "bits": 8}
+    branches = {}
+    for which in ("then_branch", "else_branch"):
+        product = helper.make_node(
+            "MatMulNBits",
+            ["x", "w", "s"],
+            [which],
+            domain="com.microsoft",
+            block_size=packed.shape[2],
+            accuracy_level=4,
+            **sizes,
+        )
+        made = helper.make_tensor_value_info(which, TensorProto.FLOAT, None)
+        branches[which] = helper.make_graph([product], which, [], [made])
+    nodes = [
+        helper.make_node("Size", ["x"], ["n"]),
+        helper.make_node("Cast", ["n"], ["any"], to=TensorProto.BOOL),
+        helper.make_node("If", ["any"], ["y"], **branches),
+    ]
+    return nodes, [numpy_helper.from_array(packed, "w"), numpy_helper.from_array(scale, "s")]
+
+
+@pytest.mark.parametrize("made", [dequantized, in_a_branch])
+def test_activations_stay_in_float32_whoever_made_the_product(made, tmp_path):
+    """ONNX Runtime rounds them to 8 bits where it fuses the product itself, unless told not to."""
+    random = np.random.default_rng(0)
+    inside, outside = 64, 48
+    weight = random.integers(-127, 128, (inside, outside)).astype(np.int8)
+    scale = random.uniform(0.01, 0.03, outside).astype(np.float32)
+    packed = (weight.T.astype(np.int16) + 128).astype(np.uint8).reshape(outside, 1, inside)
+    nodes, stored = made(weight, scale, packed)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", inside])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", outside])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    graph = helper.make_graph(nodes, "product", [x], [y], stored)
+    file = tmp_path / "product.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), file)
+    given = random.standard_normal((5, inside)).astype(np.float32)
+    wanted = given.astype(np.float64) @ (weight.astype(np.float64) * scale)
+    exact = open_session(file, float32_activations=True).run(None, {"x": given})[0]
+    np.testing.assert_allclose(exact, wanted, atol=1e-4)
+    rounded = open_session(file).run(None, {"x": given})[0]  # the control
+    assert np.abs(rounded - wanted).max() > 0.01
+    assert rounds_activations(file)
+
+
+def test_a_graph_of_floats_rounds_no_activations(sum_graph):
+    assert not rounds_activations(sum_graph)

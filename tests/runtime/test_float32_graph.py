@@ -14,7 +14,7 @@ from onnx.helper import (
     make_tensor_value_info,
 )
 
-from loraport.runtime.full_precision import in_float32
+from loraport.runtime.float32_graph import in_float32
 
 HALF, SINGLE = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
 SIZE = 64
