@@ -576,3 +576,36 @@ def test_weights_that_the_graph_computes_are_said_to_be_nowhere(tmp_path):
         "  - computed: MatMul: its weight is not stored, Cos computes it",
         "  - stored, but no matrix: MatMul: its constant of shape (3,) is no matrix of floats",
     ]
+
+
+def test_weights_without_elements_are_listed_and_others_have_slots(tmp_path):
+    """A layer that was pruned to no features: the whole model could not be exported."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    arrays = {"full.weight": weight, "none.weight": np.zeros((3, 0), np.float32)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "full.weight"], ["h"], "full"),
+        helper.make_node("MatMul", ["h", "none.weight"], ["nothing"], "none"),
+        helper.make_node("Concat", ["h", "nothing"], ["y"], axis=1),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3])
+    constants = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    opsets = [helper.make_opsetid("", 17)]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [x], [y], constants), opset_imports=opsets, ir_version=8
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    import_model(tmp_path / "m.onnx", tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert list(manifest.slots.modules()) == ["full"]
+    assert manifest.unslotted == {"none": "MatMul: its constant of shape (3, 0) is empty"}
+    a, b = np.ones((1, 4), np.float32), np.array([[1], [-2], [3]], np.float32)
+    module = LoraModule(ModuleKind.LINEAR, torch.from_numpy(a), torch.from_numpy(b), alpha=1)
+    add_adapters(tmp_path / "out", {"a": Adapter({"full": module})})
+    given = np.arange(8, dtype=np.float32).reshape(2, 4)
+    base, adapted = (Runtime(tmp_path / "out").run({"x": given}, n)["y"] for n in (None, "a"))
+    np.testing.assert_allclose(base, given @ weight, rtol=1e-5)
+    np.testing.assert_allclose(adapted, given @ (weight + (b @ a).T), rtol=1e-5)
+    assert np.abs(adapted - base).max() > 1

@@ -178,6 +178,9 @@ def _operator(node: ir.Node) -> str:
 
 def _reason(node: ir.Node, shapes: list[tuple[int, ...]]) -> str:
     operator = _operator(node)
+    empty = next((shape for shape in shapes if len(shape) > 1 and 0 in shape), None)
+    if empty is not None:
+        return f"{operator}: its constant of shape {empty} is empty"
     if node.domain == _BLOCKED:
         why = "its kernel lies in blocks made for one kind of processor"
         return f"{operator}: {why}; save the model at ONNX Runtime's level ORT_ENABLE_EXTENDED"
@@ -201,5 +204,5 @@ def _reason(node: ir.Node, shapes: list[tuple[int, ...]]) -> str:
     if node.op_type == "Einsum":
         return "Einsum: its equation is more than a product of rows with a matrix"
     if node.op_type == "Conv":
-        return "Conv: its kernel is not of one or two dimensions"
+        return "Conv: its kernel is not of one to three dimensions"
     return f"{operator}: loraport has no slot for this operator"

@@ -59,7 +59,8 @@ OPERATORS: Mapping[tuple[str, str], Callable[[ir.Node], Site | None]] = {
 
 
 def find_site(node: ir.Node) -> Site | None:
-    """Return the site a node offers, or ``None`` if a slot cannot go there."""
+    """Return the site a node offers, or ``None`` if a slot cannot go there or would be empty."""
     domain = "" if node.domain == "ai.onnx" else node.domain
     operator = OPERATORS.get((domain, node.op_type))
-    return operator(node) if operator else None
+    site = operator(node) if operator else None
+    return None if site is None or 0 in (site.fan_in, site.out_features) else site
