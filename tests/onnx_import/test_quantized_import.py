@@ -260,3 +260,47 @@ def test_what_runs_and_would_not_in_a_precision_is_refused(tmp_path, monkeypatch
     with pytest.raises(LoraportError, match="ONNX Runtime runs it, but not with these slots and"):
         import_model(tmp_path / "m.onnx", tmp_path / "out", ImportOptions(precision="int8"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_that_are_dequantized_are_of_the_bits_that_are_stored(bits, rounds, tmp_path):
+    """Four bits were called int8; beside rounded activations they still are."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(0)
+    inside, outside = 64, 48
+    most = 2 ** (bits - 1) - 1
+    weight = random.integers(-most, most + 1, (inside, outside))
+    scale = random.uniform(0.01, 0.03, outside).astype(np.float32)
+    kind = {4: TensorProto.INT4, 8: TensorProto.INT8}[bits]
+    constants = {"s": scale, "step": np.float32(0.01), "zero": np.uint8(128)}
+    stored = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
+    stored.append(helper.make_tensor("fc.weight", kind, weight.shape, weight.ravel().tolist()))
+    nodes = [
+        helper.make_node("DequantizeLinear", ["fc.weight", "s"], ["wide"], axis=1),
+        helper.make_node("MatMul", ["given" if rounds else "x", "wide"], ["y"]),
+    ]
+    if rounds:
+        nodes[:0] = [
+            helper.make_node("QuantizeLinear", ["x", "step", "zero"], ["codes"]),
+            helper.make_node("DequantizeLinear", ["codes", "step", "zero"], ["given"]),
+        ]
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", size])
+        for name, size in (("x", inside), ("y", outside))
+    )
+    graph = helper.make_graph(nodes, "product", [x], [y], stored)
+    opsets = [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "m.onnx")
+    import_model(tmp_path / "m.onnx", tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.precision == ("int4" if bits == 4 and not rounds else "int8")
+    if not rounds:
+        array = random.standard_normal((5, inside)).astype(np.float32)
+        exact = Runtime(tmp_path / "out", threads=1, float32_activations=True)
+        wanted = array.astype(np.float64) @ (weight * scale.astype(np.float64))
+        np.testing.assert_allclose(exact.run({"x": array})["y"], wanted, atol=1e-4)
+        other = {4: "int8", 8: "int4"}[bits]
+        with pytest.raises(LoraportError, match="which it leaves as they are"):
+            import_model(tmp_path / "m.onnx", tmp_path / "no", ImportOptions(precision=other))

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from converters.onnx.exporters.quantizing import quantize_graph
+from converters.onnx.graph.constants import constant
 from converters.onnx.graph.site import Site
 from converters.onnx.graph.source_graph import read_graph
 from converters.onnx.modules.graph_names import name_sites
@@ -72,9 +73,18 @@ def stored_precision(sites: Iterable[Site]) -> str:
 
 def _stored(site: Site) -> str:
     if site.quantized:
-        bits = 4 if site.node.op_type in _NARROW else _BITS
+        bits = 4 if site.node.op_type in _NARROW or _reads_narrow(site) else _BITS
         return "int4" if site.node.attributes.get_int("bits", bits) <= 4 else "int8"
     return "fp16" if site.dtype in _HALVES else "fp32"
+
+
+def _reads_narrow(site: Site) -> bool:
+    """Tell whether a weight is dequantized from so few bits, and activations are not rounded too.
+
+    Those of 8 bits are what a graph is held to where it has both.
+    """
+    known = (constant(value) for value in site.node.inputs)
+    return site.x in site.node.inputs and any(each is not None and each.narrow for each in known)
 
 
 def _left(sites: Sequence[Site], precision: str) -> list[str]:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from converters.onnx.graph.constant_value import Constant, Look
 
 _SMALL = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4)
+_NARROW_BITS = 4
 
 
 def _cast(node: ir.Node, source: Constant, look: Look) -> Constant | None:
@@ -25,6 +26,7 @@ def _cast(node: ir.Node, source: Constant, look: Look) -> Constant | None:
         dtype=dtype,
         array=lambda: source.array().astype(dtype.numpy()),
         quantized=source.quantized or rounded,
+        narrow=source.narrow or (rounded and source.dtype.bitwidth <= _NARROW_BITS),
     )
 
 
@@ -60,7 +62,8 @@ def _dequantize(node: ir.Node, source: Constant, look: Look) -> Constant | None:
             source.array(), scale.array(), zero.array() if zero else None, axis=axis, block=block
         )
 
-    return replace(source, dtype=scale.dtype, array=values, quantized=True)
+    narrow = source.dtype.bitwidth <= _NARROW_BITS
+    return replace(source, dtype=scale.dtype, array=values, quantized=True, narrow=narrow)
 
 
 def _quantize(node: ir.Node, source: Constant, look: Look) -> Constant | None:

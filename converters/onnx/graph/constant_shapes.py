@@ -133,6 +133,7 @@ def _concat(node: ir.Node, value: ir.Value, source: Constant, look: Look) -> Con
         shape=tuple(shape),
         array=lambda: np.concatenate([each.array() for each in known], axis),
         quantized=any(each.quantized for each in known),
+        narrow=any(each.narrow for each in known),
     )
 
 

@@ -20,6 +20,7 @@ class Constant:
         dtype: Its element type.
         array: Gives its values; of a large one as a view of the file.
         quantized: It is dequantized, so a rounding of what was exported.
+        narrow: It is dequantized from numbers of 4 bits or fewer.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Constant:
     dtype: ir.DataType
     array: Callable[[], np.ndarray]
     quantized: bool = False
+    narrow: bool = False
 
 
 Look = Callable[[ir.Value | None], Constant | None]  # another constant that a rule needs
