@@ -1,4 +1,4 @@
-"""``python -m converters.onnx.exporters.flat_rotations``: GenAI's builder, for Gemma 3.
+"""The rotations of Gemma 3, for GenAI's builder.
 
 transformers 5 keeps a model's rotations by kind of layer. Version 0.18 of the builder looks for
 those of full attention at the top, and for the base of the others as ``rope_local_base_freq``.
@@ -7,10 +7,8 @@ those of full attention at the top, and for the base of the others as ``rope_loc
 
 from __future__ import annotations
 
-import runpy
 from typing import Any
 
-BUILDER = "onnxruntime_genai.models.builder"
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -23,21 +21,3 @@ def flatten(config: Any) -> Any:
         config.rope_local_base_freq = sliding["rope_theta"]
         config.rope_parameters = dict(full)
     return config
-
-
-def _run() -> None:
-    from transformers import AutoConfig
-
-    load = AutoConfig.from_pretrained
-
-    def loaded(*arguments: Any, **named: Any) -> Any:
-        found = load(*arguments, **named)
-        # A model that is loaded asks for what it does not use, too: it needs its own.
-        return found if isinstance(found, tuple) else flatten(found)
-
-    AutoConfig.from_pretrained = loaded
-    runpy.run_module(BUILDER, run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    _run()

@@ -11,7 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from converters.onnx.exporters import flat_rotations
+from converters.onnx.exporters import gemma_builder
+from converters.onnx.exporters.gemma_builder import BUILDER
+from converters.onnx.modules.stored_gains import adds_to_gains
 from loraport.base_model import read_model_config
 from loraport.errors import LoraportError, last_words
 
@@ -19,8 +21,6 @@ from loraport.errors import LoraportError, last_words
 # its cache outputs, fp16 for the CPU fails on a wrong shape annotation as soon as a second prompt
 # has another length. bf16 runs on CUDA alone, so its bundles have no golden outputs.
 PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "cuda": ("fp16", "bf16", "int8", "int4")}
-
-_NESTED_ROTATIONS = ("gemma3_text",)
 
 
 def builds(architecture: str) -> bool:
@@ -47,8 +47,8 @@ def build_with_genai(base: Path, out: Path, *, precision: str, provider: str) ->
         )
     # The builder's cache is for downloads of its own; ours are already local.
     cache = out / ".builder-cache"
-    nested = read_model_config(base).get("model_type") in _NESTED_ROTATIONS
-    command = [sys.executable, "-m", flat_rotations.__name__ if nested else flat_rotations.BUILDER]
+    like_gemma = adds_to_gains(str(read_model_config(base).get("model_type")))
+    command = [sys.executable, "-m", gemma_builder.__name__ if like_gemma else BUILDER]
     command += ["--input", str(base), "--output", str(out), "--precision", precision]
     command += ["--execution_provider", provider, "--cache_dir", str(cache)]
     # A cache that keeps a window alone cannot be empty at first, nor be read by other programs.

@@ -50,6 +50,8 @@ _EITHER_GAIN = (
     "which decoder it is; export again with --base"
 )
 _INEXACT_GAIN = "the graph holds one more than it, rounded; export again with --base"
+# What exporters add one to the weights of norms in: float32, or what the checkpoint has.
+_ADDING = (torch.float32, torch.bfloat16, torch.float16)
 _MAYBE_SHARED = (
     "several operators use it, and equal parameters may share it; export again with --base"
 )
@@ -124,8 +126,8 @@ class BaseHolders:
         """Return the one initializer with the parameter's values."""
         tensor = self._parameters[parameter].detach()
         found = self._holders(parameter, tensor)
-        if not found and parameter in self._plus_one:
-            found = self._holders(parameter, tensor, plus=1)
+        for adding in _ADDING if parameter in self._plus_one else ():
+            found = found or self._holders(parameter, tensor, adding)
         named = [holder for holder in found if holder.value.name == parameter]
         # Fresh norms are all ones: those that are called like other parameters are these.
         free = [holder for holder in found if holder.value.name not in self._parameters]
@@ -137,19 +139,22 @@ class BaseHolders:
             return f"the graph holds its values several times: {names}"
         return _NOT_AS_IT_IS
 
-    def _holders(self, parameter: str, tensor: torch.Tensor, plus: int = 0) -> list[Holder]:
-        """Return what holds a parameter, or that and ``plus``."""
+    def _holders(
+        self, parameter: str, tensor: torch.Tensor, adding: torch.dtype | None = None
+    ) -> list[Holder]:
+        """Return what holds a parameter, or one more than it, added in a type."""
         found = []
         for value in _stored(self._graph):
-            transposed = _holds(value, tensor, plus)
+            transposed = _holds(value, tensor, adding)
             if transposed is None:
                 continue
             uses = tuple(value.uses())
             if tensor.data_ptr() in self._shared:
                 lookup = parameter in self._embeddings
                 uses = tuple(use for use in uses if _looks_up(use) == lookup)
-            if uses:
-                found.append(Holder(value, uses, transposed, tensor if plus else None))
+            less_one = None if adding is None else _less_one(value, tensor)
+            if uses and (adding is None or less_one is not None):
+                found.append(Holder(value, uses, transposed, less_one))
         return found
 
     def _unless_shared(self, parameter: str, holder: Holder) -> Holder | str:
@@ -286,13 +291,13 @@ def _stored(graph: ir.Graph) -> list[ir.Value]:
     ]
 
 
-def _holds(value: ir.Value, tensor: torch.Tensor, plus: int = 0) -> bool | None:
+def _holds(value: ir.Value, tensor: torch.Tensor, adding: torch.dtype | None) -> bool | None:
     """Tell whether an initializer is a tensor (``False``) or its transpose (``True``).
 
     Args:
         value: The initializer.
         tensor: The tensor.
-        plus: What is added to it first, in the initializer's type, as the graph would add it.
+        adding: Type in which one is added to it first; nothing is added unless told.
     """
     stored = value.const_value
     assert stored is not None
@@ -308,7 +313,7 @@ def _holds(value: ir.Value, tensor: torch.Tensor, plus: int = 0) -> bool | None:
         # A first row tells most apart; whole weights are large.
         if all(
             torch.equal(
-                torch.from_numpy(np.array(part, np.float32)), _as(dtype, mine, plus).float()
+                torch.from_numpy(np.array(part, np.float32)), _as(dtype, mine, adding).float()
             )
             for part, mine in ((array[:1], ours[:1]), (array, ours))
         ):
@@ -316,19 +321,24 @@ def _holds(value: ir.Value, tensor: torch.Tensor, plus: int = 0) -> bool | None:
     return None
 
 
-def _as(dtype: torch.dtype, tensor: torch.Tensor, plus: int) -> torch.Tensor:
-    own = tensor.cpu().to(dtype)
-    return own + plus if plus else own
+def _as(dtype: torch.dtype, tensor: torch.Tensor, adding: torch.dtype | None) -> torch.Tensor:
+    own = tensor.cpu()
+    return own.to(dtype) if adding is None else (own.to(adding) + 1).to(dtype)
 
 
-def _less_one(value: ir.Value) -> torch.Tensor | None:
-    """Return one less than a constant, in its type; ``None`` if one more than that is another."""
+def _less_one(value: ir.Value, tensor: torch.Tensor | None = None) -> torch.Tensor | None:
+    """Return what gives a constant when one is added, all in its type; ``None`` if nothing does.
+
+    Args:
+        value: The constant.
+        tensor: What it is rather than one less than the constant, if it can be.
+    """
     stored = value.const_value
     assert stored is not None
     dtype = TORCH_DTYPES[stored.dtype.name]
     known = torch.from_numpy(np.array(stored.numpy(), np.float32)).to(dtype)
-    own = known - 1
-    return own if torch.equal(own + 1, known) else None
+    candidates = [known - 1] if tensor is None else [tensor.cpu().to(dtype), known - 1]
+    return next((own for own in candidates if torch.equal(own + 1, known)), None)
 
 
 def _looks_up(use: Use) -> bool:

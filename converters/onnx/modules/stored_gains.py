@@ -18,13 +18,21 @@ from loraport.runtime.decoder import GENAI_CONFIG
 _BUILDER = "onnxruntime-genai"  # as it calls itself
 # Gemma 4 multiplies by the weight itself.
 _PLUS_ONE = re.compile(r"gemma([23](_.*)?)?|nemotron|qwen3_5(_.*)?")
-_NORMS = (
-    "LayerNormalization",
-    "RMSNormalization",
-    "SimplifiedLayerNormalization",
-    "SkipLayerNormalization",
-    "SkipSimplifiedLayerNormalization",
-)
+# Operators that normalize, and which of their inputs they multiply by.
+_GAINS = {
+    "LayerNormalization": (1,),
+    "RMSNormalization": (1,),
+    "SimplifiedLayerNormalization": (1,),
+    "SkipLayerNormalization": (2,),
+    "SkipSimplifiedLayerNormalization": (2,),
+    "GroupQueryAttention": (14, 15),  # queries and keys, in graphs for GPUs
+    "PagedAttention": (12, 13),
+}
+
+
+def adds_to_gains(kind: str) -> bool:
+    """Tell whether the builder adds one to the norms' weights of a kind of decoder."""
+    return _PLUS_ONE.fullmatch(kind) is not None
 
 
 def added_to_gains(model: ir.Model, directory: Path) -> int | None:
@@ -39,7 +47,7 @@ def added_to_gains(model: ir.Model, directory: Path) -> int | None:
     except (OSError, ValueError, LookupError, TypeError):
         kind = None
     if isinstance(kind, str):
-        return 1 if _PLUS_ONE.fullmatch(kind) else 0
+        return int(adds_to_gains(kind))
     return None if model.producer_name == _BUILDER else 0
 
 
@@ -48,7 +56,4 @@ def is_gain(value: ir.Value) -> bool:
     shape = value.shape
     if shape is None or len(shape) != 1:
         return False
-    return any(
-        use.node.op_type in _NORMS and use.idx == (2 if use.node.op_type.startswith("Skip") else 1)
-        for use in value.uses()
-    )
+    return any(use.idx in _GAINS.get(use.node.op_type, ()) for use in value.uses())
