@@ -115,6 +115,7 @@ _REASONS = {
     "FusedConv": "its activation is of an unknown kind",
     "FusedGemm": "its activation is of an unknown kind, or its other factor is transposed",
     "MatMulBnb4": "its weight is no constant, of an unknown kind, not turned as usual or torn",
+    "MatMulNBits": "its weight is no constant, reordered (g_idx), not of 2, 4 or 8 bits, or torn",
     "MatMulInteger": _OTHER_CHAIN,
     "ConvInteger": _OTHER_CHAIN,
     "ConvTranspose": "transposed convolutions have no slots",

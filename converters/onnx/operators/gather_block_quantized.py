@@ -18,10 +18,11 @@ from converters.onnx.operators.matmul_nbits import unpack
 from loraport.adapter import ModuleKind
 
 _PACKED = ir.DataType.UINT8
+_WIDTHS = (2, 4, 8)
 
 
 def find_site(node: ir.Node) -> Site | None:
-    """Return the site, or ``None`` where it does not gather the rows of a constant matrix."""
+    """Return the site, or ``None`` where it gathers no rows of a constant matrix, or is torn."""
     data, tokens, scales, zeros = inputs_of(node, 4)
     table, scale, zero = constant(data), constant(scales), constant(zeros)
     if tokens is None or table is None or scale is None or len(table.shape) != 2:
@@ -34,10 +35,16 @@ def find_site(node: ir.Node) -> Site | None:
         return None
     bits = node.attributes.get_int("bits", 4)
     block = node.attributes.get_int("block_size", 128)
-    if table.dtype.is_floating_point() or not block:
+    if table.dtype.is_floating_point() or block < 1 or bits not in _WIDTHS:
         return None
     rows, stored = table.shape
-    columns = stored * (8 // bits) if table.dtype == _PACKED else stored
+    in_a_byte = 8 // bits if table.dtype == _PACKED else 1
+    columns = stored * in_a_byte
+    blocks = -(-columns // block)
+    if scale.shape != (rows, blocks):
+        return None
+    if zero is not None and zero.shape != (rows, -(-blocks // in_a_byte)):
+        return None
     return Site(
         node=node,
         x=tokens,

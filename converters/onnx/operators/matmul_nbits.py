@@ -6,6 +6,8 @@ low bits up. Source: ONNX Runtime's ContribOperators documentation.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -15,7 +17,7 @@ _WHOLE_IN_A_BYTE = (2, 4, 8)
 
 
 def find_site(node: ir.Node) -> Site | None:
-    """Return the site, or ``None`` where the weight is no constant or is laid out unusually."""
+    """Return the site, or ``None`` where the weight is no constant, laid out unusually or torn."""
     x, packed, scales = node.inputs[0], node.inputs[1], node.inputs[2]
     if x is None or packed is None or scales is None:
         return None
@@ -28,6 +30,8 @@ def find_site(node: ir.Node) -> Site | None:
         return None
     if permuted or (zero_points is not None and zero_points.const_value is None):
         return None
+    if not _fit(node):
+        return None
     return Site(
         node=node,
         x=x,
@@ -39,6 +43,27 @@ def find_site(node: ir.Node) -> Site | None:
         quantized=True,
         added=5 if bias is not None else None,
     )
+
+
+def _fit(node: ir.Node) -> bool:
+    """Tell whether there are as many numbers as the node says; files may say anything."""
+    rows, columns = (node.attributes.get_int(key, 0) for key in ("N", "K"))
+    bits, block = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 32)
+    if min(rows, columns, block) < 1 or block * bits % 8:
+        return False
+    blocks = -(-columns // block)
+    wanted = [rows * blocks * block * bits // 8, rows * blocks]
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        packed = node.inputs[3].dtype == ir.DataType.UINT8
+        wanted.append(rows * -(-blocks * bits // 8) if packed else rows * blocks)
+    return wanted == [_size(node, 1 + number) for number in range(len(wanted))]
+
+
+def _size(node: ir.Node, index: int) -> int:
+    value = node.inputs[index]
+    assert value is not None
+    assert value.const_value is not None
+    return math.prod(value.const_value.shape.numpy())
 
 
 def dequantize(node: ir.Node) -> np.ndarray:

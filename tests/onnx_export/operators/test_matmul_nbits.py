@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 from onnx_graphs import only_node, run, single_node
 
 from converters.onnx.operators import find_site
@@ -85,3 +85,23 @@ def test_reordered_groups_are_no_site():
     node.resize_inputs(5)
     node.replace_input_with(4, ir.Value(name="g_idx"))
     assert find_site(node) is None
+
+
+@pytest.mark.parametrize("name", ["N", "K", "block_size"])
+@pytest.mark.parametrize("value", [10**12, 0, -64, 20])
+def test_sizes_that_the_numbers_do_not_have_make_no_site(name, value):
+    node = only_node(quantized(4, 32, 64, "packed"))
+    assert find_site(node) is not None
+    node.attributes[name] = ir.AttrInt64(name, value)
+    assert find_site(node) is None
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("zero_points", ["packed", "float"])
+def test_numbers_that_are_missing_make_no_site(number, zero_points):
+    model = quantized(4, 32, 64, zero_points)
+    stored = {each.name: each for each in model.graph.initializer}
+    torn = stored[model.graph.node[0].input[number]]
+    short = numpy_helper.from_array(numpy_helper.to_array(torn)[:-1], torn.name)
+    torn.CopyFrom(short)
+    assert find_site(only_node(model)) is None

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import DOMAINS, only_node, session
 
 from converters.onnx.operators import find_site
@@ -79,6 +79,25 @@ def test_another_axis_is_no_site():
     node = only_node(graph(4, "packed", False))
     node.attributes["gather_axis"] = ir.AttrInt64("gather_axis", 1)
     assert find_site(node) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("bits", 0), ("bits", 3), ("bits", 16), ("block_size", -16), ("block_size", 32)],
+)
+def test_sizes_that_the_numbers_do_not_have_are_no_site(name, value):
+    node = only_node(graph(4, "packed", True))
+    assert find_site(node) is not None
+    node.attributes[name] = ir.AttrInt64(name, value)
+    assert find_site(node) is None
+
+
+@pytest.mark.parametrize("torn", ["s", "z"])
+def test_numbers_that_are_missing_are_no_site(torn):
+    model = graph(8, "packed", True)
+    stored = next(each for each in model.graph.initializer if each.name == torn)
+    stored.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(stored)[:, :-1], torn))
+    assert find_site(only_node(model)) is None
 
 
 @pytest.mark.parametrize("zero", [None, 131])
