@@ -98,7 +98,7 @@ _LEARNED = frozenset(
 )
 _BLOCKED = "com.microsoft.nchwc"
 _VECTORS = frozenset(("MatMul", "MatMulBnb4", "MatMulFpQ4"))  # a vector is a weight, or packed one
-_LOOKING_UP = frozenset(("Gather", "GatherND"))
+_LOOKING_UP = frozenset(("Gather", "GatherElements", "GatherND"))
 _MULTIPLYING = frozenset(("Conv", "Gemm", "MatMul"))
 # Whatever computes their weights: exporters put those of gates together, or normalize them.
 _NEVER = frozenset(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM", "ConvTranspose"))

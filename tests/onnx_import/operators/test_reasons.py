@@ -129,9 +129,10 @@ def test_tables_that_are_not_looked_up_by_rows_are_listed(slotted):
         helper.make_node("Gather", ["positions", "ids"], ["p"], name="/positions", axis=1),
         helper.make_node("Unsqueeze", ["ids", "last"], ["places"]),
         helper.make_node("GatherND", ["table", "places"], ["c"], name="/nd"),
+        helper.make_node("GatherElements", ["table", "places"], ["f"], name="/elements"),
         helper.make_node("Gather", ["turned", "fixed"], ["d"], name="/fixed", axis=1),
         helper.make_node("Squeeze", ["p", "first"], ["e"]),
-        helper.make_node("Sum", ["a", "b", "c", "d", "e"], ["y"], name="/all"),
+        helper.make_node("Sum", ["a", "b", "c", "d", "e", "f"], ["y"], name="/all"),
     ]
     shapes = {"w": (4, 4), "turned": (4, 9), "table": (9, 4), "positions": (1, 9, 4)}
     constants = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
@@ -145,6 +146,7 @@ def test_tables_that_are_not_looked_up_by_rows_are_listed(slotted):
             ("/columns", "Gather", (4, 9), "along axis 1"),
             ("/positions", "Gather", (1, 9, 4), "along axis 1"),
             ("/nd", "GatherND", (9, 4), "by coordinates"),
+            ("/elements", "GatherElements", (9, 4), "by coordinates"),
         )
     }
 
