@@ -14,6 +14,7 @@ from torch import nn
 
 from converters.onnx.exporters.attention_windows import set_attention_windows
 from converters.onnx.exporters.genai_builder import PRECISIONS, build_with_genai, builds
+from converters.onnx.exporters.norm_epsilons import set_norm_epsilons
 from converters.onnx.exporters.quantizing import PRECISIONS as QUANTIZED
 from converters.onnx.exporters.rotations import require_rotations
 from converters.onnx.exporters.storing import store_as
@@ -273,6 +274,7 @@ def _slot_and_describe(
     if (bundle / GENAI_CONFIG).is_file():
         set_attention_windows(graph, model.config)
         require_rotations(graph, model)
+        set_norm_epsilons(graph, model)
     slotted = insert_slots(graph, modules, options.slots, exclude=exclude)
     holders = BaseHolders.of_module(slotted.model.graph, model)
     slotted = with_replacements(slotted, options.slots, holders)
