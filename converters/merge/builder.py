@@ -11,7 +11,7 @@ from pathlib import Path
 from converters.merge.arithmetic import Change
 from converters.merge.base import BaseCheckpoint
 from converters.merge.changes import bias_change, replacement_change, weight_change
-from converters.merge.codes import stored_codes
+from converters.merge.codes import stored_codes, told_of
 from converters.merge.experts import (
     is_of_pieces,
     is_part,
@@ -110,12 +110,8 @@ class PlanBuilder:
             )
             return
         if source.dtype not in FLOATING:
-            self.problems.add(
-                subject,
-                "a float tensor in the base",
-                f"{name} stored as {source.dtype}",
-                "merge into the float model it was made from",
-            )
+            told, remedy = told_of(source.dtype, self.base.quantized)
+            self.problems.add(subject, "a float tensor in the base", f"{name} {told}", remedy)
             return
         self.columns[name] = math.prod(source.shape[1:]) if len(source.shape) > 1 else 1
         for one in entries:
@@ -226,7 +222,7 @@ class PlanBuilder:
         for one in entries:
             alone = sum(each.part in (None, one.part) for each in entries) == 1
             try:
-                require_float(pieces, self.sources)
+                require_float(pieces, self.sources, self.base.quantized)
                 own = next((piece for piece in pieces if is_part(piece, one.part)), None)
                 matrix = pieces[0].whole and len(self.sources[pieces[0].tensor].shape) == 2
                 if is_of_pieces(one) and one.part is None and one.replacement is not None:

@@ -32,3 +32,22 @@ def stored_codes(parameter: str, names: Container[str]) -> str | None:
     if leaf == "weight":
         found += [f"{module}.{each}" for each in _CODES]
     return next((name for name in found if name in names), None)
+
+
+def told_of(dtype: str, quantized: str | None) -> tuple[str, str]:
+    """Return what a weight that is no float is called in an error, and what to do about it.
+
+    Args:
+        dtype: What it is stored as.
+        quantized: The quantization that the base's ``config.json`` tells of, if it does.
+
+    >>> told_of("I8", "fp8")
+    ('stored as I8', 'merge into the float model it was made from')
+    """
+    remedy = "merge into the float model it was made from"
+    if quantized is not None:
+        return f"stored as {dtype}", remedy
+    return (
+        f"stored as {dtype}, of which no config.json tells",
+        f"give the directory with the config.json that it was saved with, or {remedy}",
+    )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from converters.merge.arithmetic import Change
+from converters.merge.codes import told_of
 from converters.merge.layout import Piece
 from converters.merge.sources import FLOATING, Source
 from converters.merge.stored_names import Place
@@ -35,8 +36,10 @@ def is_part(piece: Piece, part: Place | None) -> bool:
     return (piece.expert, piece.section) == (part.expert, part.section)
 
 
-def require_float(pieces: Sequence[Piece], sources: Mapping[str, Source]) -> None:
-    """Refuse tensors that are no plain floats.
+def require_float(
+    pieces: Sequence[Piece], sources: Mapping[str, Source], quantized: str | None
+) -> None:
+    """Refuse tensors that are no plain floats; ``quantized`` is what the base's config tells.
 
     Raises:
         LoraportError: Naming the first one.
@@ -44,10 +47,9 @@ def require_float(pieces: Sequence[Piece], sources: Mapping[str, Source]) -> Non
     for piece in pieces:
         dtype = sources[piece.tensor].dtype
         if dtype not in FLOATING:
-            raise LoraportError(
-                f"{piece.tensor}: expected a float tensor, got {dtype}; "
-                "merge into the float model it was made from"
-            )
+            told, remedy = told_of(dtype, quantized)
+            got = f"{piece.tensor} {told}"
+            raise LoraportError(f"expected a float tensor in the base, got {got}; {remedy}")
 
 
 def piece_changes(

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from merge_bases import load_merged
+from merge_bases import load_merged, write_adapter
 from peft_cases import TINY, Case, load_with_peft, logits, make_case
 from safetensors.torch import load_file, save_file
 
+from converters.merge import MergeOptions, make_plan
 from converters.merge.opening import open_base
 from converters.merge.sources import open_files
 from loraport.errors import LoraportError
@@ -236,3 +237,25 @@ def test_what_does_not_fit_is_named(settings, change, message, tmp_path):
     write(tmp_path / "base", {n: t for n, t in stored.items() if t is not None}, settings)
     with pytest.raises(LoraportError, match=message):
         open_base(str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("kept", [(), ("config.json",)])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_codes_whose_config_is_lost_are_refused_with_what_to_do(kept, dtype, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    whole = {"fc.weight": codes(4, 6, dtype=dtype), "fc.weight_scale": random_scales(1)}
+    write(base, whole, compressed("tensor"))
+    write_adapter(adapter)
+    options = MergeOptions(base=str(base), adapters=((adapter, 1.0),))
+    assert [each.name for each in make_plan(options).tensors if each.changed] == ["fc.weight"]
+    (base / "config.json").unlink()
+    for name in kept:
+        (base / name).write_text("{}")
+    with pytest.raises(LoraportError) as error:
+        make_plan(options)
+    stored = {torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8"}[dtype]
+    assert str(error.value).splitlines()[1:] == [
+        f"  - {adapter}: fc.weight: expected a float tensor in the base, got fc.weight stored as "
+        f"{stored}, of which no config.json tells; give the directory with the config.json that "
+        "it was saved with, or merge into the float model it was made from"
+    ]
