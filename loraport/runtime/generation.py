@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,12 +37,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         problems = Problems()
+        for name in ("max_new_tokens", "seed"):
+            number = getattr(self, name)
+            if not isinstance(number, numbers.Integral) or number < 0:
+                problems.add(name, "a whole number, 0 or more", str(number))
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             problems.add("temperature", "a finite number, 0 or more", str(self.temperature))
         if not 0 < self.top_p <= 1:
             problems.add("top_p", "more than 0, at most 1", str(self.top_p))
-        if self.seed < 0:
-            problems.add("seed", "0 or more", str(self.seed))
         problems.raise_if_any("how to sample")
 
 
@@ -56,7 +60,7 @@ def generate(
 
     Args:
         runtime: An opened bundle of a decoder language model.
-        token_ids: The prompt, at least one token.
+        token_ids: The prompt, at least one token: whole numbers ``[n]``.
         adapter: A name, names with strengths, or ``None`` for the base.
         sampling: Greedy unless told.
 
@@ -66,6 +70,7 @@ def generate(
     """
     sampling = sampling or Sampling()
     decoder = read_decoder(runtime.directory)
+    token_ids = _whole_numbers(token_ids)
     if not 0 < len(token_ids) < decoder.context_length:
         raise LoraportError(
             f"prompt: expected 1 to {decoder.context_length - 1} tokens, got {len(token_ids)}"
@@ -77,7 +82,7 @@ def generate(
         )
     random = np.random.default_rng(sampling.seed)
     most = min(sampling.max_new_tokens, decoder.context_length - len(token_ids))
-    new = list(token_ids)
+    new = token_ids
     with open_steps(runtime, decoder, adapter, len(token_ids) + most) as steps:
         for _ in range(most):
             token = _choose(steps.run(new), sampling, random)
@@ -85,6 +90,19 @@ def generate(
                 return
             yield token
             new = [token]
+
+
+def _whole_numbers(token_ids: Sequence[int]) -> list[int]:
+    whole = []
+    for token in token_ids:
+        try:
+            whole.append(operator.index(token))
+        except TypeError as error:
+            raise LoraportError(
+                f"prompt: expected tokens [n], whole numbers, got {token!r} among them; a batch of "
+                "one is given as its row"
+            ) from error
+    return whole
 
 
 def _choose(logits: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:

@@ -116,7 +116,8 @@ class TestSampling:
         [
             *(("temperature", value) for value in (-1.0, math.nan, math.inf)),
             *(("top_p", value) for value in (0.0, 1.1, math.nan)),
-            ("seed", -1),
+            *(("seed", value) for value in (-1, 1.5)),
+            *(("max_new_tokens", value) for value in (-1, 2.5)),
         ],
     )
     def test_numbers_that_make_no_sense_are_refused_by_name(self, name, value):
@@ -148,6 +149,19 @@ class TestLengths:
         with pytest.raises(LoraportError, match=f"expected tokens from 0 to 319, got {token}"):
             list(generate(runtime, [5, token, 7]))
         list(generate(runtime, [5, 319, 0], sampling=Sampling(max_new_tokens=1)))
+
+    @pytest.mark.parametrize("tokens", [[5.5, 7], "57", np.array([[5, 7]]), torch.tensor([[5, 7]])])
+    def test_what_is_no_list_of_tokens_is_refused(self, runtime, tokens):
+        with pytest.raises(
+            LoraportError, match=r"prompt: expected tokens \[n\], whole numbers, got"
+        ):
+            list(generate(runtime, tokens))
+
+    @pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor])
+    def test_tokens_are_taken_from_arrays(self, runtime, prompts, kind):
+        few = Sampling(max_new_tokens=2)
+        wanted = list(generate(runtime, prompts[0], "a", few))
+        assert list(generate(runtime, kind(prompts[0]), "a", few)) == wanted
 
     def test_the_text_ends_where_the_context_does(self, runtime):
         assert len(list(generate(runtime, [5] * 250, "a", Sampling(max_new_tokens=99)))) <= 6
