@@ -108,6 +108,8 @@ class Lane:
             return self._outputs
         names = [outputs] if isinstance(outputs, str) else list(outputs)
         problems = Problems()
+        if not names:
+            problems.add("outputs", "at least one name, or None for all", "none")
         for name in names:
             if name not in self._outputs:
                 problems.add(
@@ -146,6 +148,12 @@ class Lane:
         """Name the inputs that are no values of the model's types; a refused run does not."""
         problems = Problems()
         for name, value in values.items():
+            if isinstance(value, np.ndarray):  # it has no such type, or one before it has none
+                try:
+                    value, _ = as_value(value, "cpu")
+                except Exception:  # as in a run
+                    problems.add(name, self._types[name], f"an array of {value.dtype}")
+                    continue
             if not hasattr(value, "data_type"):
                 problems.add(name, "a numpy array or an OrtValue", type(value).__name__)
             elif value.data_type() != self._types[name]:

@@ -38,6 +38,21 @@ def test_lists_are_named(runtime, inputs):
         runtime.run(inputs | lists, "a")
 
 
+def test_arrays_that_hold_no_numbers_are_named_alone(runtime, inputs):
+    objects = {"input_ids": np.array([[5, None, 7]])}
+    narrow = {"attention_mask": inputs["attention_mask"].astype(np.int32)}
+    with pytest.raises(LoraportError) as stop:
+        runtime.run(objects | {name: inputs[name] for name in inputs if name not in objects}, "a")
+    assert str(stop.value).splitlines() == [
+        "the model refuses these inputs",
+        "  - input_ids: expected tensor(int64), got an array of object",
+    ]
+    with pytest.raises(
+        LoraportError, match=r"of object\n.*mask: expected .*, got tensor\(int32\)$"
+    ):
+        runtime.run(objects | {n: inputs[n] for n in inputs if n not in objects} | narrow, "a")
+
+
 def test_a_sequence_of_names_is_no_selection(runtime, inputs):
     for wrong in (["a", "b"], ("a", 0.5)):
         with pytest.raises(LoraportError, match="adapters: expected a name, names with strengths"):
@@ -59,3 +74,5 @@ def test_outputs_are_wanted_by_their_names(runtime, inputs):
         "  - hidden: expected one of the",
     ]
     assert [line[: len(start)] for line, start in zip(told[1:], expected, strict=True)] == expected
+    with pytest.raises(LoraportError, match="outputs: expected at least one name, or None for all"):
+        runtime.run(inputs, "a", [])
