@@ -183,6 +183,10 @@ for (const [what, selection, message] of [
   ['a strength that is NaN', { [first]: NaN }, /strength of .*: expected a finite number, got NaN/],
   ['a strength that is infinite', { [first]: Infinity }, /finite number, got Infinity/],
   ['a strength that is a text', { [first]: '1' }, /finite number/],
+  ['a map of strengths', new Map([[first, 1]]), /adapters: expected a name, .* base, got Map$/],
+  ['a list of names', [first], /an object of names with strengths, .* got Array$/],
+  ['a number', 1, /for the base, got 1$/],
+  ['undefined', undefined, /for the base, got undefined$/],
 ]) {
   test(`${what} is refused and the adapter stays`, options, async () => {
     await model.setAdapter(second);
@@ -206,6 +210,7 @@ test('tokens that do not exist are refused', options, async () => {
     const expected = { name: 'LoraportError', message: `prompt: expected tokens from 0 to ${last}, got ${token}` };
     await assert.rejects(generate(model, [5, token, 7]).next(), expected);
   }
+  await assert.rejects(generate(model, '57').next(), { name: 'LoraportError', message: /got 5$/ });
   assert.equal((await generate(model, [5, last, 0]).next()).done, false);
 });
 

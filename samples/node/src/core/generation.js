@@ -39,7 +39,7 @@ export async function* generate(model, tokenIds, { adapter, signal, ...given } =
     );
   }
   const last = decoder.vocabulary - 1;
-  const unknown = tokenIds.find((id) => !(Number.isInteger(id) && id >= 0 && id <= last));
+  const unknown = [...tokenIds].find((id) => !(Number.isInteger(id) && id >= 0 && id <= last));
   if (unknown !== undefined) {
     throw new LoraportError(`prompt: expected tokens from 0 to ${last}, got ${unknown}`);
   }

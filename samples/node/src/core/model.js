@@ -74,9 +74,11 @@ export class Model {
    *
    * The last call counts, also where an earlier one takes longer to read its files.
    * @param {Selection} selection
-   * @throws {LoraportError} if an adapter is unknown, damaged or unfit, or a strength no number
+   * @throws {LoraportError} if it is no selection, an adapter is unknown, damaged or unfit, or a
+   *   strength no number
    */
   async setAdapter(selection) {
+    if (selection === undefined) throw noSelection(selection);
     const turn = ++this.#asked;
     const feeds = await this.feedsFor(selection);
     if (turn < this.#set) return;
@@ -176,6 +178,8 @@ export function toOrt(ort, name, { dtype, data, shape }) {
 function strengths(selection) {
   if (selection === null) return [];
   if (typeof selection === 'string') return [[selection, 1]];
+  // A Map or an array has no entries of its own that name adapters: it would be the base.
+  if (typeof selection !== 'object' || Symbol.iterator in selection) throw noSelection(selection);
   const entries = Object.entries(selection);
   for (const [name, strength] of entries) {
     if (typeof strength !== 'number' || !Number.isFinite(strength)) {
@@ -185,6 +189,18 @@ function strengths(selection) {
     }
   }
   return entries;
+}
+
+/**
+ * @param {unknown} given
+ * @returns {LoraportError}
+ */
+function noSelection(given) {
+  const got = Object.prototype.toString.call(given).slice('[object '.length, -1);
+  return new LoraportError(
+    'adapters: expected a name, an object of names with strengths, or null for the base, got ' +
+      `${typeof given === 'object' ? got : String(given)}`,
+  );
 }
 
 /**

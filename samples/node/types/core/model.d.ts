@@ -45,7 +45,8 @@ export class Model {
      *
      * The last call counts, also where an earlier one takes longer to read its files.
      * @param {Selection} selection
-     * @throws {LoraportError} if an adapter is unknown, damaged or unfit, or a strength no number
+     * @throws {LoraportError} if it is no selection, an adapter is unknown, damaged or unfit, or a
+     *   strength no number
      */
     setAdapter(selection: Selection): Promise<void>;
     /**
