@@ -82,7 +82,8 @@ export function benchmarkTable(figures) {
   }
   lines.push(`decode a token, base      ${figures.baseTokenMs.toFixed(1)} ms`);
   for (const [label, ratio] of Object.entries(figures.adaptedPerBase)) {
-    lines.push(`decode a token, ${label.padEnd(9)} ${ratio.toFixed(2)} × base`);
+    const told = Number.isNaN(ratio) ? 'nothing to measure: the text ends at once' : `${ratio.toFixed(2)} × base`;
+    lines.push(`decode a token, ${label.padEnd(9)} ${told}`);
   }
   lines.push(`model on disk             ${megabytes(figures.modelBytes)}`);
   for (const [name, bytes] of Object.entries(figures.adapterBytes)) {
