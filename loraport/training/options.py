@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -50,11 +51,13 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        _at_least(problems, "rank", self.rank, 1)
+        _count(problems, "rank", self.rank, 1)
         for pattern, rank in self.rank_pattern.items():
-            _at_least(problems, f"rank_pattern {pattern}", rank, 1)
+            _count(problems, f"rank_pattern {pattern}", rank, 1)
         alphas = {f"alpha_pattern {key}": value for key, value in self.alpha_pattern.items()}
-        for name, alpha in {"alpha": self.effective_alpha, **alphas}.items():
+        if self.alpha is not None or _is_whole(self.rank):  # else twice the rank says nothing
+            alphas["alpha"] = self.effective_alpha
+        for name, alpha in alphas.items():
             if not math.isfinite(alpha) or alpha == 0:
                 problems.add(name, "a finite number other than 0", str(alpha))
             elif alpha < 0 and self.init == "pissa":
@@ -122,14 +125,15 @@ class LoopOptions:
         problems = Problems()
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             problems.add("learning_rate", "a finite number above 0", str(self.learning_rate))
-        _at_least(problems, "epochs", self.epochs, 1)
+        for name in ("epochs", "accumulate", "keep"):
+            _count(problems, name, getattr(self, name), 1)
         if self.steps is not None:
-            _at_least(problems, "steps", self.steps, 1)
-        for name in ("accumulate", "keep"):
-            _at_least(problems, name, getattr(self, name), 1)
+            _count(problems, "steps", self.steps, 1)
         _at_least(problems, "lora_plus_ratio", self.lora_plus_ratio, 1)
-        for name in ("weight_decay", "clip", "save_every", "validate_every", "early_stopping"):
+        for name in ("weight_decay", "clip"):
             _at_least(problems, name, getattr(self, name), 0)
+        for name in ("save_every", "validate_every", "early_stopping"):
+            _count(problems, name, getattr(self, name), 0)
         _share(problems, "warmup", self.warmup)
         _seed(problems, self.seed)
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -180,11 +184,11 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        _at_least(problems, "batch_size", self.batch_size, 1)
-        _at_least(problems, "max_length", self.max_length, 2)
+        _count(problems, "batch_size", self.batch_size, 1)
+        _count(problems, "max_length", self.max_length, 2)
         _share(problems, "validation_share", self.validation_share)
         if self.checkpointed_layers is not None:
-            _at_least(problems, "checkpointed_layers", self.checkpointed_layers, 1)
+            _count(problems, "checkpointed_layers", self.checkpointed_layers, 1)
             if not self.gradient_checkpointing:
                 problems.add("checkpointed_layers", "gradient checkpointing, too", "none")
         if self.packing not in ("auto", "fill", "none"):
@@ -195,13 +199,24 @@ class TrainOptions:
         problems.raise_if_any("training options cannot be used")
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral)
+
+
+def _count(problems: Problems, name: str, value: int, least: int) -> None:
+    if _is_whole(value):
+        _at_least(problems, name, value, least)
+    else:
+        problems.add(name, f"a whole number, at least {least}", repr(value))
+
+
 def _at_least(problems: Problems, name: str, value: float, least: float) -> None:
     if not (math.isfinite(value) and value >= least):
         problems.add(name, f"at least {least}", str(value))
 
 
 def _seed(problems: Problems, seed: int) -> None:
-    if not _SEEDS[0] <= seed <= _SEEDS[1]:
+    if not (_is_whole(seed) and _SEEDS[0] <= seed <= _SEEDS[1]):
         problems.add("seed", f"a whole number from {_SEEDS[0]} to {_SEEDS[1]}", str(seed))
 
 

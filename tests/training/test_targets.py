@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from loraport.errors import LoraportError
-from loraport.training import LoraOptions, attach, detach
+from loraport.training import LoopOptions, LoraOptions, TrainOptions, attach, detach
 from loraport.training.lora.targets import select_targets
 
 # PEFT asks transformers in a way that is going out of use.
@@ -143,6 +143,10 @@ def test_grouped_convolutions_and_renormalised_embeddings_are_refused():
     ("options", "reason"),
     [
         ({"rank": 0}, "rank: expected at least 1, got 0"),
+        ({"rank": 2.5}, r"rank: expected a whole number, at least 1, got 2\.5$"),
+        ({"rank": "8"}, "rank: expected a whole number, at least 1, got '8'$"),
+        ({"rank_pattern": {"q": 1.5}}, "rank_pattern q: expected a whole number"),
+        ({"seed": 0.5}, "seed: expected a whole number from"),
         ({"alpha": float("nan")}, "alpha: expected a finite number"),
         ({"dropout": 1.0}, "dropout: expected a share"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern q"),
@@ -152,3 +156,20 @@ def test_grouped_convolutions_and_renormalised_embeddings_are_refused():
 def test_options_out_of_range(options, reason):
     with pytest.raises(LoraportError, match=reason):
         LoraOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (LoopOptions, "epochs steps accumulate keep save_every validate_every early_stopping"),
+        (TrainOptions, "batch_size max_length checkpointed_layers"),
+    ],
+)
+def test_counts_are_whole_numbers(kind, names):
+    more = {"gradient_checkpointing": True} if kind is TrainOptions else {}
+    for name in names.split():
+        kind(**more, **{name: 3})
+        for wrong in (3.5, 3.0, "3"):
+            told = f"  - {name}: expected a whole number, at least [012], got {wrong!r}$"
+            with pytest.raises(LoraportError, match=told):
+                kind(**more, **{name: wrong})
