@@ -118,7 +118,7 @@ def export_base(
             f"{read_model_config(directory).get('architectures')} on {options.provider}, "
             f"got {options.precision}{reason}"
         )
-    with new_directory(out, force=force) as bundle:
+    with new_directory(Path(out), force=force) as bundle:
         if decoder:
             progress(f"building the {options.precision} graph with ONNX Runtime GenAI")
             build_with_genai(
@@ -162,7 +162,8 @@ def export_torch_module(
 
     Args:
         module: What to export; put into evaluation mode.
-        inputs: An example of every tensor argument of ``forward`` by name.
+        inputs: An example of every tensor argument of ``forward`` by name; an argument that is
+            no tensor needs a module around this one that gives it.
         out: The new bundle; appears whole or not at all.
         dynamic: Input name → dimension → its name; the first dimension as ``batch`` unless told.
         slots: What the slots can take; LoRA on linear layers unless told.
@@ -173,6 +174,7 @@ def export_torch_module(
         LoraportError: If it does not run with the inputs, torch cannot export it, or it has no
             linear layer.
     """
+    _require_named_tensors(inputs)
     dynamic = dynamic if dynamic is not None else {name: {0: "batch"} for name in inputs}
     with new_directory(Path(out), force=force) as bundle:
         options = ExportOptions(slots=slots or SlotOptions())
@@ -181,6 +183,16 @@ def export_torch_module(
             name = base_name or type(module).__name__
             _slot_and_describe(bundle, module, options, base_name=name)
         write_base_golden(bundle, {name: tensor.numpy() for name, tensor in inputs.items()})
+
+
+def _require_named_tensors(inputs: Mapping[str, torch.Tensor]) -> None:
+    """Refuse inputs that do not say which of the arguments each is, or are no tensors."""
+    expected = "inputs: expected a mapping from the names of forward's arguments to tensors"
+    if not isinstance(inputs, Mapping):
+        raise LoraportError(f'{expected}, such as {{"x": x}}, got {type(inputs).__name__}')
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor):
+            raise LoraportError(f"{expected}, got {name} as {type(value).__name__}")
 
 
 def encoder_inputs(base: str, model: nn.Module) -> dict[str, torch.Tensor]:

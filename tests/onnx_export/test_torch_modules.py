@@ -289,6 +289,20 @@ def test_inputs_that_a_module_does_not_take_are_refused(net, tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("inputs", "got"),
+    [
+        ((torch.ones(2, 3, 8),), r'such as {"x": x}, got tuple$'),
+        (torch.ones(2, 3, 8), "got Tensor$"),
+        ({"signal": torch.ones(2, 3, 8), "scale": 2.0}, "to tensors, got scale as float$"),
+    ],
+)
+def test_inputs_without_names_or_that_are_no_tensors_are_refused(net, inputs, got, tmp_path):
+    with pytest.raises(LoraportError, match=f"inputs: expected a mapping from the names .*{got}"):
+        export_torch_module(net, inputs, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def t5():
     from transformers import T5Config, T5Model
 
