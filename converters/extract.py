@@ -34,7 +34,7 @@ _UNKNOWN = (
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """What to extract.
+    """What to extract; the models may be given as paths.
 
     Attributes:
         base: The model the fine-tune started from.
@@ -47,6 +47,10 @@ class ExtractOptions:
     tuned: str
     rank: int | None = None
     energy: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "base", str(self.base))
+        object.__setattr__(self, "tuned", str(self.tuned))
 
 
 @dataclass(frozen=True)

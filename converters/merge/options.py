@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """Options of one merge.
+    """Options of one merge; paths may be given as texts, and the base as a path.
 
     Attributes:
         base: The base model: directory, ``.safetensors`` or ``.gguf`` file, hub name.
@@ -28,3 +28,11 @@ class MergeOptions:
     ignore_fingerprint: bool = False
     initial_adapter: Path | None = None
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        adapters = tuple((Path(path), strength) for path, strength in self.adapters)
+        object.__setattr__(self, "base", str(self.base))
+        object.__setattr__(self, "adapters", adapters)
+        for name in ("output", "initial_adapter"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else Path(given))

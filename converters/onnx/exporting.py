@@ -80,8 +80,8 @@ def _silent(text: str) -> None:
 
 
 def export_base(
-    base: str,
-    out: Path,
+    base: Path | str,
+    out: Path | str,
     options: ExportOptions | None = None,
     *,
     force: bool = False,
@@ -106,6 +106,7 @@ def export_base(
         LoraportError: If the base cannot be exported this way.
     """
     options = options or ExportOptions()
+    base = str(base)
     directory = resolve_base(base)
     decoder = builds(architecture(directory))
     allowed = PRECISIONS[options.provider] if decoder else (_AS_IT_IS, *QUANTIZED)

@@ -32,10 +32,10 @@ def _silent(text: str) -> None:
 
 
 def pack_bundle(
-    bundle: Path,
-    archive: Path,
+    bundle: Path | str,
+    archive: Path | str,
     *,
-    without: Path | None = None,
+    without: Path | str | None = None,
     force: bool = False,
     progress: Progress = _silent,
 ) -> int:
@@ -54,6 +54,8 @@ def pack_bundle(
     Raises:
         LoraportError: If a bundle is damaged, or the archive exists or lies in a bundle.
     """
+    bundle, archive = Path(bundle), Path(archive)
+    without = None if without is None else Path(without)
     _require_outside(archive, bundle, without)
     manifest = read_manifest(bundle)
     check_files(manifest, bundle)
@@ -74,10 +76,10 @@ def pack_bundle(
 
 
 def unpack_bundle(
-    archive: Path,
-    bundle: Path,
+    archive: Path | str,
+    bundle: Path | str,
     *,
-    onto: Path | None = None,
+    onto: Path | str | None = None,
     force: bool = False,
     progress: Progress = _silent,
 ) -> Manifest:
@@ -95,6 +97,8 @@ def unpack_bundle(
         LoraportError: If the archive is damaged, has anything the manifest does not list, or
             a file is missing or differs from its hash.
     """
+    archive, bundle = Path(archive), Path(bundle)
+    onto = None if onto is None else Path(onto)
     _require_outside(bundle, onto)
     with _opened(archive) as source:
         manifest = _read_manifest(source, archive)

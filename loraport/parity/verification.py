@@ -75,7 +75,7 @@ def _finite(value: Any) -> Any:
 
 
 def verify_bundle(
-    bundle: Path,
+    bundle: Path | str,
     model: nn.Module,
     adapters: Mapping[str, Adapter],
     *,
@@ -99,6 +99,7 @@ def verify_bundle(
     Raises:
         LoraportError: If the bundle cannot be opened at all, or an adapter is not in it.
     """
+    bundle = Path(bundle)
     runtime = Runtime(bundle, provider=provider, check=False, float32_activations=True)
     rounds = rounds_activations(bundle / MODEL_FILE)
     deployed = Runtime(bundle, provider=provider, check=False) if rounds else None

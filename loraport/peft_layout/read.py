@@ -27,12 +27,12 @@ _COUNTER = "num_batches_tracked"  # of a batch norm among the modules to save
 _ATTENTION_OUTPUT = ".base_layer.out_proj"  # inside PEFT's wrapper of an attention of torch's
 
 
-def is_peft(path: Path) -> bool:
+def is_peft(path: Path | str) -> bool:
     """Tell whether ``path`` is a directory in PEFT's layout."""
-    return (path / CONFIG_FILE).is_file()
+    return (Path(path) / CONFIG_FILE).is_file()
 
 
-def read_peft(path: Path, *, changed_base: bool = False) -> Adapter:
+def read_peft(path: Path | str, *, changed_base: bool = False) -> Adapter:
     """Read an adapter directory.
 
     Targets are taken from the tensor keys, not from ``target_modules``. Every tensor must be
@@ -47,6 +47,7 @@ def read_peft(path: Path, *, changed_base: bool = False) -> Adapter:
     Raises:
         LoraportError: All problems of the adapter at once.
     """
+    path = Path(path)
     settings = read_config(path / CONFIG_FILE, changed_base=changed_base)
     tensors, metadata = _read_tensors(path)
     return adapter_of_contents(settings, tensors, metadata.get(FINGERPRINT_KEY), path)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def write_peft(adapter: Adapter, path: Path, *, force: bool = False) -> None:
+def write_peft(adapter: Adapter, path: Path | str, *, force: bool = False) -> None:
     """Write an adapter directory that PEFT 0.21 and loraport load.
 
     Args:
@@ -35,7 +35,7 @@ def write_peft(adapter: Adapter, path: Path, *, force: bool = False) -> None:
         LoraportError: If ``path`` exists, or PEFT's layout cannot hold the adapter.
     """
     config, tensors = peft_contents(adapter)
-    with new_directory(path, force=force) as partial:
+    with new_directory(Path(path), force=force) as partial:
         save_contents(partial, adapter, config, tensors)
 
 

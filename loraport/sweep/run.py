@@ -34,12 +34,12 @@ from loraport.training.run.savers import savers_told
 
 
 def run_sweep(
-    base: str,
-    data: Path,
-    out: Path,
+    base: Path | str,
+    data: Path | str,
+    out: Path | str,
     options: SweepOptions | None = None,
     *,
-    validation: Path | None = None,
+    validation: Path | str | None = None,
     resume: bool = False,
     force: bool = False,
     observer: SweepObserver | None = None,
@@ -66,6 +66,8 @@ def run_sweep(
         Stopped: After SIGINT or SIGTERM; one that comes while ``out`` is written waits for that.
     """
     options = options or SweepOptions()
+    base, data, out = str(base), Path(data), Path(out)
+    validation = None if validation is None else Path(validation)
     observer = observer or SilentSweep()
     with only_process(out), ExitStack() as during:
         try:

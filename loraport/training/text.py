@@ -102,12 +102,12 @@ class TrainingSummary:
 
 
 def train_language_model(
-    base: str,
-    data: Path,
-    out: Path,
+    base: Path | str,
+    data: Path | str,
+    out: Path | str,
     options: TrainOptions | None = None,
     *,
-    validation: Path | None = None,
+    validation: Path | str | None = None,
     resume: bool = False,
     force: bool = False,
     observer: Observer | None = None,
@@ -133,6 +133,8 @@ def train_language_model(
         Stopped: After SIGINT or SIGTERM; the run can be resumed.
     """
     options = options or TrainOptions()
+    base, data, out = str(base), Path(data), Path(out)
+    validation = None if validation is None else Path(validation)
     processes = processes_now()
     alone = only_process(out) if processes.first else contextlib.nullcontext()
     with alone, contextlib.ExitStack() as during:

@@ -62,6 +62,17 @@ def test_a_packed_bundle_unpacks_to_the_same_bytes(tmp_path):
     assert (tmp_path / "again.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
 
 
+def test_paths_may_be_texts(tmp_path):
+    bundle = make_bundle(tmp_path / "bundle", {"a": b"one"})
+    pack_bundle(str(bundle), str(tmp_path / "bundle.zip"))
+    unpack_bundle(str(tmp_path / "bundle.zip"), str(tmp_path / "again"))
+    assert contents(tmp_path / "again") == contents(bundle)
+    larger = make_bundle(tmp_path / "larger", {"a": b"one", "b": b"two"})
+    pack_bundle(str(larger), str(tmp_path / "delta.zip"), without=str(bundle))
+    unpack_bundle(str(tmp_path / "delta.zip"), str(tmp_path / "both"), onto=str(bundle))
+    assert contents(tmp_path / "both") == contents(larger)
+
+
 def test_both_ways_tell_the_same_number_of_files(tmp_path):
     bundle = make_bundle(tmp_path / "bundle", {"a": b"adapter a"})
     archive, copy = tmp_path / "b.zip", tmp_path / "copy"

@@ -18,7 +18,7 @@ from merge_bases import KEY, run_merge, save_base, write_adapter
 from peft_cases import Case, llama, make_case
 from safetensors.torch import load_file, save, save_file
 
-from converters.merge import MergeOptions, make_plan
+from converters.merge import MergeOptions, make_plan, merge
 from loraport.cli import cli
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft, write_peft
@@ -30,6 +30,26 @@ def write_base(path, rows=4, columns=6, layers=1, dtype=torch.float32):
     names = ["fc"] if layers == 1 else [f"layers.{n}.fc" for n in range(layers)]
     tensors = {f"{name}.weight": torch.ones(rows, columns, dtype=dtype) for name in names}
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def test_paths_may_be_texts_and_the_base_a_path(tmp_path):
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    given = MergeOptions(
+        base=tmp_path / "base",
+        adapters=((str(tmp_path / "adapter"), 1.0),),
+        output=str(tmp_path / "out"),
+        initial_adapter=None,
+    )
+    usual = MergeOptions(
+        base=str(tmp_path / "base"),
+        adapters=((tmp_path / "adapter", 1.0),),
+        output=tmp_path / "out",
+    )
+    assert given == usual
+    merge(given, make_plan(given), lambda _: None)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(merged["fc.weight"], torch.full((4, 6), 1.0 + 2 * 2.0))
 
 
 A, B = torch.ones(2, 6), torch.ones(4, 2)

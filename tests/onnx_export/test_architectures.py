@@ -49,7 +49,7 @@ def test_slots_and_parity(name, tmp_path):
     base = save_base(tmp_path / "base", model.to(PUBLISHED.get(name)))
     model.float()
     options = ExportOptions(slots=SlotOptions(replace=saved))
-    export_base(str(base), tmp_path / "bundle", options)
+    export_base(base, str(tmp_path / "bundle"), options)
     manifest = read_manifest(tmp_path / "bundle")
     linear = {path for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     unslotted = dict(manifest.unslotted)
@@ -66,6 +66,6 @@ def test_slots_and_parity(name, tmp_path):
     assert adapter.modules.keys() == manifest.slots.modules().keys()
     assert adapter.replacements.keys() == {f"{norm}.weight" for norm in saved}
     add_adapters(tmp_path / "bundle", {"a": adapter})
-    report = verify_bundle(tmp_path / "bundle", load_model(str(base)), {"a": adapter})
+    report = verify_bundle(str(tmp_path / "bundle"), load_model(str(base)), {"a": adapter})
     assert report.passed, [check for check in report.checks if not check.passed]
     assert report.samples >= 20

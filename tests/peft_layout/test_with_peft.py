@@ -5,7 +5,7 @@ import torch
 from peft_cases import CASES, load_with_peft, logits, make
 from safetensors.torch import load_file
 
-from loraport.peft_layout import read_peft, write_peft
+from loraport.peft_layout import is_peft, read_peft, write_peft
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -19,6 +19,15 @@ def test_peft_loads_what_we_write(name, tmp_path):
     # The same tensors through the same code: no tolerance at all.
     assert torch.equal(again, adapted)
     assert (adapted - logits(made.base)).abs().max() > 1e-3
+
+
+def test_paths_may_be_texts(tmp_path):
+    made = make(next(iter(CASES)), tmp_path / "theirs")
+    assert is_peft(str(made.path))
+    write_peft(read_peft(str(made.path)), str(tmp_path / "ours"))
+    got, wanted = read_peft(tmp_path / "ours").modules, read_peft(made.path).modules
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[path].lora_B, wanted[path].lora_B) for path in wanted)
 
 
 @pytest.mark.parametrize("name", CASES)

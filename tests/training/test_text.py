@@ -51,6 +51,18 @@ def test_training_lowers_the_loss_and_writes_all(base_directory, chat_data, tmp_
     assert adapter.base_model == str(base_directory)
 
 
+def test_paths_may_be_texts_and_the_base_a_path(base_directory, chat_data, tmp_path):
+    options = replace(OPTIONS, loop=replace(LOOP, steps=1))
+    written = []
+    for kind, base in ((str, Path(base_directory)), (Path, str(base_directory))):
+        out = tmp_path / kind.__name__
+        held_out = kind(chat_data)
+        train_language_model(base, kind(chat_data), kind(out), options, validation=held_out)
+        assert read_peft(str(out)).base_model == str(base_directory)
+        written.append((out / "adapter_model.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
 def test_the_written_adapter_gives_the_validation_loss_told(
     base_directory, chat_data, tmp_path, llama, tokenizer
 ):

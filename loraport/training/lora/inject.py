@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 def adapter_of(
     model: nn.Module,
     *,
-    base_model: str | None = None,
+    base_model: Path | str | None = None,
     base_fingerprint: BaseFingerprint | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> Adapter:
@@ -189,7 +190,7 @@ def adapter_of(
         base_fingerprint = fingerprint_model(model, list(layers))
     return Adapter(
         modules={path: lora_module(layer) for path, layer in layers.items()},
-        base_model=base_model,
+        base_model=None if base_model is None else str(base_model),
         base_fingerprint=base_fingerprint,
         training=dict(training or {}),
     )
