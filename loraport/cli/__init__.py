@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from loraport import __version__
+from loraport.cli.asked_to_end import interrupted_by_signals
 from loraport.cli.visible import visible
 from loraport.errors import LoraportError
 
@@ -113,7 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = cli.main(args=arguments, prog_name="loraport", standalone_mode=False)
+        with interrupted_by_signals():
+            code = cli.main(args=arguments, prog_name="loraport", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from command_line import command
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from merge_bases import KEY, run_merge, save_base, write_adapter
 from peft_cases import Case, llama, make_case
 from safetensors.torch import load_file, save, save_file
 
-from converters.merge import MergeOptions, make_plan, merge
+from converters.merge import MergeOptions, make_plan, merge, writer
 from loraport.cli import cli
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft, write_peft
@@ -50,6 +51,35 @@ def test_paths_may_be_texts_and_the_base_a_path(tmp_path):
     merge(given, make_plan(given), lambda _: None)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(merged["fc.weight"], torch.full((4, 6), 1.0 + 2 * 2.0))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_asked_to_end_leaves_nothing_half_written(number, tmp_path, monkeypatch):
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "adapter")
+    written = []
+
+    def asked_to_end(plan, partial, progress, threads):
+        (partial / "half").write_bytes(bytes(9))
+        written.extend(tmp_path.glob(".out.partial-*/half"))
+        signal.raise_signal(number)
+        writer.write_shards(plan, partial, progress, threads)
+
+    monkeypatch.setattr("converters.merge.write_shards", asked_to_end)
+    line = ("merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out")
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        code, said = command(*line)
+        assert (code, len(written)) == (128 + number, 1)
+        assert said.endswith(f"stopped by {number.name}")
+        assert {entry.name for entry in tmp_path.iterdir()} == {"base", "adapter"}
+        assert signal.getsignal(number) == signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)  # the control: as nohup starts a process
+        assert command(*line)[0] == 0
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 A, B = torch.ones(2, 6), torch.ones(4, 2)
