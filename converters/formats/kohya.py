@@ -28,8 +28,10 @@ from loraport.naming.kohya import (
     kohya_key,
     kohya_names,
     parse_kohya_key,
+    without_prefix,
 )
 from loraport.naming.original_diffusion import is_transformer_path
+from loraport.naming.original_wan import published_wan_names
 from loraport.output import new_file
 from loraport.safetensors_file import write_safetensors
 from loraport.scaling import alpha_for
@@ -112,6 +114,10 @@ def write(adapter: Adapter, path: Path, context: FormatContext) -> None:
             )
     several = component is None and any(path.startswith("text_encoder_2.") for path in paths)
     names = kohya_names(paths, component, several=several)
+    published = published_wan_names(without_prefix(name) for name in names.values())
+    for module_path, name in names.items() if published else ():
+        own = without_prefix(name)
+        names[module_path] = name.removesuffix(own) + published[own]
     for group in flattened(names.values()).values():
         if len(group) > 1:
             clashing = [path for path in paths if names[path] in group]

@@ -7,6 +7,7 @@ underscores for dots. The rules are those of diffusers' own loaders.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _BLOCK = {
     **{f"self_attn_{part}": f"attn1_to_{part}" for part in "qkv"},
@@ -44,3 +45,29 @@ def wan_name(flat: str) -> str | None:
     found = re.fullmatch(r"blocks_(\d+)_(.+)", flat)
     inside = _BLOCK.get(found[2]) if found else None
     return f"blocks_{found[1]}_{inside}" if found and inside else None
+
+
+def published_wan_names(flat: Iterable[str]) -> dict[str, str]:
+    """Return diffusers' name → the published one, if the names are those of modules of Wan.
+
+    Args:
+        flat: Names of all modules of an adapter, with underscores for dots.
+
+    >>> published_wan_names(["blocks_3_attn2_add_k_proj", "proj_out"])
+    {'blocks_3_attn2_add_k_proj': 'blocks_3_cross_attn_k_img', 'proj_out': 'head_head'}
+    >>> published_wan_names(["proj_out"]), published_wan_names(["blocks_3_attn1_to_q", "mid_block"])
+    ({}, {})
+    """
+    ends = {own: original for original, own in _ENDS.items()}
+    inside = {own: original for original, own in _BLOCK.items()}
+    names, blocks = {}, 0
+    for name in flat:
+        found = re.fullmatch(r"blocks_(\d+)_(.+)", name)
+        if found and found[2] in inside:
+            names[name] = f"blocks_{found[1]}_{inside[found[2]]}"
+            blocks += 1
+        elif name in ends:
+            names[name] = ends[name]
+        else:
+            return {}
+    return names if blocks else {}

@@ -67,6 +67,16 @@ def test_wan_as_diffusers_reads_it(saved_by, tmp_path) -> None:
     write_adapter(back, tmp_path / "y", "diffusers", base=str(tmp_path / "transformer"))
     written = load_file(tmp_path / "y" / "pytorch_lora_weights.safetensors")
     assert written.keys() == expected.keys()
+    if saved_by == "musubi":  # what ComfyUI and diffusers take is the published names alone
+        write_adapter(back, tmp_path / "k", "kohya", base=str(tmp_path / "transformer"))
+        stored = load_file(tmp_path / "k")
+        assert stored.keys() == tensors.keys()
+        for name, tensor in read_as["musubi"](dict(stored)).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=0)
+        for base in (None, str(tmp_path / "transformer")):
+            again = read_adapter(tmp_path / "k", base=base).modules
+            assert again.keys() == back.modules.keys()
+            assert all(torch.equal(again[path].lora_B, back.modules[path].lora_B) for path in again)
     if saved_by == "comfyui":
         published = read_adapter(tmp_path / "x.safetensors")
         assert set(published.modules) == set(names)
