@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from converters.onnx import add_adapters
+from converters.onnx import add_adapters, first_golden
 from converters.onnx.importing import ImportOptions, import_model
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.bundle.manifest import read_manifest
@@ -76,3 +76,24 @@ def test_other_programs_are_told(file, tmp_path):
         options = ImportOptions(precision=precision)
         import_model(file, tmp_path / precision, options, progress=said.append)
         assert sum("NchwcTransformer" in text for text in said) == 1
+
+
+@pytest.mark.parametrize(("precision", "told"), [("fp16", True), (None, False)])
+def test_a_session_in_halves_holds_its_weights_in_float32_too(
+    precision, told, tmp_path, monkeypatch
+):
+    """Where that does not fit beside them, no golden outputs are recorded, and it is said."""
+    size = 64
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", size]) for n in "xy"]
+    weight = numpy_helper.from_array(np.eye(size, dtype=np.float32), "fc.weight")
+    node = helper.make_node("MatMul", ["x", "fc.weight"], ["y"])
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    stored = size * size * (2 if precision else 4)
+    monkeypatch.setattr(first_golden, "free_memory", lambda: 2 * stored)
+    said = []
+    options = ImportOptions(precision=precision)
+    import_model(tmp_path / "m.onnx", tmp_path / "out", options, progress=said.append)
+    assert any("GB of memory are free" in text for text in said) is told
+    assert bool(read_manifest(tmp_path / "out").golden) is not told
