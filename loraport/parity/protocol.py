@@ -107,6 +107,7 @@ class Protocol:
         halves = tolerance.floats != "float32"
         self._rounding = Rounding(model, tolerance.floats) if halves else None
         self._widest = tolerance  # that was allowed in any comparison with torch
+        self._sensitive: set[int] = set()  # samples that were allowed more
         self._progress = progress
         slots = set(runtime.manifest.slots.inputs())
         cache = ("present", *slots)
@@ -223,8 +224,9 @@ class Protocol:
         check = self._judged(title, found, changes)
         return check if check.passed else self._with_cause(check, selection, changes)
 
-    def _judged(self, title: str, found: Comparison, changes: Changes) -> Check:
-        """Judge a distance from torch, where it must be by torch's own in the graph's halves."""
+    def _judged(self, title: str, each: list[Comparison], changes: Changes) -> Check:
+        """Judge distances from torch, where it must be by torch's own in the graph's halves."""
+        found = worst(each)
         if self._rounding is None or found.within(self._tolerance):
             return Check(title, found.within(self._tolerance), "", found)
         own = self._rounding.measure((sample.torch for sample in self._samples), changes)
@@ -238,9 +240,25 @@ class Protocol:
             f"torch itself in {self._tolerance.floats}: max abs {own.max_abs:.2e}, relative "
             f"{own.relative:.2e}; twice that is allowed"
         )
-        return Check(title, found.within(allowed), detail, found)
+        if found.within(allowed):
+            return Check(title, True, detail, found)
+        # Agreement in the likeliest token is a share of all: it is not judged by single samples.
+        bounds = replace(allowed, top1=0.0)
+        far = [number for number, one in enumerate(each) if not one.within(bounds)]
+        moved = self._rounding.moved((self._samples[number].torch for number in far), changes)
+        passed = found.top1 >= allowed.top1 and all(
+            each[number].within(wider(bounds, allowed_beside(bounds, own)))
+            for number, own in zip(far, moved, strict=True)
+        )
+        if passed:
+            self._sensitive |= set(far)
+        detail += (
+            f"; in {len(far)} of {counted(len(each), 'input')} it is further off, torch itself, "
+            f"with inputs moved by less than a rounding, up to {worst(moved).max_abs:.2e}"
+        )
+        return Check(title, passed, detail, found)
 
-    def _compared(self, changes: Changes, run: Run) -> Comparison | str:
+    def _compared(self, changes: Changes, run: Run) -> list[Comparison] | str:
         """Compare what a run gives with torch, or tell why it cannot be compared."""
         comparisons = []
         for sample in self._samples:
@@ -249,8 +267,8 @@ class Protocol:
             got = run(sample)
             if len(expected) != len(got):
                 return f"torch has {counted(len(expected), 'output')}, the bundle {len(got)}"
-            comparisons += [compare(e, g) for e, g in zip(expected, got, strict=True)]
-        return worst(comparisons)
+            comparisons.append(worst([compare(e, g) for e, g in zip(expected, got, strict=True)]))
+        return comparisons
 
     def _with_cause(self, failed: Check, selection: Selection, changes: Changes) -> Check:
         """Say of a difference whether it is the graph's calibrated quantization, if it has one."""
@@ -264,12 +282,13 @@ class Protocol:
         found = self._compared(
             changes, lambda sample: calibration.run(sample.session, selection, self._outputs)
         )
-        assert isinstance(found, Comparison)  # there are as many outputs as before
-        own = found.within(self._tolerance)
+        assert not isinstance(found, str)  # there are as many outputs as before
+        without = worst(found)
+        own = without.within(self._tolerance)
         says = "the cause" if own else "not the only cause"
         detail = (
             f"the graph's calibrated ranges are {says}: without them max abs is "
-            f"{found.max_abs:.2e}, relative {found.relative:.2e}"
+            f"{without.max_abs:.2e}, relative {without.relative:.2e}"
         )
         return replace(failed, detail=detail, calibrated=own)
 
@@ -278,7 +297,8 @@ class Protocol:
         found = worst(
             [
                 compare(base, changed)
-                for sample in self._samples
+                for number, sample in enumerate(self._samples)
+                if number not in self._sensitive
                 for base, changed in zip(
                     self._session(sample, None), self._session(sample, name), strict=True
                 )

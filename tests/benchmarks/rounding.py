@@ -88,9 +88,7 @@ def main() -> None:
                 changes = changes_of(parts, model, original.__getitem__)
                 with torch.no_grad(), adapted(model, changes), adapted(halved, changes):
                     for other in (model, halved):
-                        far, token = moved(
-                            model, other, ids, torch.finfo(dtype).eps, arguments.moved
-                        )
+                        far, token = moved(model, other, ids, eps, arguments.moved)
                         said.append(f"{far:.2f} at {token}")
             pairs = ", ".join(
                 f"{name} {one}, {two}"

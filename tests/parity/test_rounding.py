@@ -136,6 +136,82 @@ def test_no_kernels_for_the_halves(adapter, samples):
     assert Rounding(deaf, "float16").measure(inputs, changes) is not None
 
 
+class Stepping(Magnifying):
+    """A step within one rounding of 1: what an input of about 1 gives hangs on that rounding."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.place = place
+
+    def forward(self, x):
+        return super().forward(x) + 3000 * torch.sigmoid(((x[:, :1] - 1) - self.place) * 1e5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("place", "others", "passes"),
+    [
+        (1.5, 0.0, True),  # the step is within a rounding of where it should be
+        (200.0, 0.0, True),  # further away, and no input tells
+        (200.0, 0.1, False),  # another input does
+    ],
+)
+def test_inputs_that_hang_on_one_rounding_are_measured_by_several_runs(
+    place, others, passes, adapter, samples, tmp_path
+):
+    rounding = 2**-10
+    model, exported = (Stepping(each * rounding).eval() for each in (0.25, place))
+    drawn = [sample.torch["x"].copy() for sample in samples]
+    for x in drawn:
+        x[:, 0] = -1
+    drawn[2][3, 0] = 1 + 0.6 * rounding  # in float16 it is beyond the step, moved a little before
+    drawn[4][1, 0] = 1 + others
+    inputs = [Sample({"x": x}, {"x": x}) for x in drawn]
+    file, bundle = tmp_path / "m.onnx", tmp_path / "bundle"
+    x = torch.zeros(5, 16)
+    torch.onnx.export(exported, (x,), file, input_names=["x"], output_names=["y"], dynamo=False)
+    import_model(file, bundle, ImportOptions(precision="fp16"))
+    add_adapters(bundle, {"a": adapter})
+    report = verify_bundle(bundle, model, {"a": adapter}, samples=inputs)
+    checks = {check.name: check for check in report.checks}
+    changes = changes_of([(adapter, 1.0)], model)
+    own = Rounding(model, "float16").measure([each.torch for each in inputs], changes)
+    assert checks[PARITY].comparison.max_abs > 1000 > 2 * own.max_abs  # one run would refuse it
+    assert checks[PARITY].passed is passes
+    assert f"in {1 if passes else 2} of 6 inputs it is further off" in checks[PARITY].detail
+    assert checks["adapter a: differs from base"].passed
+
+
+def test_embeddings_are_moved_where_a_model_takes_tokens():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embeddings = nn.Embedding(32, 16)
+
+        def get_input_embeddings(self):
+            return self.embeddings
+
+        def forward(self, input_ids):
+            return 100 * self.embeddings(input_ids)
+
+    model = Tokens().eval()
+    rounding = Rounding(model, "float16")
+    ids = {"input_ids": np.arange(12).reshape(2, 6)}
+    once = rounding.measure([ids], changes_of([], model))
+    (several,) = rounding.moved([ids], changes_of([], model))
+    size = 100 * float(model.embeddings.weight[:12].detach().abs().max())
+    assert once.max_abs < several.max_abs < 3 * 2**-11 * size
+    assert rounding.measure([ids], changes_of([], model)) == once  # nothing stays moved
+
+
+def test_halves_that_overflow_are_no_measure():
+    table = tolerance_for("fp16", "cpu")
+    overflown = compare(np.eye(4), np.full((4, 4), np.inf))
+    assert allowed_beside(table, overflown) == table
+    assert not overflown.within(allowed_beside(table, overflown))
+
+
 def test_bounds_are_never_narrower_than_the_table():
     table = tolerance_for("bf16", "cuda")
     small = compare(np.eye(4), np.eye(4) + 1e-6)
