@@ -238,6 +238,55 @@ def test_stacks_of_matrices_run_in_every_precision(precision, name, tmp_path):
     assert np.linalg.norm(got[::-1] - expected) > np.linalg.norm(expected) / 2
 
 
+def save_typed(file, first, second):
+    """Write ``x W V`` with W in one type and V in another, and return them."""
+    make, numbers = onnx.helper, np.random.default_rng(0)
+    weights = {"w": numbers.standard_normal((32, 32)).astype(first) / 6}
+    weights["v"] = numbers.standard_normal((32, 48)).astype(second) / 6
+    kinds = {each: make.np_dtype_to_tensor_dtype(np.dtype(each)) for each in (first, second)}
+    nodes = [
+        make.make_node("MatMul", ["x", "w"], ["t"]),
+        make.make_node("Cast", ["t"], ["u"], to=kinds[second]),
+        make.make_node("MatMul", ["u", "v"], ["y"]),
+    ]
+    given = make.make_tensor_value_info("x", kinds[first], ["rows", 32])
+    made = make.make_tensor_value_info("y", kinds[second], ["rows", 48])
+    stored = [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = make.make_graph(nodes, "g", [given], [made], stored)
+    opsets = [make.make_opsetid("", 18)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=9), file)
+    return weights
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("int4", "float64"), ("int8", "float16")])
+def test_weights_that_no_quantizer_takes_are_refused_by_their_type(precision, dtype, tmp_path):
+    """The one for four bits took float64, the one for eight took halves; neither graph opens."""
+    save_typed(tmp_path / "m.onnx", dtype, dtype)
+    code, said = command(
+        "export", tmp_path / "m.onnx", "-o", tmp_path / "out", "--precision", precision
+    )
+    assert code == 2
+    assert f"got MatMul of {dtype}, which it leaves as they are; export the model in" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("int4", "float64"), ("int8", "float16")])
+def test_weights_that_no_quantizer_takes_stay_beside_others(precision, dtype, tmp_path):
+    weights = save_typed(tmp_path / "m.onnx", "float32", dtype)
+    said = []
+    options = ImportOptions(precision=precision)
+    import_model(tmp_path / "m.onnx", tmp_path / "out", options, progress=said.append)
+    assert f"not stored as {precision}: v (MatMul of {dtype})" in said
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.precision == precision
+    assert list(manifest.slots.modules()) == ["w", "v"]
+    x = np.random.default_rng(1).standard_normal((5, 32)).astype(np.float32)
+    expected = x.astype(np.float64) @ weights["w"] @ weights["v"]
+    (got,) = Runtime(tmp_path / "out").run({"x": x}).values()
+    assert np.linalg.norm(got - expected) < BOUNDS[precision] * np.linalg.norm(expected)
+    assert np.linalg.norm(got[::-1] - expected) > np.linalg.norm(expected) / 2
+
+
 def test_what_runs_and_would_not_in_a_precision_is_refused(tmp_path, monkeypatch):
     numbers = np.random.default_rng(0)
     weights = {name: numbers.standard_normal((32, 32)).astype(np.float32) for name in ("v", "w")}

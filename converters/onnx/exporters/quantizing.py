@@ -20,14 +20,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.onnx.graph.functions import nodes_of
 from loraport.bundle.manifest import MODEL_FILE
 from loraport.errors import LoraportError, last_words
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, ValueInfoProto
+    from onnx import ModelProto, NodeProto, ValueInfoProto
 
 _DATA_FILE = f"{MODEL_FILE}.data"
 _BLOCK = 32
+_PRODUCTS = ("MatMul", "Gemm", "Attention")
+# As `onnx.TensorProto` numbers them.
+_HALVES = frozenset({10, 16})
+_DOUBLES = frozenset({11})
 _INT8_ACTIVATIONS = 4
 
 
@@ -77,7 +82,7 @@ def _int8(source: Path, target: Path) -> None:
     # Unsigned times unsigned: signed weights overflow on processors without VNNI.
     # The quantizer itself turns the weight of each Gemm in place, a shared one several times.
     model = _load(source, gemms=True)
-    left = _name_stacked(model)
+    left = _name_left(model, _HALVES | _DOUBLES, stacks=True)
     # The quantizer infers the shapes inside a graph anew and trips over those that are noted.
     noted = list(model.graph.value_info)
     del model.graph.value_info[:]
@@ -87,7 +92,7 @@ def _int8(source: Path, target: Path) -> None:
         weight_type=QuantType.QUInt8,
         per_channel=True,
         use_external_data_format=True,
-        op_types_to_quantize=["MatMul", "Gemm", "Attention"],
+        op_types_to_quantize=list(_PRODUCTS),
         nodes_to_exclude=left,
         # Types are not known behind ONNX Runtime's own operators.
         extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
@@ -111,15 +116,22 @@ def _note_shapes(target: Path, noted: Iterable[ValueInfoProto]) -> None:
 def _int4(source: Path, target: Path) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    model = _load(source, gemms=True)
+    domains = {_known_by(node): node.domain for node in nodes_of(model.graph.node)}
     quantizer = MatMulNBitsQuantizer(
-        _load(source, gemms=True),
+        model,
         bits=4,
         block_size=_BLOCK,
         is_symmetric=True,
         accuracy_level=_INT8_ACTIVATIONS,
+        nodes_to_exclude=_name_left(model, _DOUBLES),
     )
     quantizer.process()
-    _save(quantizer.model.model, target)
+    made = quantizer.model.model
+    # Of operators with graphs inside, BeamSearch say, the quantizer loses whose they are.
+    for node in nodes_of(made.graph.node):
+        node.domain = domains.get(_known_by(node), node.domain)
+    _save(made, target)
 
 
 def _fp16(source: Path, target: Path) -> None:
@@ -141,19 +153,34 @@ def _drop_repeated_casts(model: ModelProto) -> None:
             seen.add(cast)
 
 
-def _name_stacked(model: ModelProto) -> list[str]:
-    """Return the products with stacks of matrices, named in place where they have no name.
+def _known_by(node: NodeProto) -> tuple[str, ...]:
+    return node.op_type, *node.output[:1]
 
-    The quantizer gives them scales that ONNX Runtime's kernel refuses in the run.
+
+def _name_left(model: ModelProto, types: frozenset[int], *, stacks: bool = False) -> list[str]:
+    """Return the products that stay as they are, named in place where they have no name.
+
+    Args:
+        model: Its weights are initializers.
+        types: Of weights that the kernels do not take; the quantizers make what never opens.
+        stacks: Leave stacks of matrices: the quantizer for int8 gives them scales that the kernel
+            refuses in the run.
     """
-    stacked = {weight.name for weight in model.graph.initializer if len(weight.dims) != 2}
-    taken = {node.name for node in model.graph.node}
-    found = []
-    for node in model.graph.node:
-        if node.op_type != "MatMul" or not stacked.intersection(node.input):
+    nodes = list(nodes_of(model.graph.node))
+    stored = {weight.name: weight for weight in model.graph.initializer}
+    for node in nodes:
+        stored.update((w.name, w) for entry in node.attribute for w in entry.g.initializer)
+    taken = {node.name for node in nodes}
+    found: list[str] = []
+    for node in nodes:
+        if node.op_type not in _PRODUCTS:
+            continue
+        weights = [stored[name] for name in node.input if name in stored]
+        stacked = stacks and node.op_type == "MatMul" and any(len(w.dims) != 2 for w in weights)
+        if not stacked and not any(weight.data_type in types for weight in weights):
             continue
         if not node.name:
-            node.name = f"{node.output[0]}/product"
+            node.name = f"product_{len(found)}"  # no path, which would name its module
             while node.name in taken:
                 node.name += "_"
         taken.add(node.name)

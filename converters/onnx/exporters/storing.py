@@ -20,6 +20,8 @@ _BITS = 8  # of quantized weights whose operator does not say
 # Operators whose numbers are of 4 bits where they do not say how wide they are.
 _NARROW = ("GatherBlockQuantized", "MatMulBnb4", "MatMulNBits")
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+# What searches for a continuation, with a decoder inside.
+_FLOAT32_ALONE = ("BeamSearch", "GreedySearch", "Sampling", "WhisperBeamSearch")
 _NAMED = 5
 
 
@@ -34,7 +36,7 @@ def store_as(file: Path, out: Path, precision: str, progress: Callable[[str], No
 
     Raises:
         LoraportError: If the quantizer fails, or writes no model, or none of the weights could be
-            stored so.
+            stored so; or if an operator is not computed so.
     """
     quantize_graph(file, out, precision)
     try:
@@ -48,11 +50,18 @@ def store_as(file: Path, out: Path, precision: str, progress: Callable[[str], No
     model.graph.sort()  # the one for fp16 puts casts of inputs last
     sites = sites_of(model)  # without any there is no bundle, for reasons that are told later
     if sites and stored_precision(sites) != precision:
-        operators = ", ".join(sorted({site.node.op_type for site in sites}))
+        operators = ", ".join(sorted({_told(site) for site in sites}))
+        other = any(site.quantized or site.dtype is ir.DataType.FLOAT for site in sites)
+        remedy = "try another precision" if other else "export the model in float32 first"
         raise LoraportError(
             f"{file}: --precision {precision}: expected operators whose weights ONNX Runtime's "
-            f"quantizer stores so, got {operators}, which it leaves as they are; try another "
-            "precision"
+            f"quantizer stores so, got {operators}, which it leaves as they are; {remedy}"
+        )
+    kinds = {node.op_type for node in model.graph.all_nodes()} if precision == "fp16" else set()
+    if searching := sorted(kinds.intersection(_FLOAT32_ALONE)):
+        raise LoraportError(
+            f"{file}: --precision fp16: expected operators that ONNX Runtime computes in halves, "
+            f"got {', '.join(searching)}, which it has for float32 alone; try int4"
         )
     if left := _left(sites, precision):
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
@@ -78,6 +87,12 @@ def _stored(site: Site) -> str:
     return "fp16" if site.dtype in _HALVES else "fp32"
 
 
+def _told(site: Site) -> str:
+    """Name an operator, with what its weights are where they are not as quantizers take them."""
+    plain = site.quantized or site.dtype is ir.DataType.FLOAT
+    return site.node.op_type if plain else f"{site.node.op_type} of {site.dtype.numpy().name}"
+
+
 def _reads_narrow(site: Site) -> bool:
     """Tell whether a weight is dequantized from so few bits, and activations are not rounded too.
 
@@ -90,7 +105,7 @@ def _reads_narrow(site: Site) -> bool:
 def _left(sites: Sequence[Site], precision: str) -> list[str]:
     """Return the modules whose weights are stored otherwise, with their operators."""
     return [
-        f"{entry.path} ({entry.site.node.op_type})"
+        f"{entry.path} ({_told(entry.site)})"
         for entry in name_sites(sites)
         if _stored(entry.site) != precision
     ]
