@@ -1,7 +1,8 @@
 """Inputs for a graph that came without any: valid, small, always the same.
 
 Types, shapes and names decide: token numbers stay below the vocabulary they are looked up in,
-masks are ones, caches are empty, lengths are the sequence's, everything else is random.
+masks are ones, caches are empty, lengths are the sequence's, everything else is random. What
+searches for a continuation (``BeamSearch``) may write some tokens, in one way, without a penalty.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ _BATCHES_AND_SIZES = ((2, 8), (1, 8), (2, 16), (1, 32), (1, 64), (1, 224), (1, 5
 _PASS_ON = ("Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Expand", "Slice")
 _SAMPLE_RATE = 16000
 _UNKNOWN_VOCABULARY = 2
+_WRITTEN = 4
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def _array(value: ir.Value, sizes: _Sizes, random: np.random.Generator) -> np.nd
     dimensions = value.shape if value.shape is not None else ()
     shape = [_dimension(axis, entry, sizes) for axis, entry in enumerate(dimensions)]
     dtype = (value.dtype or ir.DataType.FLOAT).numpy()
-    if "mask" in name or dtype == np.bool_:
+    if "mask" in name or "penalty" in name or name.startswith("num_") or dtype == np.bool_:
         return np.ones(shape, dtype)
     if dtype.kind not in "iu":
         return random.standard_normal(shape).astype(dtype)
@@ -53,6 +55,8 @@ def _array(value: ir.Value, sizes: _Sizes, random: np.random.Generator) -> np.nd
     if "position" in name:
         last = shape[-1] if shape else 1
         return np.broadcast_to(np.arange(last), shape).astype(dtype)
+    if name == "max_length":
+        return np.full(shape, sizes.size + _WRITTEN, dtype)
     if "length" in name or name.endswith("_len"):
         return np.full(shape, sizes.size, dtype)
     if name in ("sr", "sample_rate", "sampling_rate"):
