@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     "--replace",
     "replaced",
     multiple=True,
-    metavar="NAME",
-    help="A module or parameter that adapters may store as a whole (modules_to_save, a trained "
-    "bias): classifier, norm, bias...",
+    metavar="LIST",
+    help="Modules and parameters that adapters may store as a whole (modules_to_save, trained "
+    "biases): classifier,norm,bias",
 )
 @click.option("--strength-input", is_flag=True, help="An input that scales the adapter per run.")
 @click.option("--per-row", is_flag=True, help="Every row of a batch can have its own adapter.")
@@ -103,12 +103,12 @@ def export(
         for name, path in paths.items():
             record_adapter(bundle, name, str(path.resolve()))
 
-    variants = tuple(dict.fromkeys(part.strip() for part in slots.split(",")))
+    variants = _listed(slots)
     options = ExportOptions(
         precision=precision,
         provider=provider,
         lm_head=lm_head,
-        slots=SlotOptions(variants, strength_input, per_row, replaced),
+        slots=SlotOptions(variants, strength_input, per_row, _listed(*replaced)),
     )
     if base.lower().endswith(".onnx"):
         from converters.onnx.importing import ImportOptions, import_model
@@ -132,6 +132,11 @@ def export(
         f"{counted(len(manifest.slots.modules()), 'module')}, "
         f"{counted(len(manifest.adapters), 'adapter')}"
     )
+
+
+def _listed(*values: str) -> tuple[str, ...]:
+    """Read names that are separated by commas, each once."""
+    return tuple(dict.fromkeys(part.strip() for value in values for part in value.split(",")))
 
 
 def _arrays(paths: Mapping[str, Path]) -> dict[str, np.ndarray]:

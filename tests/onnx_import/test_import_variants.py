@@ -4,14 +4,18 @@ import logging
 import warnings
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from command_line import command
 from peft_cases import Case, ConvNet, bert, make_case
 
 from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters
 from converters.onnx.importing import ImportOptions, import_model
 from converters.onnx.slots.inserting import SlotOptions
+from loraport.adapter import Adapter, Replacement
+from loraport.bundle.manifest import read_manifest
 from loraport.errors import LoraportError
 from loraport.runtime import Runtime
 
@@ -112,3 +116,44 @@ def test_dora_on_8_bit_weights_takes_the_bases_norms(bases, graphs, tmp_path):
     wanted = outputs(made.peft_model) - outputs(made.base)
     # Weights and activations are rounded to 8 bits in every layer.
     assert np.linalg.norm(moved - wanted) < 0.25 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("written", [["--replace", "fc.bias, head"], ["fc.bias", "head"]])
+def test_whole_parameters_are_given_one_by_one_or_as_a_list(written, tmp_path):
+    """A list was one name, of which there was no parameter."""
+    make, numbers = onnx.helper, np.random.default_rng(0)
+    sizes = {"fc.weight": (5, 3), "fc.bias": (5,), "head.weight": (2, 5), "head.bias": (2,)}
+    drawn = [{name: numbers.standard_normal(size) for name, size in sizes.items()} for _ in "ab"]
+    base, saved = ({k: v.astype(np.float32) for k, v in arrays.items()} for arrays in drawn)
+    nodes = [
+        make.make_node("Gemm", ["x", "fc.weight", "fc.bias"], ["h"], transB=1),
+        make.make_node("Gemm", ["h", "head.weight", "head.bias"], ["y"], transB=1),
+    ]
+    kind = onnx.TensorProto.FLOAT
+    ends = [
+        make.make_tensor_value_info(n, kind, ["rows", size]) for n, size in (("x", 3), ("y", 2))
+    ]
+    stored = [onnx.numpy_helper.from_array(array, name) for name, array in base.items()]
+    graph = make.make_graph(nodes, "g", ends[:1], ends[1:], stored)
+    opsets = [make.make_opsetid("", 18)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    if written[0] != "--replace":
+        written = [word for name in written for word in ("--replace", name)]
+    code, said = command("export", tmp_path / "m.onnx", "-o", tmp_path / "out", *written)
+    assert code == 0, said
+    names = ["fc.bias", "head.weight", "head.bias"]
+    table = read_manifest(tmp_path / "out").slots
+    assert sorted(slot.parameter for slot in table.replacements) == sorted(names)
+    whole = {name: Replacement(torch.from_numpy(saved[name])) for name in names}
+    add_adapters(tmp_path / "out", {"a": Adapter({}, replacements=whole)})
+    x = numbers.standard_normal((4, 3)).astype(np.float32)
+    runtime = Runtime(tmp_path / "out", threads=1)
+
+    def wanted(bias, head):
+        hidden = x.astype(np.float64) @ base["fc.weight"].T + bias["fc.bias"]
+        return hidden @ head["head.weight"].T + head["head.bias"]
+
+    np.testing.assert_allclose(runtime.run({"x": x})["y"], wanted(base, base), **CLOSE)
+    np.testing.assert_allclose(runtime.run({"x": x}, "a")["y"], wanted(saved, saved), **CLOSE)
+    assert np.abs(wanted(saved, saved) - wanted(base, saved)).max() > 0.1
+    assert np.abs(wanted(saved, saved) - wanted(saved, base)).max() > 0.1
