@@ -15,6 +15,7 @@ from torch import nn
 from converters.onnx.exporters.attention_windows import set_attention_windows
 from converters.onnx.exporters.genai_builder import PRECISIONS, build_with_genai, builds
 from converters.onnx.exporters.norm_epsilons import set_norm_epsilons
+from converters.onnx.exporters.olmo_norms import set_olmo_norms
 from converters.onnx.exporters.quantizing import PRECISIONS as QUANTIZED
 from converters.onnx.exporters.rotations import require_rotations
 from converters.onnx.exporters.storing import store_as
@@ -108,7 +109,7 @@ def export_base(
     options = options or ExportOptions()
     base = str(base)
     directory = resolve_base(base)
-    decoder = builds(architecture(directory))
+    decoder = builds(architecture(directory), read_model_config(directory))
     allowed = PRECISIONS[options.provider] if decoder else (_AS_IT_IS, *QUANTIZED)
     if options.precision not in allowed:
         reason = ""
@@ -288,6 +289,7 @@ def _slot_and_describe(
         set_attention_windows(graph, model.config)
         require_rotations(graph, model)
         set_norm_epsilons(graph, model)
+        set_olmo_norms(graph, model)
     slotted = insert_slots(graph, modules, options.slots, exclude=exclude)
     holders = BaseHolders.of_module(slotted.model.graph, model)
     slotted = with_replacements(slotted, options.slots, holders)

@@ -33,8 +33,10 @@ PUBLISHED = {"Gemma": torch.bfloat16}
 
 def test_the_builder_is_given_no_decoder_that_it_does_not_know():
     """Control: one that it knows."""
-    assert not builds("GPT2LMHeadModel")
-    assert builds("LlamaForCausalLM")
+    assert not builds("GPT2LMHeadModel", {})
+    assert not builds("OlmoForCausalLM", {"clip_qkv": 8.0})  # it would leave the bounds out
+    assert builds("OlmoForCausalLM", {"clip_qkv": None})
+    assert builds("LlamaForCausalLM", {})
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

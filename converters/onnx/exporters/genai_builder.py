@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from converters.onnx.exporters import gemma_builder
 from converters.onnx.exporters.gemma_builder import BUILDER
@@ -23,9 +25,17 @@ from loraport.errors import LoraportError, last_words
 PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "cuda": ("fp16", "bf16", "int8", "int4")}
 
 
-def builds(architecture: str) -> bool:
-    """Tell whether a model is the builder's: it knows no decoder by another name, such as GPT-2."""
-    return architecture.endswith("ForCausalLM")
+def builds(architecture: str, config: Mapping[str, Any]) -> bool:
+    """Tell whether a model is the builder's.
+
+    It knows no decoder by another name, such as GPT-2, and leaves out that some of OLMo's keep
+    queries, keys and values within bounds.
+
+    Args:
+        architecture: A class of transformers.
+        config: The model's ``config.json``.
+    """
+    return architecture.endswith("ForCausalLM") and config.get("clip_qkv") is None
 
 
 def build_with_genai(base: Path, out: Path, *, precision: str, provider: str) -> None:
