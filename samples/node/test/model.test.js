@@ -200,6 +200,23 @@ for (const [what, selection, message] of [
   });
 }
 
+test('a prompt that is no text is refused', options, async () => {
+  const text = await openText(model);
+  for (const [prompt, got] of [[undefined, 'undefined'], [null, 'null'], [7, 'number'], [['a'], 'object']]) {
+    const expected = { name: 'LoraportError', message: `prompt: expected a text, got ${got}` };
+    await assert.rejects(text.generate(prompt), expected);
+    assert.throws(() => text.tokens(prompt, { chat: false }), expected);
+  }
+  assert.ok(text.tokens('undefined').length > 0);
+});
+
+test('a runtime that does not exist is refused', options, async () => {
+  for (const runtime of ['cuda', undefined]) {
+    const expected = { name: 'LoraportError', message: `runtime: expected native, wasm, webgpu, got ${runtime}` };
+    await assert.rejects(checkGolden(model, runtime), expected);
+  }
+});
+
 test('missing and unknown inputs are named together', options, async () => {
   await assert.rejects(model.run({ other: null }), /input_ids: expected a tensor[^]*other: expected one/);
 });

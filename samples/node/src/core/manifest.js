@@ -5,6 +5,7 @@ import { parseStrictJson } from './strict_json.js';
 
 export const MANIFEST_FILE = 'manifest.json';
 export const SCHEMA_VERSION = 1;
+const RUNTIMES = ['native', 'wasm', 'webgpu'];
 
 /**
  * Which kind of ONNX Runtime computes: native on the CPU, or the browser's two.
@@ -115,8 +116,12 @@ export function parseManifest(bytes) {
  * @param {Manifest} manifest
  * @param {RuntimeKind} runtime
  * @returns {number}
+ * @throws {LoraportError} if there is no such runtime
  */
 export function toleranceFor(manifest, runtime) {
+  if (!RUNTIMES.includes(runtime)) {
+    throw new LoraportError(`runtime: expected ${RUNTIMES.join(', ')}, got ${String(runtime)}`);
+  }
   return manifest.tolerances.get(runtime) ?? manifest.tolerance;
 }
 

@@ -64,8 +64,12 @@ export class TextGenerator {
    * @param {object} [options]
    * @param {boolean} [options.chat] wrap it in the model's chat template, if it has one
    * @returns {number[]}
+   * @throws {LoraportError} if the prompt is no text
    */
   tokens(prompt, { chat = true } = {}) {
+    if (typeof prompt !== 'string') {
+      throw new LoraportError(`prompt: expected a text, got ${prompt === null ? 'null' : typeof prompt}`);
+    }
     if (chat && this.chat !== null) {
       return this.tokenizer.encode(this.chat(prompt), { add_special_tokens: false }).ids;
     }
@@ -77,7 +81,7 @@ export class TextGenerator {
    * @param {string} prompt
    * @param {import('./generation.js').GenerateOptions & {chat?: boolean}} [options]
    * @returns {AsyncGenerator<string, void, void>}
-   * @throws {LoraportError} if the prompt is empty or too long, or the adapter unknown
+   * @throws {LoraportError} if the prompt is no text, empty or too long, or the adapter unknown
    */
   async *stream(prompt, { chat = true, ...options } = {}) {
     if (prompt === '') throw new LoraportError('prompt: expected some text, got none');

@@ -77,6 +77,7 @@ export function parseManifest(bytes: Uint8Array): Manifest;
  * @param {Manifest} manifest
  * @param {RuntimeKind} runtime
  * @returns {number}
+ * @throws {LoraportError} if there is no such runtime
  */
 export function toleranceFor(manifest: Manifest, runtime: RuntimeKind): number;
 /**

@@ -23,6 +23,7 @@ export class TextGenerator {
      * @param {object} [options]
      * @param {boolean} [options.chat] wrap it in the model's chat template, if it has one
      * @returns {number[]}
+     * @throws {LoraportError} if the prompt is no text
      */
     tokens(prompt: string, { chat }?: {
         chat?: boolean | undefined;
@@ -32,7 +33,7 @@ export class TextGenerator {
      * @param {string} prompt
      * @param {import('./generation.js').GenerateOptions & {chat?: boolean}} [options]
      * @returns {AsyncGenerator<string, void, void>}
-     * @throws {LoraportError} if the prompt is empty or too long, or the adapter unknown
+     * @throws {LoraportError} if the prompt is no text, empty or too long, or the adapter unknown
      */
     stream(prompt: string, { chat, ...options }?: import("./generation.js").GenerateOptions & {
         chat?: boolean;
