@@ -148,6 +148,14 @@ def test_grouped_convolutions_and_renormalised_embeddings_are_refused():
         ({"rank_pattern": {"q": 1.5}}, "rank_pattern q: expected a whole number"),
         ({"seed": 0.5}, "seed: expected a whole number from"),
         ({"alpha": float("nan")}, "alpha: expected a finite number"),
+        ({"alpha": "4"}, "alpha: expected a finite number other than 0, got '4'$"),
+        ({"alpha_pattern": {"q": "2"}}, "alpha_pattern q: expected a finite number.*, got '2'$"),
+        ({"dropout": "0.1"}, r"dropout: expected a share from 0 to below 1, got '0\.1'$"),
+        ({"rank_pattern": [("q", 2)]}, r"rank_pattern: expected a mapping, such as .*, got \["),
+        ({"use_rslora": "no"}, "use_rslora: expected True or False, got 'no'$"),
+        ({"use_dora": "false"}, "use_dora: expected True or False, got 'false'$"),
+        ({"targets": (0,)}, r"targets: expected names, or one regular expression, got \(0,\)$"),
+        ({"exclude": None}, "exclude: expected names, or one regular expression, got None$"),
         ({"dropout": 1.0}, "dropout: expected a share"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern q"),
         ({"init": "zeros"}, "init: expected kaiming, gaussian, pissa or olora"),
@@ -173,3 +181,22 @@ def test_counts_are_whole_numbers(kind, names):
             told = f"  - {name}: expected a whole number, at least [012], got {wrong!r}$"
             with pytest.raises(LoraportError, match=told):
                 kind(**more, **{name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "wrongs"),
+    [
+        # YAML reads 1e-3 as a text.
+        (LoopOptions, "learning_rate lora_plus_ratio weight_decay clip warmup", ("1e-3", None)),
+        (TrainOptions, "validation_share", ("0.1", None)),
+        (LoopOptions, "shard_base", ("false", None)),
+        (TrainOptions, "gradient_checkpointing compile liger_kernel", ("no", None)),
+        (TrainOptions, "cuda_graphs", ("no",)),
+    ],
+)
+def test_texts_are_no_numbers_and_no_switches(kind, names, wrongs):
+    kind(**{name: getattr(kind(), name) for name in names.split()})
+    for name in names.split():
+        for wrong in wrongs:
+            with pytest.raises(LoraportError, match=f"  - {name}: expected .*, got {wrong!r}$"):
+                kind(**{name: wrong})
