@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint
 from loraport.scaling import lora_scaling
 
@@ -130,3 +132,31 @@ class Adapter:
             yield from module.tensors().values()
         for replacement in self.replacements.values():
             yield replacement.tensor
+
+
+def require_adapter(given: object, name: str = "the adapter") -> None:
+    """Refuse what is no `Adapter`, such as the path of one.
+
+    Raises:
+        LoraportError: If it is none.
+    """
+    if not isinstance(given, Adapter):
+        shown = repr(str(given)) if isinstance(given, (str, PurePath)) else type(given).__name__
+        raise LoraportError(
+            f"{name}: expected an Adapter, got {shown}; read one with "
+            "converters.formats.registry.read_adapter"
+        )
+
+
+def require_adapters(given: object) -> None:
+    """Refuse what does not map names to `Adapter`, such as a list of them.
+
+    Raises:
+        LoraportError: If it does not.
+    """
+    if not isinstance(given, Mapping):
+        raise LoraportError(
+            f"adapters: expected a mapping from names to Adapters, got {type(given).__name__}"
+        )
+    for name, adapter in given.items():
+        require_adapter(adapter, f"adapter {name!r}")

@@ -17,7 +17,7 @@ from converters.formats.base_copies import without_base_copies
 from converters.formats.features import Feature
 from converters.formats.foreign import foreign_adapter
 from converters.formats.format import AdapterFormat, FormatContext
-from loraport.adapter import Adapter
+from loraport.adapter import Adapter, require_adapter
 from loraport.errors import LoraportError, Problems
 from loraport.naming import is_module_path
 from loraport.output import refuse_existing
@@ -134,6 +134,7 @@ def write_adapter(
         LoraportError: If there is no such format, it cannot hold the adapter (everything it
             cannot hold is named), or ``path`` exists.
     """
+    require_adapter(adapter)
     chosen = adapter_formats().get(format_name)
     if chosen is None:
         known = ", ".join(adapter_formats())

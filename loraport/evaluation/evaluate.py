@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loraport.adapter import Adapter
+from loraport.adapter import Adapter, require_adapters
 from loraport.base_model import context_of
 from loraport.errors import LoraportError
 from loraport.evaluation.neutral_text import PARAGRAPHS
@@ -109,6 +109,7 @@ def evaluate(
     Raises:
         LoraportError: If there are no rows, held out or not, or an adapter does not fit the base.
     """
+    require_adapters(adapters)
     if not rows:
         raise LoraportError("evaluation: expected rows, got none")
     if BASE in adapters:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from loraport.adapter import Adapter
+from loraport.adapter import Adapter, require_adapters
 from loraport.attention_windows import attention_windows
 from loraport.base_model import load_tokenizer
 from loraport.bundle.golden import base_inputs
@@ -99,6 +99,7 @@ def verify_bundle(
     Raises:
         LoraportError: If the bundle cannot be opened at all, or an adapter is not in it.
     """
+    require_adapters(adapters)
     bundle = Path(bundle)
     runtime = Runtime(bundle, provider=provider, check=False, float32_activations=True)
     rounds = rounds_activations(bundle / MODEL_FILE)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraport.adapter import Adapter, LoraModule, ModuleKind
+from loraport.adapter import Adapter, LoraModule, ModuleKind, require_adapter
 from loraport.errors import LoraportError, Problems
 from loraport.naming import Part, path_endings, peft_key, peft_parameter_key
 from loraport.output import new_directory
@@ -34,6 +34,7 @@ def write_peft(adapter: Adapter, path: Path | str, *, force: bool = False) -> No
     Raises:
         LoraportError: If ``path`` exists, or PEFT's layout cannot hold the adapter.
     """
+    require_adapter(adapter)
     config, tensors = peft_contents(adapter)
     with new_directory(Path(path), force=force) as partial:
         save_contents(partial, adapter, config, tensors)

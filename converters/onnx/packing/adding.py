@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from converters.onnx.modules.base_parameters import BaseParameters
 from converters.onnx.packing.pack import PackedAdapter, pack
-from loraport.adapter import Adapter
+from loraport.adapter import Adapter, require_adapters
 from loraport.bundle.golden import base_inputs, golden_reason
 from loraport.bundle.manifest import (
     MANIFEST_FILE,
@@ -70,6 +70,7 @@ def add_adapters(
         LoraportError: If a name is taken or unfit, an adapter belongs to another base, or has
             anything that finds no slot; if another process adds to the bundle meanwhile.
     """
+    require_adapters(adapters)
     bundle = Path(bundle)
     read_manifest(bundle)  # nothing is created where there is no bundle
     with only_process(bundle / MANIFEST_FILE):

@@ -10,7 +10,7 @@ import torch
 
 from converters.onnx.packing.fitting import Base, fit
 from converters.onnx.slots.slot_tensors import require_finite, slot_tensors
-from loraport.adapter import Adapter
+from loraport.adapter import Adapter, require_adapter
 from loraport.bundle.slots import SlotTable
 from loraport.errors import Problems
 
@@ -51,6 +51,7 @@ def pack(
     Raises:
         LoraportError: Naming everything in the adapter that has no slot or does not fit.
     """
+    require_adapter(adapter)
     problems = Problems()
     fitted = fit(adapter, table, unslotted, base, problems)
     if not fitted.updates and not fitted.whole and not problems.found:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from loraport.adapter import Adapter, LoraModule, Replacement
+from loraport.adapter import Adapter, LoraModule, Replacement, require_adapter
 from loraport.base_model import fingerprint_model
 from loraport.errors import Problems
 from loraport.stored_tensors import stored_tensor
@@ -34,6 +34,7 @@ def load_into(model: nn.Module, adapter: Adapter) -> dict[str, LoraLayer]:
         LoraportError: If the adapter does not fit the model or belongs to another base; all
             problems at once, and the model is left as it was.
     """
+    require_adapter(adapter)
     refuse_attached(model)
     problems = Problems()
     layers: dict[str, LoraLayer] = {}
