@@ -77,7 +77,8 @@ def _pattern(
               help="Peak learning rate. Try 1e-3 to 5e-3: LoRA's best rate is about ten times "
               "that of full fine-tuning.")  # fmt: skip
 @click.option("--lora-plus-ratio", type=float, default=_LOOP.lora_plus_ratio,
-              help="LoRA+: learning rate of B over that of A; try 16, --lr lower.")  # fmt: skip
+              help="LoRA+: learning rate of B over that of A, on embeddings too; try 16, --lr "
+              "lower.")  # fmt: skip
 @click.option("--epochs", type=int, default=_LOOP.epochs, help="Passes over the data.")
 @click.option("--steps", type=int, help="Optimizer steps, instead of --epochs.")
 @click.option("--batch-size", type=int, default=_TRAIN.batch_size, help="Rows per batch.")

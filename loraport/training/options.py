@@ -102,7 +102,8 @@ class LoopOptions:
         early_stopping: Stop after so many validations in a row without a new best, or after one
             that is not finite, and keep the best; 0 for never.
         lora_plus_ratio: How many times the learning rate of ``A`` that of ``B`` is: LoRA+
-            (Hayou et al. 2024, arXiv:2402.12354).
+            (Hayou et al. 2024, arXiv:2402.12354). On embeddings, too: the paper's code and PEFT
+            give both matrices of these 1e-6 at any ratio, without a reason, and they hardly move.
         shard_base: Spread the frozen base over the processes (FSDP2), instead of a copy in each.
         optimizer: AdamW with its state in float32 (``"adamw"``) or in 8 bits (``"adamw-8bit"``,
             and ``"paged-adamw-8bit"``, which moves to the host's memory where the GPU's is full;

@@ -299,3 +299,35 @@ def test_lora_plus_steps_as_pefts_optimizer():
     torch.testing.assert_close(b, their_b, rtol=1e-9, atol=1e-12)
     _, _, plain = mine(1.0)
     assert (plain - b).abs().max() > 1e-2
+
+
+def test_lora_plus_gives_embeddings_the_rates_of_any_layer():
+    """Adam's first step moves each number by the rate; control: PEFT moves both by 1e-6."""
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    def moved(model, optimizer, a, b):
+        with torch.no_grad():
+            for matrix in (a, b):
+                matrix.copy_(torch.linspace(0.5, 1, matrix.numel()).view_as(matrix))
+        before = [a.detach().clone(), b.detach().clone()]
+        model(torch.arange(7)).square().sum().backward()
+        optimizer.step()
+        return [(was - now).abs() for was, now in zip(before, (a, b), strict=True)]
+
+    model = nn.Sequential(nn.Embedding(7, 5)).double()
+    layer = attach(model, LoraOptions(rank=2, targets=("0",)))["0"]
+    named = {"0.lora_A": layer.lora_A, "0.lora_B": layer.lora_B}
+    options = LoopOptions(learning_rate=0.01, lora_plus_ratio=16)
+    mine = make_optimizer(named, options, torch.device("cpu"))
+    for change, rate in zip(
+        moved(model, mine, layer.lora_A, layer.lora_B), (0.01, 0.16), strict=True
+    ):
+        torch.testing.assert_close(change, torch.full_like(change, rate), rtol=1e-6, atol=0)
+    config = LoraConfig(r=2, target_modules=["0"])
+    peft = get_peft_model(nn.Sequential(nn.Embedding(7, 5)), config).double()
+    layer = peft.base_model.model[0]
+    matrices = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    theirs = create_loraplus_optimizer(peft, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16)
+    for change in moved(peft, theirs, *matrices):
+        torch.testing.assert_close(change, torch.full_like(change, 1e-6), rtol=1e-6, atol=0)

@@ -56,7 +56,8 @@ def make_optimizer(
 
     ``B`` starts at zero and its optimal step is larger than that of ``A`` by a factor that grows
     with the width of the model; one rate for both learns slowly (Hayou et al. 2024, LoRA+,
-    arXiv:2402.12354). DoRA's magnitude goes with ``B``, as in PEFT.
+    arXiv:2402.12354). DoRA's magnitude goes with ``B``, as in PEFT. Embeddings have the rates of
+    any other layer, where PEFT gives both their matrices one of their own, 1e-6.
 
     Args:
         parameters: Name → parameter; the last part of a name is ``lora_A``, ``lora_B``, ...
