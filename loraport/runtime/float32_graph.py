@@ -17,8 +17,9 @@ _TYPES = ("to", "dtype", "output_dtype")
 def in_float32(graph: Path) -> bytes | None:
     """Return the graph serialized so that it computes in float32, or ``None`` if it asks for that.
 
-    What it is given and its weights stay as they are, in their types and in their data file, which
-    a session finds by the graph's directory. Outputs in halves become float32.
+    What it is given, its weights and constants stay as they are, in their types and in their data
+    files, which a session finds by the graph's directory. Computed outputs in halves become
+    float32.
     """
     import onnx
     import onnx_ir as ir
@@ -49,25 +50,39 @@ def _widen(body: ir.Graph | ir.Function, *, given: bool) -> bool:
 
     halves = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
     graph = body.graph if isinstance(body, ir.Function) else body
+    nodes = list(graph)
+    constants = dict.fromkeys(node for node in nodes if _makes_halves(node, halves))
     known = (*graph.initializers.values(), *(graph.inputs if given else ()))
     kept = dict.fromkeys(value for value in known if value.dtype in halves)
-    nodes = list(graph)
-    widened = [_widen_attributes(node, halves) for node in nodes]
+    kept |= dict.fromkeys(node.outputs[0] for node in constants)
+    widened = [_widen_attributes(node, halves) for node in nodes if node not in constants]
     changed = bool(kept) or any(widened)
     for value in (*graph.inputs, *(output for node in nodes for output in node.outputs)):
         if value.dtype in halves and value not in kept:
             value.dtype = ir.DataType.FLOAT
             changed = True
-    for value in kept if nodes else ():
+    for value in kept:
         cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
         wide = cast.outputs[0]
         wide.name, wide.shape = f"{value.name}::float32", value.shape
         wide.dtype = ir.DataType.FLOAT
-        readers = [use for use in value.uses() if use.node is not cast]
-        for reader, index in readers:
+        for reader, index in [use for use in value.uses() if use.node is not cast]:
             reader.replace_input_with(index, wide)
-        graph.insert_before(nodes[0], cast)
+        if not given:
+            graph.outputs[:] = [wide if each is value else each for each in graph.outputs]
+        if (maker := value.producer()) is not None:
+            graph.insert_after(maker, cast)
+        elif nodes:
+            graph.insert_before(nodes[0], cast)
+        else:
+            graph.append(cast)
     return changed
+
+
+def _makes_halves(node: ir.Node, halves: tuple[ir.DataType, ir.DataType]) -> bool:
+    """Tell whether a node is a constant in halves, which may be as large as any weight."""
+    value = node.attributes.get("value") if node.op_type == "Constant" else None
+    return value is not None and not value.is_ref() and value.as_tensor().dtype in halves
 
 
 def _widen_attributes(node: ir.Node, halves: tuple[ir.DataType, ir.DataType]) -> bool:

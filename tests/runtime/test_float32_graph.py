@@ -15,6 +15,7 @@ from onnx.helper import (
 )
 
 from loraport.runtime.float32_graph import in_float32
+from loraport.runtime.session import open_session
 
 HALF, SINGLE = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
 SIZE = 64
@@ -107,3 +108,64 @@ def test_a_graph_in_float32_is_left_alone(tmp_path):
     )
     onnx.save(make_model(graph, opset_imports=[make_opsetid("", 18)]), tmp_path / "m.onnx")
     assert in_float32(tmp_path / "m.onnx") is None
+
+
+def test_a_constant_in_a_data_file_stays_there(tmp_path):
+    weight = np.random.default_rng(0).standard_normal((SIZE, SIZE)).astype(np.float16)
+    stored = onnx.numpy_helper.from_array(weight, "w")
+    (tmp_path / "w.bin").write_bytes(stored.raw_data)
+    onnx.external_data_helper.set_external_data(stored, "w.bin")
+    stored.ClearField("raw_data")
+    ends = [make_tensor_value_info(name, HALF, ["rows", SIZE]) for name in "xy"]
+    nodes = [
+        make_node("Constant", [], ["w"], value=stored),
+        make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    model = make_model(
+        make_graph(nodes, "g", ends[:1], ends[1:]), opset_imports=[make_opsetid("", 18)]
+    )
+    model.ir_version = 9
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    x = np.random.default_rng(1).standard_normal((3, SIZE)).astype(np.float16)
+    wide = in_float32(tmp_path / "m.onnx")
+    assert len(wide) < SIZE * SIZE
+    got = open_session(tmp_path / "m.onnx", graph=wide).run(None, {"x": x})[0]
+    own = open_session(tmp_path / "m.onnx").run(None, {"x": x})[0]
+    expected = x.astype(np.float64) @ weight.astype(np.float64)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    assert np.abs(own - expected).max() > 2e-3  # the control
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_branch_may_give_what_is_stored(made, tmp_path):
+    """As it does where a constant is all that is left of it."""
+    given = make_tensor("c", HALF, [2], [0.3, 0.7])
+    out = [make_tensor_value_info("c", HALF, [2])]
+    constant = [make_node("Constant", [], ["c"], value=given)]
+    kept = (
+        make_graph(constant, "kept", [], out) if made else make_graph([], "kept", [], out, [given])
+    )
+    negative = make_tensor_value_info("n", HALF, [2])
+    other = make_graph([make_node("Neg", ["x"], ["n"])], "other", [], [negative])
+    nodes = [
+        make_node("If", ["yes"], ["a"], then_branch=kept, else_branch=other),
+        make_node("Mul", ["a", "x"], ["y"]),
+    ]
+    inputs = [
+        make_tensor_value_info("x", HALF, [2]),
+        make_tensor_value_info("yes", onnx.TensorProto.BOOL, []),
+    ]
+    graph = make_graph(nodes, "g", inputs, [make_tensor_value_info("y", HALF, [2])])
+    model = make_model(graph, opset_imports=[make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, tmp_path / "m.onnx")
+    x, c = np.array([0.1, 3], np.float16), np.array([0.3, 0.7], np.float16)
+    own, wide = (
+        [session.run(None, {"x": x, "yes": np.array(yes)})[0] for yes in (True, False)]
+        for session in (
+            open_session(tmp_path / "m.onnx"),
+            open_session(tmp_path / "m.onnx", graph=in_float32(tmp_path / "m.onnx")),
+        )
+    )
+    x, c = x.astype(np.float64), c.astype(np.float64)
+    np.testing.assert_allclose(wide, [c * x, -x * x], rtol=1e-6)
+    assert np.abs(own - np.array([c * x, -x * x])).max() > 1e-4  # the control
