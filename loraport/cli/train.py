@@ -148,8 +148,9 @@ def train(
     only the completion or the assistant's turns are learned, but not a turn with "weight": 0.
     "tools" beside "messages" are given to the chat template.
 
-    While it runs, checkpoints are kept in ADAPTER.training. Ctrl-C or SIGTERM ends the run
-    after the present step with one more checkpoint, and --resume continues it exactly.
+    While it runs, checkpoints are kept in ADAPTER.training. Ctrl-C, SIGTERM or a closed
+    terminal (SIGHUP) ends the run after the present step with one more checkpoint, and --resume
+    continues it exactly.
 
     On several GPUs or machines: torchrun --nproc-per-node N -m loraport train ... A step takes
     --batch-size x --accumulate rows in all, whatever the number of processes, so the adapter is

@@ -63,7 +63,8 @@ def run_sweep(
         LoraportError: For anything wrong with the base, data, options or outputs, if another
             process works on ``out``, if no candidate could be trained, or if memory runs out for
             a single one.
-        Stopped: After SIGINT or SIGTERM; one that comes while ``out`` is written waits for that.
+        Stopped: After SIGINT, SIGTERM or SIGHUP; one that comes while ``out`` is written waits for
+            that.
     """
     options = options or SweepOptions()
     base, data, out = str(base), Path(data), Path(out)

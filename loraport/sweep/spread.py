@@ -177,7 +177,7 @@ class Hired:
         Raises:
             LoraportError: If a worker cannot load the base or has other weights than the first
                 or than what is in the store was trained on, or if two die of one group.
-            Stopped: After SIGINT or SIGTERM.
+            Stopped: After SIGINT, SIGTERM or SIGHUP.
         """
         self._waiting.extend(groups)
         while len(self._hands) < min(self._workers, len(groups)):

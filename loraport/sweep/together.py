@@ -74,7 +74,8 @@ def train_together(
         until: The share of the steps after which candidates pause, validated.
         starts: Name → outcome of a candidate that paused, to go on from there; in company only of
             others that took as many steps.
-        keep: Given all outcomes so far every ``save_every`` steps, and after SIGINT or SIGTERM.
+        keep: Given all outcomes so far every ``save_every`` steps, and after SIGINT, SIGTERM or
+            SIGHUP.
         observer: Told what happens.
         recorder: Records the passes of each shape of batch, where that can be told to work (see
             `loraport.training.kernels.cuda_graphs`); the loss then takes ``hidden``, too.
@@ -85,7 +86,7 @@ def train_together(
     Raises:
         LoraportError: If names are not unique, targets match nothing, or the model's rows depend
             on each other.
-        Stopped: After SIGINT or SIGTERM, where outcomes are kept.
+        Stopped: After SIGINT, SIGTERM or SIGHUP, where outcomes are kept.
     """
     options, starts = options or LoopOptions(), starts or {}
     if len({trial.name for trial in trials}) < len(trials) or not trials:

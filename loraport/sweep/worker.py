@@ -176,7 +176,7 @@ class Worker:
 
         Raises:
             LoraportError: If memory runs out for a single candidate.
-            Stopped: After SIGINT or SIGTERM, where candidates are kept.
+            Stopped: After SIGINT, SIGTERM or SIGHUP, where candidates are kept.
         """
         if self._rows_mix and len(trials) > 1:
             return [done for one in trials for done in self.train([one], until, starts, keep)]

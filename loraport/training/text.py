@@ -130,7 +130,7 @@ def train_language_model(
     Raises:
         LoraportError: For anything wrong with the base, data, options or outputs, if another
             process trains for ``out``, or if memory or disk space runs out.
-        Stopped: After SIGINT or SIGTERM; the run can be resumed.
+        Stopped: After SIGINT, SIGTERM or SIGHUP; the run can be resumed.
     """
     options = options or TrainOptions()
     base, data, out = str(base), Path(data), Path(out)

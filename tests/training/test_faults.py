@@ -50,6 +50,21 @@ def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored():
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_ctrl_c_a_request_to_end_and_a_closed_terminal_end_after_the_step(name):
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with stop_requests() as request:
+            signal.raise_signal(number)
+            assert request.signal_number == number
+            with pytest.raises(Stopped, match=f"stopped by {name}"):
+                signal.raise_signal(number)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+
+
 def test_signals_end_with_a_checkpoint_and_a_kill_anywhere_resumes(
     base_directory, chat_data, tmp_path
 ):
@@ -79,16 +94,6 @@ def test_signals_end_with_a_checkpoint_and_a_kill_anywhere_resumes(
     assert done.poll() == 0, done.stderr
     for name in ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
-
-
-def test_a_second_signal_stops_at_once():
-    before = signal.getsignal(signal.SIGINT)
-    with stop_requests() as request:
-        signal.raise_signal(signal.SIGINT)
-        assert request.signal_number == signal.SIGINT
-        with pytest.raises(Stopped, match="stopped by SIGINT"):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(

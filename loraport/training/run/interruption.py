@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class Stopped(KeyboardInterrupt):
     """A run ended early because a signal asked for it; what it learned is in a checkpoint.
 
     Args:
-        signal_number: SIGINT or SIGTERM.
+        signal_number: SIGINT, SIGTERM or SIGHUP.
         step: Steps taken.
         checkpoint: Where they are kept; ``None`` where the run was stopped at once.
     """
@@ -43,7 +44,9 @@ class StopRequest:
 
 @contextmanager
 def stop_requests(*, active: bool = True) -> Iterator[StopRequest]:
-    """Take SIGINT and SIGTERM as a request to stop at the next chance; a second one stops at once.
+    """Take SIGINT, SIGTERM and SIGHUP as a request to stop at the next chance.
+
+    A second one stops at once.
 
     Outside of the main thread, and for a signal that the process was started to ignore, nothing
     changes.

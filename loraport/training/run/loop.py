@@ -121,7 +121,7 @@ def train(
         LoraportError: If the model has no LoRA layers or other trainable parameters, the loss
             becomes NaN or infinite, memory or disk space runs out, or a resumed run differs
             from what it resumes.
-        Stopped: After SIGINT or SIGTERM, once the step is done and a checkpoint is written;
+        Stopped: After SIGINT, SIGTERM or SIGHUP, once the step is done and a checkpoint is written;
             only where there is a ``work`` directory.
     """
     options = options or LoopOptions()
