@@ -11,7 +11,7 @@ one recorded case could be taken for another.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,26 +34,26 @@ from loraport.runtime.model import Runtime
 if TYPE_CHECKING:
     import numpy as np
 
+Inputs = Mapping[str, "np.ndarray"]
 BLEND_CASE = "blend"
 # A cache is a means, not a result: its outputs are left out of the files.
 _CACHE_OUTPUTS = ("present",)
 
 
-def write_base_golden(
-    bundle: Path, inputs: Mapping[str, np.ndarray], runtime: Runtime | None = None
-) -> Manifest:
+def write_base_golden(bundle: Path, inputs: Inputs | Callable[[Runtime], Inputs]) -> Manifest:
     """Record the base's outputs for these inputs; adapters' cases use the same inputs.
 
     Args:
         bundle: The bundle's directory, with its manifest.
-        inputs: All inputs of the model, without slots.
-        runtime: The bundle, where it is open already.
+        inputs: All inputs of the model, without slots, or what makes them for the open bundle.
     """
     (bundle / GOLDEN_DIRECTORY).mkdir(exist_ok=True)
-    runtime = runtime or Runtime(bundle, check=False)
+    runtime = Runtime(bundle, check=False)
+    if callable(inputs):
+        inputs = inputs(runtime)
     manifest, cases = runtime.manifest, {BASE_CASE: GoldenCase({}, _file(BASE_CASE))}
     found = _run(runtime, cases, inputs)
-    del runtime
+    del runtime  # the graph that is measured beside needs as much memory
     return _record(bundle, manifest, cases, inputs, found)
 
 
@@ -79,7 +79,7 @@ def write_golden(bundle: Path, manifest: Manifest, names: Iterable[str]) -> Mani
         parts[BLEND_CASE] = {first_two[0]: 0.75, first_two[1]: 0.5}
     cases = {name: GoldenCase(adapters, _file(name)) for name, adapters in parts.items()}
     found = _run(runtime, cases, inputs)
-    del runtime
+    del runtime  # the graph that is measured beside needs as much memory
     return _record(bundle, manifest, cases, inputs, found)
 
 
@@ -88,7 +88,7 @@ def _file(case: str) -> str:
 
 
 def _run(
-    runtime: Runtime, cases: Mapping[str, GoldenCase], inputs: Mapping[str, np.ndarray]
+    runtime: Runtime, cases: Mapping[str, GoldenCase], inputs: Inputs
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return the outputs of every case."""
     names = [entry.name for entry in runtime.session.get_outputs()]
@@ -103,7 +103,7 @@ def _record(
     bundle: Path,
     manifest: Manifest,
     cases: Mapping[str, GoldenCase],
-    inputs: Mapping[str, np.ndarray],
+    inputs: Inputs,
     found: Mapping[str, Mapping[str, np.ndarray]],
 ) -> Manifest:
     from safetensors.numpy import save_file
@@ -128,7 +128,7 @@ def _rounding(
     exact: bytes | None,
     manifest: Manifest,
     cases: Mapping[str, GoldenCase],
-    inputs: Mapping[str, np.ndarray],
+    inputs: Inputs,
     found: Mapping[str, Mapping[str, np.ndarray]],
 ) -> float:
     """Return how far outputs are at most from those of a graph in float32; 0 if it does not run."""

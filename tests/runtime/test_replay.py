@@ -1,6 +1,7 @@
 """Golden cases: bounds that healthy bundles keep, and exchanged adapters do not."""
 
 import shutil
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.bundle.golden import read_golden
 from loraport.bundle.manifest import read_manifest, write_manifest
 from loraport.runtime import Runtime
+from loraport.runtime.recording import write_base_golden
 from loraport.runtime.replay import replay
 
 WIDE = 1e6  # a tolerance that says nothing
@@ -110,6 +112,25 @@ def test_what_halves_round_is_measured_and_allowed(size, widened, tmp_path):
     else:
         assert (manifest.precision, manifest.tolerance) == ("fp16", 0.1)
     assert all(result.passed for result in replay(Runtime(bundle, threads=1)))
+
+
+def test_the_bundle_is_closed_before_its_graph_in_float32_is_opened(tmp_path, monkeypatch):
+    """A graph in halves takes three times its size open, for each that is open."""
+    product(0.1, tmp_path / "m.onnx", np.float16)
+    bundle = tmp_path / "out"
+    import_model(tmp_path / "m.onnx", bundle, ImportOptions())
+    inputs = read_golden(bundle, read_manifest(bundle).golden["base"])[0]
+    opened, open_then = [], []
+
+    def watched(*arguments, **named):
+        open_then.append(sum(session() is not None for session in opened))
+        runtime = Runtime(*arguments, **named)
+        opened.append(weakref.ref(runtime.session))
+        return runtime
+
+    monkeypatch.setattr("loraport.runtime.recording.Runtime", watched)
+    write_base_golden(bundle, lambda runtime: inputs if runtime.directory == bundle else {})
+    assert open_then == [0, 0]
 
 
 def test_no_case_may_be_taken_for_another(tmp_path):
