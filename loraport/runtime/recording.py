@@ -155,8 +155,11 @@ def _apart(
 
 
 def _difference(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
+    """Return how far outputs are at most from others; infinitely where one is not finite."""
     import numpy as np
 
+    if not all(np.isfinite(each[key]).all() for key in one for each in (one, other)):
+        return math.inf
     distances = (np.abs(one[key].astype(np.float64) - other[key]) for key in one)
     return max((float(distance.max(initial=0)) for distance in distances), default=0)
 

@@ -133,6 +133,21 @@ def test_the_bundle_is_closed_before_its_graph_in_float32_is_opened(tmp_path, mo
     assert open_then == [0, 0]
 
 
+def test_what_infinite_outputs_round_is_not_measured(tmp_path):
+    make = onnx.helper
+    half = onnx.TensorProto.FLOAT16
+    product(0.1, tmp_path / "m.onnx", np.float16)
+    model = onnx.load(tmp_path / "m.onnx")
+    model.graph.node.append(make.make_node("Div", ["y", "zero"], ["z"]))
+    model.graph.initializer.append(make.make_tensor("zero", half, [], [0.0]))
+    model.graph.output.append(make.make_tensor_value_info("z", half, ["rows", 64]))
+    onnx.save(model, tmp_path / "m.onnx")
+    import_model(tmp_path / "m.onnx", tmp_path / "out", ImportOptions())
+    manifest = read_manifest(tmp_path / "out")
+    assert np.isinf(read_golden(tmp_path / "out", manifest.golden["base"])[1]["z"]).any()
+    assert manifest.tolerance == 0.1
+
+
 def test_no_case_may_be_taken_for_another(tmp_path):
     """What is allowed is less than half of what tells an adapter's outputs from the base's."""
     product(100, tmp_path / "m.onnx")
