@@ -175,6 +175,8 @@ def test_another_base_is_refused(int4, dora, tiny_base, tmp_path):
     other.save_pretrained(tmp_path / "base")
     with pytest.raises(LoraportError, match=r"q_proj: expected the base's weight, which DoRA.*"):
         add_adapters(own, {"d": read_adapter(dora)}, base=str(tmp_path / "base"))
+    with pytest.raises(LoraportError, match="expected a model directory"):
+        add_adapters(own, {"d": read_adapter(dora)}, base=tmp_path / "none")  # a path, not a text
 
 
 def test_a_checkpoint_with_other_names_is_read_as_a_model(int4, tiny_base, monkeypatch):

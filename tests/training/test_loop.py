@@ -285,7 +285,7 @@ def test_metrics_are_json_where_a_validation_loss_is_not_finite(tmp_path):
     text = (tmp_path / "metrics.jsonl").read_text()
     lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
     assert lines[-1] == {"step": 2, "validation_loss": None}
-    again = train(conv_net(), *arguments, validation=[images()], work=tmp_path, resume=True)
+    again = train(conv_net(), *arguments, validation=[images()], work=str(tmp_path), resume=True)
     assert math.isnan(again.validations[-1][1])
     assert again.validations[:-1] == first.validations[:-1]
     assert (again.steps, again.kept, again.losses) == (first.steps, first.kept, first.losses)

@@ -45,7 +45,7 @@ def add_adapters(
     *,
     force: bool = False,
     ignore_fingerprint: bool = False,
-    base: str | None = None,
+    base: Path | str | None = None,
     progress: Callable[[str], None] = lambda text: None,  # noqa: ARG005
 ) -> Manifest:
     """Pack adapters into a bundle, without exporting anything again.
@@ -71,7 +71,7 @@ def add_adapters(
             anything that finds no slot; if another process adds to the bundle meanwhile.
     """
     require_adapters(adapters)
-    bundle = Path(bundle)
+    bundle, base = Path(bundle), None if base is None else str(base)
     read_manifest(bundle)  # nothing is created where there is no bundle
     with only_process(bundle / MANIFEST_FILE):
         return _add(bundle, adapters, force, ignore_fingerprint, base, progress)

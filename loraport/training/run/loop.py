@@ -90,7 +90,7 @@ def train(
     options: LoopOptions | None = None,
     *,
     validation: Batches | None = None,
-    work: Path | None = None,
+    work: Path | str | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
     observer: Observer | None = None,
@@ -125,6 +125,7 @@ def train(
             only where there is a ``work`` directory.
     """
     options = options or LoopOptions()
+    work = None if work is None else Path(work)
     processes = processes_now()
     observer = observer if observer is not None and processes.first else Silent()
     placement = choose_placement(options.device, options.dtype)
