@@ -169,7 +169,7 @@ class ImportedGraph:
     Attributes:
         slotted: The graph.
         named: Every site with its module's name; its operator may have been taken apart since.
-        computed: Convolutions whose kernels are not their modules' own, see `folded`.
+        computed: Modules whose weights in the graph are not their own, see `folded`.
     """
 
     slotted: SlottedModel

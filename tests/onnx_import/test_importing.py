@@ -294,6 +294,57 @@ def test_kernels_that_a_normalization_was_folded_into_are_told(dynamo, fold, tmp
     add_adapters(tmp_path / "out", {"last": Adapter({"last": plain})})
 
 
+class Normalized(torch.nn.Module):
+    """A linear layer that torch fuses with the normalization behind it, and one without."""
+
+    def __init__(self, *, bias):
+        super().__init__()
+        self.first = torch.nn.Linear(6, 5, bias=bias)
+        self.norm, self.last = torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 4)
+        torch.nn.init.uniform_(self.norm.running_var, 0.3, 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.norm(self.first(x))))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter, about itself
+@pytest.mark.parametrize("bias", [True, False])
+def test_matrices_that_a_normalization_was_folded_into_are_told(bias, tmp_path):
+    """The fused weight keeps its name: an adapter's update was added to another, unnoticed."""
+    torch.manual_seed(0)
+    model, x = Normalized(bias=bias).eval(), torch.randn(7, 6)
+    torch.onnx.export(
+        model, (x,), tmp_path / "m.onnx", input_names=["x"], dynamo=True, verbose=False
+    )
+    weights = {
+        t.name: onnx.numpy_helper.to_array(t)
+        for t in onnx.load(tmp_path / "m.onnx").graph.initializer
+    }
+    assert np.abs(weights["first.weight"] - model.first.weight.detach().numpy()).max() > 0.05
+    import_model(tmp_path / "m.onnx", tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.computed == ("first",)
+    assert list(manifest.slots.modules()) == ["first", "last"]
+    adapters = {
+        name: Adapter(
+            {name: LoraModule(ModuleKind.LINEAR, torch.randn(2, i), torch.randn(o, 2), alpha=2)}
+        )
+        for name, i, o in (("first", 6, 5), ("last", 5, 4))
+    }
+    with pytest.raises(LoraportError, match=r"first: expected the module's own weight in the"):
+        add_adapters(tmp_path / "out", adapters)
+    add_adapters(tmp_path / "out", {"last": adapters["last"]})
+    module = adapters["last"].modules["last"]
+    got = Runtime(tmp_path / "out", threads=1).run({"x": x.numpy()}, "last")
+    with torch.no_grad():
+        base = model(x)
+        model.last.weight += module.lora_B @ module.lora_A
+        expected = model(x)
+    (output,) = got.values()
+    np.testing.assert_allclose(output, expected.numpy(), atol=1e-5)
+    assert (base - expected).abs().max() > 0.1
+
+
 class Shared(torch.nn.Module):
     """Modules with one weight, functions with a module's, and one called twice."""
 

@@ -95,25 +95,29 @@ def name_sites(sites: Sequence[Site], others: Sequence[Site] = ()) -> list[Named
 
 
 def folded(named: Iterable[NamedSite]) -> list[str]:
-    """Return convolutions whose kernels are not their modules' own: computed by the exporter.
+    """Return modules whose weights in the graph are not their own: computed by the exporter.
 
     Most often a normalization was folded in. A kernel lost its name then, though the graph knows
-    the module, or the exporter recorded the normalization as what computes the product, or it made
-    a bias where there was none (``conv.weight_bias``).
+    the module (a matrix loses it when it is turned, too), or the exporter recorded the
+    normalization as what computes the product, or it made a bias where there was none
+    (``conv.weight_bias``).
     """
     found = []
     for entry in named:
         site = entry.site
         known = entry.path.rpartition("_")[0] != site.kind.value  # not by its number
-        nameless = _ANONYMOUS.fullmatch(_stored_name(site)) and not _recorded_path(site.node)
-        computed = nameless or _is_normalization(site.node) or _has_made_bias(site)
-        if site.kind is ModuleKind.CONV and known and computed:
+        nameless = (
+            site.kind is ModuleKind.CONV
+            and _ANONYMOUS.fullmatch(_stored_name(site))
+            and not _recorded_path(site.node)
+        )
+        if known and (nameless or _is_normalization(site.node) or _has_made_bias(site)):
             found.append(entry.path)
     return list(dict.fromkeys(found))
 
 
 def _has_made_bias(site: Site) -> bool:
-    """Tell whether a convolution's bias has the name that onnxscript's fusion gives a new one."""
+    """Tell whether a product's bias has the name that onnxscript's fusion gives a new one."""
     weight = weight_of(site)
     bias = constant(site.node.inputs[2]) if len(site.node.inputs) > 2 else None
     return weight is not None and bias is not None and bias.name == f"{weight.name}_bias"
