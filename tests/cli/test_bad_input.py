@@ -223,7 +223,7 @@ def test_a_flipped_byte_is_refused(own_bundle, capsys):
     [
         (["--temperature", "nan"], "temperature: expected a finite number, 0 or more, got nan"),
         (["--top-p", "nan"], "top_p: expected more than 0, at most 1, got nan"),
-        (["--seed", "-1"], "seed: expected 0 or more, got -1"),
+        (["--seed", "-1"], "seed: expected a whole number, 0 or more, got -1"),
         (["--prompt", "-"], "--prompt -: expected text on stdin, got: 'utf-8' codec"),
     ],
 )
