@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraport.runtime.full_precision import with_float32_activations
+from loraport.runtime.full_precision import ask_for_float32
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -24,18 +24,15 @@ def in_float32(graph: Path) -> bytes | None:
     import onnx
     import onnx_ir as ir
 
-    rounding = with_float32_activations(graph)
-    if rounding is not None:
-        proto = onnx.load_from_string(rounding)
-    else:
-        proto = onnx.load(str(graph), load_external_data=False)
+    proto = onnx.load(str(graph), load_external_data=False)
+    rounded = ask_for_float32(proto)
     model = ir.serde.deserialize_model(proto)
     inner: list[ir.Graph | ir.Function] = [*model.graph.subgraphs()]
     for function in model.functions.values():
         inner += [function, *function.subgraphs()]
     halves = [_widen(model.graph, given=True), *(_widen(body, given=False) for body in inner)]
     if not any(halves):
-        return rounding
+        return proto.SerializeToString() if rounded else None
     return bytes(ir.serde.serialize_model(model).SerializeToString())
 
 

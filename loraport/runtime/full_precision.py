@@ -29,10 +29,15 @@ def with_float32_activations(graph: Path) -> bytes | None:
     import onnx
 
     model = onnx.load(str(graph), load_external_data=False)
+    return model.SerializeToString() if ask_for_float32(model) else None
+
+
+def ask_for_float32(model: onnx.ModelProto) -> bool:
+    """Let 4-bit and 8-bit products have float32 activations, in place; tell if any had others."""
     levels = _levels_that_round(model.graph)
     for level in levels:
         level.i = _FLOAT32_ACTIVATIONS
-    return model.SerializeToString() if levels else None
+    return bool(levels)
 
 
 def rounds_activations(graph: Path) -> bool:

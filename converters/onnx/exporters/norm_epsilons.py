@@ -9,13 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from torch import nn
 
-_NORMS = (
-    "LayerNormalization",
-    "RMSNormalization",
-    "SimplifiedLayerNormalization",
-    "SkipLayerNormalization",
-    "SkipSimplifiedLayerNormalization",
-)
+from converters.onnx.modules.stored_gains import NORMS
 
 
 def set_norm_epsilons(graph: ir.Model, model: nn.Module) -> None:
@@ -29,7 +23,7 @@ def set_norm_epsilons(graph: ir.Model, model: nn.Module) -> None:
     if len(epsilons) != 1 or (epsilon := epsilons.pop()) is None:
         return
     for node in graph.graph.all_nodes():
-        if node.op_type in _NORMS:
+        if node.op_type in NORMS:
             node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
         elif "qk_norm_epsilon" in node.attributes:  # norms inside attention
             node.attributes["qk_norm_epsilon"] = ir.AttrFloat32("qk_norm_epsilon", epsilon)

@@ -19,12 +19,15 @@ _BUILDER = "onnxruntime-genai"  # as it calls itself
 # Gemma 4 multiplies by the weight itself.
 _PLUS_ONE = re.compile(r"gemma([23](_.*)?)?|nemotron|qwen3_5(_.*)?")
 # Operators that normalize, and which of their inputs they multiply by.
-_GAINS = {
+NORMS = {
     "LayerNormalization": (1,),
     "RMSNormalization": (1,),
     "SimplifiedLayerNormalization": (1,),
     "SkipLayerNormalization": (2,),
     "SkipSimplifiedLayerNormalization": (2,),
+}
+_GAINS = {
+    **NORMS,
     "GroupQueryAttention": (14, 15),  # queries and keys, in graphs for GPUs
     "PagedAttention": (12, 13),
 }
