@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converters.onnx.graph.constant_numbers import dequantized
-from converters.onnx.graph.constants import constant
+from converters.onnx.graph.integer_weight import integer_kernel
 from converters.onnx.graph.quantized_values import quantized_from, scaled_product
 from converters.onnx.graph.site import Site, inputs_of
 from loraport.adapter import ModuleKind
@@ -17,14 +16,13 @@ from loraport.adapter import ModuleKind
 
 def find_site(node: ir.Node) -> Site | None:
     """Return the site, or ``None`` where the operator stands in another chain."""
-    x, w, _, given = inputs_of(node, 4)
-    source, kernel, zero = quantized_from(x), constant(w), constant(given)
-    product = scaled_product(node)
-    if source is None or kernel is None or product is None or len(kernel.shape) not in (3, 4, 5):
+    x, w, _, w_zero = inputs_of(node, 4)
+    source, product = quantized_from(x), scaled_product(node)
+    if source is None or product is None:
         return None
-    if given is not None and zero is None:
+    kernel = integer_kernel(w, product.scale, w_zero)
+    if kernel is None:
         return None
-    scale = product.scale
     shape = kernel.shape
     groups = node.attributes.get_int("group", 1)
     return Site(
@@ -33,14 +31,8 @@ def find_site(node: ir.Node) -> Site | None:
         y=product.y,
         in_features=shape[1] * groups,
         out_features=shape[0],
-        dtype=scale.dtype,
-        weight=lambda: (
-            dequantized(
-                kernel.array(), scale.array().reshape(-1), zero.array() if zero else None, axis=0
-            )
-            .reshape(shape[0], -1)
-            .T
-        ),
+        dtype=kernel.dtype,
+        weight=lambda: kernel.floats(axis=0).reshape(shape[0], -1).T,
         quantized=True,
         kind=ModuleKind.CONV,
         kernel=tuple(shape[2:]),

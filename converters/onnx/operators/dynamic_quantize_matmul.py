@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converters.onnx.graph.constant_numbers import dequantized
 from converters.onnx.graph.constants import constant
-from converters.onnx.graph.site import Site
+from converters.onnx.graph.integer_weight import integer_matrix
+from converters.onnx.graph.site import Site, inputs_of
 
 
 def find_site(node: ir.Node) -> Site | None:
     """Return the site, or ``None`` where the weight is no constant matrix."""
-    x, weight, scale = node.inputs[0], constant(node.inputs[1]), constant(node.inputs[2])
-    given = node.inputs[3] if len(node.inputs) > 3 else None
-    zero = constant(given)
-    bias = node.inputs[4] if len(node.inputs) > 4 else None
-    if x is None or weight is None or scale is None or len(weight.shape) != 2:
-        return None
-    if given is not None and zero is None:
+    x, b, b_scale, b_zero, bias = inputs_of(node, 5)
+    weight = integer_matrix(b, constant(b_scale), b_zero)
+    if x is None or weight is None:
         return None
     return Site(
         node=node,
@@ -29,8 +25,8 @@ def find_site(node: ir.Node) -> Site | None:
         y=node.outputs[0],
         in_features=weight.shape[0],
         out_features=weight.shape[1],
-        dtype=scale.dtype,
-        weight=lambda: dequantized(weight.array(), scale.array(), zero.array() if zero else None),
+        dtype=weight.dtype,
+        weight=weight.floats,
         quantized=True,
         added=4 if bias is not None else None,
     )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converters.onnx.graph.constant_numbers import dequantized
 from converters.onnx.graph.constants import constant
+from converters.onnx.graph.integer_weight import integer_matrix
 from converters.onnx.graph.quantized_values import quantized_from
 from converters.onnx.graph.site import Site, inputs_of
 
@@ -17,10 +17,8 @@ from converters.onnx.graph.site import Site, inputs_of
 def find_site(node: ir.Node) -> Site | None:
     """Return the site, or ``None`` where the weight is no constant or nothing was quantized."""
     a, b, _, b_scale, _, b_zero, bias = inputs_of(node, 7)
-    x, weight, scale, zero = quantized_from(a), constant(b), constant(b_scale), constant(b_zero)
-    if x is None or weight is None or scale is None or len(weight.shape) != 2:
-        return None
-    if b_zero is not None and zero is None:
+    x, weight = quantized_from(a), integer_matrix(b, constant(b_scale), b_zero)
+    if x is None or weight is None:
         return None
     return Site(
         node=node,
@@ -28,8 +26,8 @@ def find_site(node: ir.Node) -> Site | None:
         y=node.outputs[0],
         in_features=weight.shape[0],
         out_features=weight.shape[1],
-        dtype=scale.dtype,
-        weight=lambda: dequantized(weight.array(), scale.array(), zero.array() if zero else None),
+        dtype=weight.dtype,
+        weight=weight.floats,
         quantized=True,
         added=6 if bias is not None else None,
     )

@@ -17,8 +17,8 @@ from converters.onnx.graph.attention_core import (
     hidden_sizes,
     take_apart,
 )
-from converters.onnx.graph.constant_numbers import dequantized
 from converters.onnx.graph.constants import constant
+from converters.onnx.graph.integer_weight import integer_matrix
 from converters.onnx.graph.quantized_values import quantized_from
 from converters.onnx.graph.rewriting import Rewrite
 from converters.onnx.graph.site import Site, inputs_of
@@ -27,11 +27,8 @@ from converters.onnx.graph.site import Site, inputs_of
 def find_site(node: ir.Node) -> Site | None:
     """Return the site, or ``None`` where the weight is no constant or the rest is unusual."""
     x, weight, bias, x_scale, b_scale, mask, x_zero, b_zero, past = inputs_of(node, 9)
-    found, scale, zero = constant(weight), constant(b_scale), constant(b_zero)
-    source = quantized_from(x)
-    if source is None or found is None or scale is None or len(found.shape) != 2:
-        return None
-    if b_zero is not None and zero is None:
+    source, found = quantized_from(x), integer_matrix(weight, constant(b_scale), b_zero)
+    if source is None or found is None:
         return None
     sizes = hidden_sizes(node, found.shape[1])
     if sum(sizes) != found.shape[1] or not can_be_taken_apart(node, mask):
@@ -43,11 +40,11 @@ def find_site(node: ir.Node) -> Site | None:
         while integers[-1] is None:
             integers.pop()
         product = rewrite.add("qkv/MatMul", "MatMulInteger", integers, [ir.DataType.INT32])[0]
-        cast = rewrite.add("qkv/Cast", "Cast", [product], [scale.dtype], {"to": int(scale.dtype)})
-        both = rewrite.add("qkv/scale", "Mul", [x_scale, b_scale], [scale.dtype])
-        y = rewrite.add("qkv/scaled", "Mul", [cast[0], both[0]], [scale.dtype])[0]
+        cast = rewrite.add("qkv/Cast", "Cast", [product], [found.dtype], {"to": int(found.dtype)})
+        both = rewrite.add("qkv/scale", "Mul", [x_scale, b_scale], [found.dtype])
+        y = rewrite.add("qkv/scaled", "Mul", [cast[0], both[0]], [found.dtype])[0]
         inputs = AttentionInputs(bias, mask, past, None)
-        take_apart(rewrite, node, y, sizes, inputs, scale.dtype)
+        take_apart(rewrite, node, y, sizes, inputs, found.dtype)
         projection = product.producer()
         assert projection is not None
         return replace(site, node=projection, y=y, expose=None)
@@ -58,8 +55,8 @@ def find_site(node: ir.Node) -> Site | None:
         y=node.outputs[0],
         in_features=found.shape[0],
         out_features=found.shape[1],
-        dtype=scale.dtype,
-        weight=lambda: dequantized(found.array(), scale.array(), zero.array() if zero else None),
+        dtype=found.dtype,
+        weight=found.floats,
         quantized=True,
         expose=expose,
     )

@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from converters.onnx.graph.constant_numbers import dequantized
 from converters.onnx.graph.constants import constant
+from converters.onnx.graph.integer_weight import integer_matrix
 from converters.onnx.graph.quantized_ports import float_input, float_output
 from converters.onnx.graph.site import Site, inputs_of
 
@@ -20,10 +20,8 @@ from converters.onnx.graph.site import Site, inputs_of
 def find_site(node: ir.Node) -> Site | None:
     """Return the site, or ``None`` where ``x`` is transposed or the weight no constant."""
     a, _, _, b, b_scale, b_zero, bias, y_scale, y_zero = inputs_of(node, 9)
-    weight, scale, zero = constant(b), constant(b_scale), constant(b_zero)
-    if a is None or weight is None or scale is None or len(weight.shape) != 2:
-        return None
-    if b_zero is not None and zero is None:
+    weight = integer_matrix(b, constant(b_scale), b_zero)
+    if a is None or weight is None:
         return None
     if node.attributes.get_int("transA", 0):
         return None
@@ -32,15 +30,13 @@ def find_site(node: ir.Node) -> Site | None:
     rows, columns = reversed(weight.shape) if transposed else weight.shape
 
     def stored_as_in_out() -> np.ndarray:
-        zeros = zero.array() if zero else None
-        array = dequantized(weight.array(), scale.array(), zeros, axis=0 if transposed else 1)
-        array = array.T if transposed else array
+        array = weight.floats(axis=0).T if transposed else weight.floats()
         return array if alpha == 1.0 else array * np.asarray(alpha, array.dtype)
 
     def expose() -> Site:
-        x, y = float_input(node, 0, scale.dtype), node.outputs[0]
+        x, y = float_input(node, 0, weight.dtype), node.outputs[0]
         if y_scale is not None:
-            y = float_output(node, y_scale, y_zero, scale.dtype)
+            y = float_output(node, y_scale, y_zero, weight.dtype)
         return replace(site, x=x, y=y, expose=None)
 
     site = Site(
@@ -49,7 +45,7 @@ def find_site(node: ir.Node) -> Site | None:
         y=node.outputs[0],
         in_features=rows,
         out_features=columns,
-        dtype=scale.dtype,
+        dtype=weight.dtype,
         weight=stored_as_in_out,
         quantized=True,
         bias_is_fixed=bias is not None,

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from converters.onnx.graph.constant_numbers import dequantized
 from converters.onnx.graph.constants import constant
+from converters.onnx.graph.integer_weight import integer_kernel
 from converters.onnx.graph.quantized_ports import float_input, float_output
 from converters.onnx.graph.site import Site, inputs_of
 from loraport.adapter import ModuleKind
@@ -19,10 +19,8 @@ from loraport.adapter import ModuleKind
 def find_site(node: ir.Node) -> Site | None:
     """Return the site, or ``None`` where the kernel is no constant or has other dimensions."""
     a, _, _, w, w_scale, w_zero, y_scale, y_zero, bias = inputs_of(node, 9)
-    kernel, scale, zero = constant(w), constant(w_scale), constant(w_zero)
-    if a is None or kernel is None or scale is None or y_scale is None:
-        return None
-    if len(kernel.shape) not in (3, 4, 5) or (w_zero is not None and zero is None):
+    kernel = integer_kernel(w, constant(w_scale), w_zero)
+    if a is None or kernel is None or y_scale is None:
         return None
     if node.attributes.get_int("channels_last", 0):
         return None
@@ -30,8 +28,8 @@ def find_site(node: ir.Node) -> Site | None:
     groups = node.attributes.get_int("group", 1)
 
     def expose() -> Site:
-        x = float_input(node, 0, scale.dtype)
-        y = float_output(node, y_scale, y_zero, scale.dtype)
+        x = float_input(node, 0, kernel.dtype)
+        y = float_output(node, y_scale, y_zero, kernel.dtype)
         return replace(site, x=x, y=y, expose=None)
 
     site = Site(
@@ -40,12 +38,8 @@ def find_site(node: ir.Node) -> Site | None:
         y=node.outputs[0],
         in_features=shape[1] * groups,
         out_features=shape[0],
-        dtype=scale.dtype,
-        weight=lambda: (
-            dequantized(kernel.array(), scale.array(), zero.array() if zero else None, axis=0)
-            .reshape(shape[0], -1)
-            .T
-        ),
+        dtype=kernel.dtype,
+        weight=lambda: kernel.floats(axis=0).reshape(shape[0], -1).T,
         quantized=True,
         kind=ModuleKind.CONV,
         kernel=tuple(shape[2:]),

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from converters.onnx.graph.constant_numbers import dequantized
 from converters.onnx.graph.constants import constant
+from converters.onnx.graph.integer_weight import integer_matrix
 from converters.onnx.graph.quantized_ports import float_input, float_output
 from converters.onnx.graph.site import Site, inputs_of
 
@@ -19,15 +19,13 @@ from converters.onnx.graph.site import Site, inputs_of
 def find_site(node: ir.Node) -> Site | None:
     """Return the site, or ``None`` where the weight is no constant matrix."""
     a, _, _, b, b_scale, b_zero, y_scale, y_zero = inputs_of(node, 8)
-    weight, scale, zero = constant(b), constant(b_scale), constant(b_zero)
-    if a is None or weight is None or scale is None or y_scale is None or len(weight.shape) != 2:
-        return None
-    if (b_zero is not None and zero is None) or constant(a) is not None:
+    weight = integer_matrix(b, constant(b_scale), b_zero)
+    if a is None or weight is None or y_scale is None or constant(a) is not None:
         return None
 
     def expose() -> Site:
-        x = float_input(node, 0, scale.dtype)
-        y = float_output(node, y_scale, y_zero, scale.dtype)
+        x = float_input(node, 0, weight.dtype)
+        y = float_output(node, y_scale, y_zero, weight.dtype)
         return replace(site, x=x, y=y, expose=None)
 
     site = Site(
@@ -36,8 +34,8 @@ def find_site(node: ir.Node) -> Site | None:
         y=node.outputs[0],
         in_features=weight.shape[0],
         out_features=weight.shape[1],
-        dtype=scale.dtype,
-        weight=lambda: dequantized(weight.array(), scale.array(), zero.array() if zero else None),
+        dtype=weight.dtype,
+        weight=weight.floats,
         quantized=True,
         expose=expose,
     )
