@@ -14,6 +14,7 @@ import numpy as np
 
 from loraport.counts import counted
 from loraport.errors import LoraportError, Problems
+from loraport.json_object import distinct_keys
 
 if TYPE_CHECKING:
     import torch
@@ -245,7 +246,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except OSError as error:
         raise LoraportError(f"cannot be read: {error.strerror or error}") from error
     try:
-        header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
+        header = json.loads(raw, object_pairs_hook=distinct_keys)
         if not isinstance(header, dict):
             raise ValueError("not an object")
         metadata = header.pop("__metadata__", None)
@@ -296,15 +297,6 @@ def _tensor_info(file: Path, name: str, entry: Any, data: int, size: int) -> Ten
             f"tensor {name!r} of {end - begin} bytes, too few or too many for {dtype} {list(shape)}"
         )
     return TensorInfo(file, dtype, shape, data + begin, end - begin)
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"keys that occur twice: {', '.join(twice)}")
-    return result
 
 
 def _shards(path: Path) -> list[Path]:

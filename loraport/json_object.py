@@ -1,4 +1,4 @@
-"""Read JSON that comes from outside."""
+"""JSON objects that come from outside."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parse_json_object(text: str | bytes, source: str) -> dict[str, Any]:
         LoraportError: If it is not JSON, not an object, or a key occurs twice.
     """
     try:
-        parsed = json.loads(text, object_pairs_hook=_refuse_duplicates)
+        parsed = json.loads(text, object_pairs_hook=distinct_keys)
     except (ValueError, RecursionError) as error:
         raise LoraportError(f"{source}: expected JSON, got: {error}") from error
     if not isinstance(parsed, dict):
@@ -44,7 +44,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise LoraportError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its keys and values; the hook of `json.loads` that refuses a key twice.
+
+    Raises:
+        ValueError: Naming the keys that occur twice.
+    """
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]

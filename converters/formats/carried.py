@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from converters.formats.json_object import parse_json_object
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint
+from loraport.json_object import parse_json_object
 from loraport.scaling import alpha_for, lora_scaling
 
 CARRIED_KEY = "loraport"

@@ -19,11 +19,11 @@ from converters.formats.base_facts import component_class
 from converters.formats.carried import CARRIED_KEY, carried_json, read_carried, restore
 from converters.formats.features import Feature, cannot_hold
 from converters.formats.format import AdapterFormat, FormatContext
-from converters.formats.json_object import parse_json_object
 from converters.formats.original_names import named_as_in_base, original_model
 from loraport.adapter import Adapter, LoraModule
 from loraport.checkpoint import Checkpoint, read_header
 from loraport.errors import LoraportError, Problems
+from loraport.json_object import parse_json_object
 from loraport.naming import PEFT_PREFIX, Part, parse_peft_key
 from loraport.naming.diffusers import COMPONENTS, ORIGINAL_MODEL, parse_diffusers_key
 from loraport.naming.original_diffusion import is_transformer_path

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loraport.errors import LoraportError, Problems
+from loraport.errors import Problems
+from loraport.json_object import read_json_object
 from loraport.scaling import RankAndAlpha
 
 # Honoured by `LoraSettings` or by the tensors themselves.
@@ -113,14 +114,7 @@ def read_config(path: Path, *, changed_base: bool = False) -> LoraSettings:
         LoraportError: If it cannot be read, is no LoRA configuration, or asks for maths
             that loraport does not do; every such key is named.
     """
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise LoraportError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise LoraportError(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(config, dict):
-        raise LoraportError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    config = read_json_object(path)
     return parse_config(config, str(path), changed_base=changed_base)
 
 

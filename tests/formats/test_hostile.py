@@ -1,6 +1,7 @@
 """Damaged and hostile files of every format: one clear error, never another exception."""
 
 import contextlib
+import json
 import shutil
 
 import pytest
@@ -174,11 +175,13 @@ def test_gguf_that_is_a_model(written, case_of, tmp_path) -> None:
         read_adapter(tmp_path / "names.gguf", base=case_of("plain").base)
 
 
-def test_duplicate_keys(written, tmp_path) -> None:
-    original, _ = written["mlx"]
-    shutil.copytree(original, tmp_path / "mlx")
-    config = (tmp_path / "mlx" / "adapter_config.json").read_text()
-    doubled = config.replace('"num_layers"', '"fine_tune_type": "lora",\n"num_layers"')
-    (tmp_path / "mlx" / "adapter_config.json").write_text(doubled)
-    with pytest.raises(LoraportError, match="keys that occur twice: fine_tune_type"):
-        read_adapter(tmp_path / "mlx")
+@pytest.mark.parametrize(("name", "key"), [("mlx", "fine_tune_type"), ("peft", "r")])
+def test_duplicate_keys(name: str, key: str, written, tmp_path) -> None:
+    original, _ = written[name]
+    shutil.copytree(original, tmp_path / name)
+    config = tmp_path / name / "adapter_config.json"
+    read_adapter(tmp_path / name)
+    value = json.dumps(json.loads(config.read_text())[key])
+    config.write_text(config.read_text().replace("{", f'{{"{key}": {value},', 1))
+    with pytest.raises(LoraportError, match=f"keys that occur twice: {key}"):
+        read_adapter(tmp_path / name)
