@@ -18,6 +18,7 @@ import click
 
 from loraport import __version__
 from loraport.cli.asked_to_end import interrupted_by_signals
+from loraport.cli.first_process import leave_to_the_first
 from loraport.cli.visible import visible
 from loraport.errors import LoraportError
 
@@ -100,8 +101,10 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="loraport")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Take a LoRA adapter from the GPU it was trained on to every place a model runs."""
+    leave_to_the_first(ctx.invoked_subcommand)
 
 
 def main(arguments: list[str] | None = None) -> None:

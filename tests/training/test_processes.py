@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import command
 
 from loraport.errors import LoraportError
 from loraport.training.distributed.processes import Processes, joined, processes_now
@@ -213,6 +214,26 @@ def test_alone_without_torchrun(monkeypatch):
     assert processes.sums(1.5, 2.0) == [1.5, 2.0]
     assert processes.from_first(lambda: "x") == "x"
     assert processes.from_all(3) == [3]
+
+
+def test_a_command_that_shares_no_work_is_left_to_the_first(base_directory, chat_data, monkeypatch):
+    """Of ``eval``, every process printed its own table, and one JSON document followed another."""
+    typed = ("eval", base_directory, chat_data, "--generations", 0, "--json")
+    said = {}
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for size, rank in (("1", "0"), ("2", "0"), ("2", "1")):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.setenv("RANK", rank)
+        said[size, rank] = command(*typed)
+    code, alone = said["1", "0"]
+    note = "note: loraport eval is done by one process, the first of 2 that torchrun started; the"
+    assert said["2", "0"] == (code, f"{note} others have ended {alone}")
+    assert (code, "note: " in alone) == (0, False)
+    assert said["2", "1"] == (0, "")
+    # Controls: what shares its work runs in all, and a cluster's own ranks end nothing.
+    assert "Missing option -o" in command("train", base_directory, chat_data)[1]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert command(*typed) == (code, alone)
 
 
 def test_every_process_has_as_many_batches_and_something_to_do():
