@@ -154,7 +154,8 @@ def train(
 
     On several GPUs or machines: torchrun --nproc-per-node N -m loraport train ... A step takes
     --batch-size x --accumulate rows in all, whatever the number of processes, so the adapter is
-    the same, and any number of processes can continue a run.
+    the same, and any number of processes can continue a run, with --gradient-checkpointing or
+    without.
     """
     if dry_run:
         _dry_run(base, data, options_from(chosen), as_json=as_json)

@@ -28,6 +28,7 @@ from loraport.sweep.worker import Setting
 from loraport.training.data.text_data import TextData, digest, padding_token, read_data
 from loraport.training.devices import choose_placement
 from loraport.training.kernels.cuda_graphs import asked_to_record
+from loraport.training.run.checkpoints import FREE_OPTIONS
 from loraport.training.run.faults import faults_explained
 from loraport.training.run.interruption import Stopped, stop_requests
 from loraport.training.run.savers import savers_told
@@ -172,8 +173,9 @@ def _work(out: Path) -> Path:
 
 def _identity(base: str, rows: TextData, options: SweepOptions) -> dict[str, Any]:
     train = asdict(options.train)
-    loop = {key: value for key, value in train["loop"].items() if key not in ("save_every", "keep")}
-    plain = {key: value for key, value in train.items() if key not in ("lora", "loop")}
+    loop = {key: value for key, value in train["loop"].items() if key not in FREE_OPTIONS}
+    others = FREE_OPTIONS | {"lora", "loop"}
+    plain = {key: value for key, value in train.items() if key not in others}
     digests = {"training rows": digest(rows.train), "validation rows": digest(rows.validation)}
     # However a path is spelled; a name of a hub has no other spelling.
     facts = {"base": os.path.normpath(base), **loop, **plain, **digests, "halving": options.halving}

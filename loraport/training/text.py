@@ -42,7 +42,7 @@ from loraport.training.lora.targets import select_targets
 from loraport.training.losses.language_model import language_model_loss
 from loraport.training.losses.loss import LossFunction
 from loraport.training.options import TrainOptions
-from loraport.training.run.checkpoints import require_same_run
+from loraport.training.run.checkpoints import FREE_OPTIONS, require_same_run
 from loraport.training.run.curve import draw_losses
 from loraport.training.run.faults import faults_explained, kept
 from loraport.training.run.loop import TrainingResult, loop_identity, train
@@ -177,7 +177,7 @@ def _train(
     refuse_for_processes(options, processes)
     tokenizer = load_tokenizer(base)
     rows = read_data(base, data, validation, tokenizer, options, observer)
-    during.enter_context(savers_told(base, rows, options, processes=processes.size))
+    during.enter_context(savers_told(base, rows, options, work, processes=processes.size))
     identity = _identity(rows, options)
     placement = choose_placement(options.loop.device, options.loop.dtype)
     whole_identity = {**identity, **loop_identity(options.loop, placement)}
@@ -313,7 +313,8 @@ def _refuse_unfinished(work: Path) -> None:
 def _identity(rows: TextData, options: TrainOptions) -> dict[str, Any]:
     """Return what a resumed run must share; the loop adds its own options."""
     lora = {f"lora.{key}": value for key, value in asdict(options.lora).items()}
-    plain = {key: value for key, value in asdict(options).items() if key not in ("lora", "loop")}
+    others = FREE_OPTIONS | {"lora", "loop"}
+    plain = {key: value for key, value in asdict(options).items() if key not in others}
     digests = {
         "training rows (data, tokenizer, chat template)": digest(rows.train),
         "validation rows": digest(rows.validation),

@@ -142,6 +142,47 @@ def test_what_to_change_is_of_this_base_and_of_these_rows(
     assert f"; to need less, try {offered}, or a smaller base" in str(raised.value)
 
 
+def test_a_run_that_needs_less_memory_goes_on_from_its_checkpoint(
+    base_directory, chat_data, tmp_path, monkeypatch
+):
+    """Activations that are computed again change no bit; --resume was refused with them."""
+    from loraport.training.base.frozen_base import checkpoint_activations
+    from loraport.training.losses.language_model import language_model_loss
+
+    out, whole, calls = tmp_path / "out", tmp_path / "whole", []
+    options = replace(OPTIONS, lora=LoraOptions(rank=4, dropout=0.2))
+    less = replace(options, gradient_checkpointing=True, checkpointed_layers=1)
+    train_language_model(str(base_directory), chat_data, whole, options)
+
+    def run(last, chosen):
+        def full(*given, **named):
+            calls.append(1)
+            if len(calls) > last:
+                raise MemoryError
+            return language_model_loss(*given, **named)
+
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr("loraport.training.text.language_model_loss", full)
+            train_language_model(str(base_directory), chat_data, out, chosen, resume=True)
+
+    for last, goes_on in ((2, False), (6, True)):  # checkpoints come every third step
+        with pytest.raises(LoraportError) as raised:
+            run(last, options)
+        said = "--resume goes on with --gradient-checkpointing"
+        assert str(raised.value).endswith(f"takes); {said}" if goes_on else "takes)")
+        assert ("there is no checkpoint yet" in str(raised.value)) is not goes_on
+    again, asked = checkpoint_activations, []
+    monkeypatch.setattr(
+        "loraport.training.text.checkpoint_activations",
+        lambda *given: asked.append(given[1:]) or again(*given),
+    )
+    run(99, less)
+    assert asked == [(1,)]
+    for name in ("metrics.jsonl", "adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
 def test_other_errors_stay_what_they_are(base_directory, chat_data, tmp_path, monkeypatch):
     def wrong(*_):
         raise RuntimeError("shapes do not match")

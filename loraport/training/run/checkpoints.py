@@ -36,6 +36,10 @@ _OF_DAMAGE = (
     *(RuntimeError, OverflowError),
 )
 _TENSORS, _DOCUMENT = "state.safetensors", "state.json"
+# Options that do not change what a run computes: one that is resumed may have others.
+FREE_OPTIONS = frozenset(
+    ("save_every", "keep", "shard_base", "gradient_checkpointing", "checkpointed_layers")
+)
 
 
 @dataclass(frozen=True)
@@ -194,12 +198,12 @@ def require_same_run(path: Path, stored: Mapping[str, Any], present: Mapping[str
         present: The identity of the run that would resume.
 
     Raises:
-        LoraportError: Naming everything that differs.
+        LoraportError: Naming everything that differs, but for `FREE_OPTIONS`.
     """
     problems = Problems()
     # As JSON has it: tuples become lists.
     present = json.loads(json.dumps(present))
-    for name in sorted(stored.keys() | present.keys()):
+    for name in sorted((stored.keys() | present.keys()) - FREE_OPTIONS):
         if name not in stored or name not in present or stored[name] != present[name]:
             problems.add(name, *(_told(facts, name) for facts in (stored, present)))
     problems.raise_if_any(

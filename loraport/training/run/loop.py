@@ -28,6 +28,7 @@ from loraport.training.losses.loss import LossFunction, LossSum, as_sum
 from loraport.training.modes import training_mode
 from loraport.training.options import LoopOptions
 from loraport.training.run.checkpoints import (
+    FREE_OPTIONS,
     Position,
     RunState,
     last_checkpoint,
@@ -57,9 +58,6 @@ from loraport.training.run.optimizer import (
 )
 from loraport.training.run.schedule import learning_rate, total_steps
 from loraport.training.run.validation import mean_loss
-
-# Options that do not change what a run computes: a resumed run may have others.
-_FREE_OPTIONS = frozenset(("save_every", "keep", "shard_base"))
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def train(
 def loop_identity(options: LoopOptions, placement: Placement) -> dict[str, Any]:
     """Return what a resumed run must share of the loop's options, and of where it computes."""
     return {
-        **{key: value for key, value in asdict(options).items() if key not in _FREE_OPTIONS},
+        **{key: value for key, value in asdict(options).items() if key not in FREE_OPTIONS},
         "device": placement.device.type,
         "dtype": str(placement.dtype),
     }

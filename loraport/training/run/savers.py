@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from loraport.base_model import model_without_weights, resolve_base
 from loraport.errors import LoraportError
 from loraport.training.base.frozen_base import QUANTIZED, checkpointable_layers
 from loraport.training.data.text_data import TextData
 from loraport.training.options import TrainOptions
+from loraport.training.run.checkpoints import last_checkpoint
 from loraport.training.run.faults import MemoryRanOutError
 
 
 @contextmanager
 def savers_told(
-    base: str, rows: TextData, options: TrainOptions, *, processes: int = 1, sweep: bool = False
+    base: str,
+    rows: TextData,
+    options: TrainOptions,
+    work: Path | None = None,
+    *,
+    processes: int = 1,
+    sweep: bool = False,
 ) -> Iterator[None]:
     """Add to an error of memory that ran out what to change.
 
@@ -23,6 +32,7 @@ def savers_told(
         base: See `loraport.base_model.resolve_base`.
         rows: Of the run.
         options: Of the run.
+        work: Directory of the run's checkpoints, of which one can be gone on from.
         processes: See `memory_savers`.
         sweep: See `memory_savers`.
 
@@ -40,7 +50,16 @@ def savers_told(
             processes=processes,
             sweep=sweep,
         )
-        raise LoraportError(f"{error}; to need less, try {savers}") from None
+        going_on = _going_on(savers) if work and last_checkpoint(work) else ""
+        raise LoraportError(f"{error}; to need less, try {savers}{going_on}") from None
+
+
+def _going_on(savers: str) -> str:
+    """Say which of them a run that is resumed may have: `FREE_OPTIONS`."""
+    free = re.findall(
+        r"(?:without )?--(?:gradient-checkpointing|checkpointed-layers(?: \d+)?|shard-base)", savers
+    )
+    return f"; --resume goes on with {' and '.join(free)}" if free else ""
 
 
 def memory_savers(
