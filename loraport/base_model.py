@@ -212,12 +212,27 @@ def _load(
     model_class = getattr(transformers, architecture, transformers.AutoModel)
     try:
         model, loading = model_class.from_pretrained(
-            directory, dtype=dtype or torch.float32, output_loading_info=True
+            directory,
+            dtype=dtype or torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     # A torn file, a quantization whose package is not here: each raises in a way of its own.
     except Exception as error:
-        raise LoraportError(f"base {base}: cannot be loaded: {error}") from error
+        reason = _own_code(error) or str(error)
+        raise LoraportError(f"base {base}: cannot be loaded: {reason}") from error
     return model.to(device).eval(), tuple(sorted(loading["missing_keys"]))
+
+
+def _own_code(error: Exception) -> str | None:
+    """Say that code which a base brings is not run, where transformers asks for leave to run it."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return (
+        "expected a kind that transformers has, got one that is Python code in the base's own "
+        "directory (auto_map), which loraport never runs; convert the base to a kind that "
+        "transformers has"
+    )
 
 
 def model_without_weights(directory: Path) -> PreTrainedModel | None:
@@ -234,7 +249,7 @@ def model_without_weights(directory: Path) -> PreTrainedModel | None:
 
     architecture = (read_model_config(directory).get("architectures") or ["AutoModel"])[0]
     try:
-        config = transformers.AutoConfig.from_pretrained(directory)
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         model_class = getattr(transformers, architecture, None)
         with torch.device("meta"):
             if model_class is None:
@@ -284,10 +299,13 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
 
     directory = Path(base) if Path(base).is_dir() else resolve_base(base)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False
+        )
         words = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
     except Exception as error:  # the library that reads its files raises plain ones, too
-        raise LoraportError(f"base {base}: its tokenizer cannot be loaded: {error}") from error
+        reason = _own_code(error) or str(error)
+        raise LoraportError(f"base {base}: its tokenizer cannot be loaded: {reason}") from error
     if len(words) < _FEWEST_WORDS:
         raise LoraportError(
             f"base {base}: its tokenizer cannot be loaded: expected its vocabulary in the "

@@ -124,7 +124,9 @@ class GgufModel:
         self.config.save_pretrained(directory)
         GenerationConfig.from_model_config(self.config).save_pretrained(directory)
         try:
-            found = AutoTokenizer.from_pretrained(self.file.parent, gguf_file=self.file.name)
+            found = AutoTokenizer.from_pretrained(
+                self.file.parent, gguf_file=self.file.name, trust_remote_code=False
+            )
             found.save_pretrained(directory)
         # Whatever it trips over in a tokenizer that it does not know.
         except Exception as error:

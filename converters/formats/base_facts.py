@@ -94,7 +94,8 @@ def _with_defaults(directory: Path) -> Mapping[str, Any]:
     from transformers import AutoConfig
 
     try:
-        known = AutoConfig.from_pretrained(directory).get_text_config()
+        known = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        known = known.get_text_config()
     # An architecture that transformers does not know, or values that it does not take.
     except Exception:
         return raw

@@ -123,7 +123,7 @@ def _model_without_weights(directory: Path, task_type: str | None) -> Any:
     settings = read_model_config(directory)
     with _quiet():
         try:
-            config = transformers.AutoConfig.from_pretrained(directory)
+            config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
             name = model_class_name(config, settings, task_type)
             model_class = getattr(transformers, name, None) if name else None
             if model_class is None:
