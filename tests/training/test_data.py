@@ -458,7 +458,8 @@ def test_long_rows_are_cut_and_counted_and_rows_without_answer_left_out(write_js
     assert [shown(row, tokenizer) for row in read.rows] == ["abcd<|end|>", "abcde"]
     assert read.truncated == 2
     assert read.dropped == (3,)
-    with pytest.raises(LoraportError, match="3 rows whose answer is cut off at 2 tokens"):
+    told = "3 rows whose answer is cut off at 2 tokens; raise --max-length as far as the base's "
+    with pytest.raises(LoraportError, match=f"{told}context goes, or shorten them$"):
         read_rows(write_jsonl(rows), tokenizer, 2)
 
 

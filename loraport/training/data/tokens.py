@@ -115,11 +115,12 @@ def read_rows(
     bad.raise_if_any()
     if not rows:
         far = len(dropped) - len(empty)
-        cut_off = f"whose answer is cut off at {max_length} tokens; raise it"
+        cut_off = f"whose answer is cut off at {max_length} tokens"
         parts = [f"{counted(far, 'row')} {cut_off}"] * bool(far)
         parts += [f"{counted(len(empty), 'row')}, of which {_EMPTY}"] * bool(empty)
         reason = ", and ".join(parts[::-1]) or "none"
-        raise LoraportError(f"{path}: expected rows to learn, got {reason}")
+        remedy = "; raise --max-length as far as the base's context goes, or shorten them"
+        raise LoraportError(f"{path}: expected rows to learn, got {reason}{remedy * bool(far)}")
     return Rows(tuple(rows), truncated, tuple(dropped), divided, tuple(empty))
 
 
