@@ -13,7 +13,7 @@ from loraport.bundle.golden import record_no_golden
 from loraport.bundle.manifest import MODEL_FILE, read_manifest
 from loraport.errors import LoraportError, first_line
 from loraport.free_memory import free_memory
-from loraport.runtime.recording import write_base_golden
+from loraport.runtime.recording import NotRecordedError, write_base_golden
 from loraport.runtime.session import open_session
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ def record_first_golden(
                 continue
             try:
                 write_base_golden(bundle, inputs)
+            except NotRecordedError as error:
+                reason = str(error)
+                break
             except LoraportError as error:
                 first = str(error).splitlines()[-1]
                 if not (careful and ends_the_process(file, inputs)):

@@ -11,7 +11,7 @@ from loraport.bundle.slots import BASE, Control
 from loraport.errors import LoraportError, Problems, first_line
 from loraport.runtime.capturing import CapturingSession
 from loraport.runtime.resident import ResidentAdapter
-from loraport.runtime.values import as_numpy, as_value
+from loraport.runtime.values import as_numpy, as_value, holds_numbers
 
 
 class Lane:
@@ -37,7 +37,9 @@ class Lane:
         self._types = {entry.name: entry.type for entry in session.get_inputs()}
         self._controls = {control.input: control for control in controls}
         self._given: dict[str, Any] = {}
-        self._outputs = [entry.name for entry in session.get_outputs()]
+        given = session.get_outputs()
+        self._outputs = [entry.name for entry in given]
+        self._sequences = {entry.name: entry.type for entry in given if "seq(" in entry.type}
 
     def run_on_device(
         self, inputs: Mapping[str, Any], outputs: Iterable[str] | None = None
@@ -70,8 +72,13 @@ class Lane:
         """Run once; see `run_on_device`. The outputs are arrays on the CPU.
 
         What is bfloat16 in the graph has the dtype ``ml_dtypes.bfloat16``.
+
+        Raises:
+            LoraportError: As `run_on_device`, or if an output is a sequence: no array.
         """
-        values = self._run(inputs, outputs, "cpu")
+        names = self._wanted(outputs)
+        self._refuse_sequences(names)
+        values = self._run(inputs, names, "cpu")
         return {name: as_numpy(value) for name, value in values.items()}
 
     def _run(
@@ -118,6 +125,13 @@ class Lane:
         problems.raise_if_any("the model's outputs and those wanted differ")
         return names
 
+    def _refuse_sequences(self, names: Iterable[str]) -> None:
+        problems = Problems()
+        for name in names:
+            if name in self._sequences:
+                problems.add(name, "an output that is an array", self._sequences[name])
+        problems.raise_if_any("name the outputs wanted, without these, or use run_on_device")
+
     def _bind_controls(self, inputs: Mapping[str, Any]) -> set[str]:
         """Bind the controls among the inputs; return their names.
 
@@ -148,6 +162,14 @@ class Lane:
         """Name the inputs that are no values of the model's types; a refused run does not."""
         problems = Problems()
         for name, value in values.items():
+            if not holds_numbers(self._types[name]):
+                problems.add(
+                    name,
+                    "an input of numbers",
+                    f"{self._types[name]}, which cannot be bound; run the graph with "
+                    "onnxruntime's InferenceSession.run, adapters with its LoraAdapter",
+                )
+                continue
             if isinstance(value, np.ndarray):  # it has no such type, or one before it has none
                 try:
                     value, _ = as_value(value, "cpu")

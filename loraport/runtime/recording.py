@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loraport.bundle.golden import (
     BASE_CASE,
@@ -30,6 +30,7 @@ from loraport.output import new_file
 from loraport.runtime.float32_graph import in_float32
 from loraport.runtime.full_precision import rounds_activations
 from loraport.runtime.model import Runtime
+from loraport.runtime.values import holds_numbers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,12 +41,19 @@ BLEND_CASE = "blend"
 _CACHE_OUTPUTS = ("present",)
 
 
+class NotRecordedError(LoraportError):
+    """A graph whose inputs or outputs no golden case can hold."""
+
+
 def write_base_golden(bundle: Path, inputs: Inputs | Callable[[Runtime], Inputs]) -> Manifest:
     """Record the base's outputs for these inputs; adapters' cases use the same inputs.
 
     Args:
         bundle: The bundle's directory, with its manifest.
         inputs: All inputs of the model, without slots, or what makes them for the open bundle.
+
+    Raises:
+        NotRecordedError: If inputs or all outputs are no numbers.
     """
     (bundle / GOLDEN_DIRECTORY).mkdir(exist_ok=True)
     runtime = Runtime(bundle, check=False)
@@ -91,12 +99,28 @@ def _run(
     runtime: Runtime, cases: Mapping[str, GoldenCase], inputs: Inputs
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return the outputs of every case."""
-    names = [entry.name for entry in runtime.session.get_outputs()]
-    wanted = [name for name in names if not name.startswith(_CACHE_OUTPUTS)]
+    wanted = _recorded(runtime.session)
     return {
         name: runtime.run(inputs, adapter=case.adapters or None, outputs=wanted)
         for name, case in cases.items()
     }
+
+
+def _recorded(session: Any) -> list[str]:
+    """Return the outputs that are written into golden cases.
+
+    Raises:
+        NotRecordedError: If it has none, or an input that no golden case can hold.
+    """
+    given, outputs = session.get_inputs(), session.get_outputs()
+    others = [entry for entry in given if not holds_numbers(entry.type)]
+    numbers = [entry.name for entry in outputs if holds_numbers(entry.type)]
+    if not numbers:
+        others = outputs
+    if others:
+        listed = ", ".join(f"{entry.name}: {entry.type}" for entry in others)
+        raise NotRecordedError(f"golden cases hold arrays of numbers, got {listed}")
+    return [name for name in numbers if not name.startswith(_CACHE_OUTPUTS)] or numbers
 
 
 def _record(

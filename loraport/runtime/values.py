@@ -28,6 +28,14 @@ FLOATS: dict[str, Any] = {
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
+def holds_numbers(kind: str) -> bool:
+    """Tell whether ONNX Runtime's name of a type is that of an array of numbers or truth values.
+
+    Sequences, maps and texts are none: arrays cannot be bound to them.
+    """
+    return "tensor(" in kind and not any(other in kind for other in ("seq(", "map(", "string"))
+
+
 def as_value(array: np.ndarray, device: str) -> tuple[Any, np.ndarray]:
     """Return an array as ``OrtValue`` on a device, and the array, which must live as long.
 
