@@ -36,7 +36,8 @@ _OF_DAMAGE = (
     *(RuntimeError, OverflowError),
 )
 _TENSORS, _DOCUMENT = "state.safetensors", "state.json"
-# Options that do not change what a run computes: one that is resumed may have others.
+# Options that do not change what a run learns: one that is resumed may have others. (Activations
+# are not computed again in recorded passes, whose sums come in another order.)
 FREE_OPTIONS = frozenset(
     ("save_every", "keep", "shard_base", "gradient_checkpointing", "checkpointed_layers")
 )

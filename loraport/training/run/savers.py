@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +13,12 @@ from loraport.training.data.text_data import TextData
 from loraport.training.options import TrainOptions
 from loraport.training.run.checkpoints import last_checkpoint
 from loraport.training.run.faults import MemoryRanOutError
+
+# How `FREE_OPTIONS` are offered.
+_FREE = (
+    *("--gradient-checkpointing", "--checkpointed-layers", "without --checkpointed-layers"),
+    "--shard-base",
+)
 
 
 @contextmanager
@@ -43,22 +48,21 @@ def savers_told(
         yield
     except MemoryRanOutError as error:
         longest = max(len(row.tokens) for row in (*rows.train, *rows.validation))
-        savers = memory_savers(
+        offers = _offers(
             options,
             longest=rows.length if options.packing == "fill" else longest,
             layers=_layers(base),
             processes=processes,
             sweep=sweep,
         )
-        going_on = _going_on(savers) if work and last_checkpoint(work) else ""
-        raise LoraportError(f"{error}; to need less, try {savers}{going_on}") from None
+        going_on = _going_on(offers) if work and last_checkpoint(work) else ""
+        raise LoraportError(f"{error}; to need less, try {', '.join(offers)}{going_on}") from None
 
 
-def _going_on(savers: str) -> str:
-    """Say which of them a run that is resumed may have: `FREE_OPTIONS`."""
-    free = re.findall(
-        r"(?:without )?--(?:gradient-checkpointing|checkpointed-layers(?: \d+)?|shard-base)", savers
-    )
+def _going_on(offers: Sequence[str]) -> str:
+    """Say which of what is offered a run that is resumed may have."""
+    each = (one for offer in offers for one in offer.split(" or "))
+    free = [one for one in each if one.startswith(_FREE)]
     return f"; --resume goes on with {' and '.join(free)}" if free else ""
 
 
@@ -79,6 +83,17 @@ def memory_savers(
         processes: How many share a batch; each needs a row of it.
         sweep: They are `loraport sweep`'s, which has fewer, and a list of ranks.
     """
+    return ", ".join(_offers(options, longest, layers, processes, sweep=sweep))
+
+
+def _offers(
+    options: TrainOptions,
+    longest: int | None,
+    layers: int | None,
+    processes: int,
+    *,
+    sweep: bool,
+) -> list[str]:
     size, length, rank = options.batch_size, longest or options.max_length, options.lora.rank
     savers = []
     fewer = next((count for count in range(size // 2, 0, -1) if size % count == 0), 0)
@@ -106,10 +121,10 @@ def memory_savers(
     if length > 2:
         savers.append(f"--max-length {max(2, length // 2)}")
     if sweep:
-        return ", ".join([*savers, "lower ranks, or a smaller base"])
+        return [*savers, "lower ranks", "or a smaller base"]
     savers.append(f"--rank {max(1, rank // 2)}" if rank > 1 else "")
     hint = "" if sharded else " (--dry-run says what each takes)"
-    return ", ".join([*filter(None, savers), f"or a smaller base{hint}"])
+    return [*filter(None, savers), f"or a smaller base{hint}"]
 
 
 def _layers(base: str) -> int | None:
