@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from converters.low_rank import refactor, require_share
-from loraport.adapter import Adapter, LoraModule, ModuleKind
+from converters.low_rank import refactor, require_kept
+from loraport.adapter import Adapter, LoraModule, ModuleKind, require_adapter
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint
+from loraport.option_checks import is_finite, shown
 
 if TYPE_CHECKING:
     import torch
@@ -49,12 +50,18 @@ def compose(
 
     Raises:
         LoraportError: For what does not add up: DoRA, replaced parameters, fused experts,
-            modules that differ in shape, adapters of different bases, sums beyond float32; for an
-            energy that is no share.
+            modules that differ in shape, adapters of different bases, sums beyond float32; for
+            what is no adapter, number of ranks or share of the energy.
     """
-    if energy is not None:
-        require_share(energy)
+    require_kept(rank, energy)
     problems = Problems()
+    if not weighted:
+        problems.add("adapters", "at least one", "none")
+    for name, adapter, strength in weighted:
+        require_adapter(adapter, name)
+        if not is_finite(strength):
+            problems.add(f"strength of {name}", "a finite number", shown(strength))
+    problems.raise_if_any("the adapters do not add up to one")
     _check(weighted, problems)
     paths = list(dict.fromkeys(path for _, adapter, _ in weighted for path in adapter.modules))
     modules, errors = {}, {}

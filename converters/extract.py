@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from converters.low_rank import Factors, factor_matrix, require_share
+from converters.low_rank import Factors, factor_matrix, require_kept
 from converters.merge.base import BaseCheckpoint
 from converters.merge.layout import BaseLayout
 from converters.merge.opening import open_base
@@ -89,8 +89,7 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
     """
     if (options.rank is None) == (options.energy is None):
         raise LoraportError("extract: expected either a rank or an energy")
-    if options.energy is not None:
-        require_share(options.energy)
+    require_kept(options.rank, options.energy)
     base, tuned = open_base(options.base), open_base(options.tuned)
     layout, tuned_layout = checkpoint_layout(base), checkpoint_layout(tuned)
     _require_floats({"base": (base, layout), "tuned model": (tuned, tuned_layout)})

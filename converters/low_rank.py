@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraport.errors import LoraportError
+from loraport.option_checks import is_finite, is_whole, shown
 
 if TYPE_CHECKING:
     import torch
@@ -151,11 +152,14 @@ def _relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
     return float(difference.norm()) / norm if norm else 0.0
 
 
-def require_share(energy: float) -> None:
-    """Refuse an energy that is no share of a whole.
+def require_kept(rank: int | None, energy: float | None) -> None:
+    """Refuse a rank that is no count, and an energy that is no share of a whole.
 
     Raises:
-        LoraportError: If it is not above 0 and up to 1.
+        LoraportError: If the rank is no whole number above 0, or the energy not above 0 and up
+            to 1.
     """
-    if not 0 < energy <= 1:
-        raise LoraportError(f"--energy: expected a share above 0 and up to 1, got {energy}")
+    if rank is not None and not (is_whole(rank) and rank >= 1):
+        raise LoraportError(f"--rank: expected a whole number, at least 1, got {shown(rank)}")
+    if energy is not None and not (is_finite(energy) and 0 < energy <= 1):
+        raise LoraportError(f"--energy: expected a share above 0 and up to 1, got {shown(energy)}")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from loraport.errors import Problems
+from loraport.option_checks import check_count, check_switches, is_finite, shown
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,23 @@ class MergeOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        adapters = tuple((Path(path), strength) for path, strength in self.adapters)
+        problems = Problems()
+        adapters = []
+        given: Any = self.adapters
+        for each in given if isinstance(given, Iterable) else [given]:
+            if not isinstance(each, tuple | list) or len(each) != 2:
+                problems.add("adapters", "a path and a strength of each", repr(each))
+                continue
+            path, strength = each
+            if not is_finite(strength):
+                problems.add(f"strength of {path}", "a finite number", shown(strength))
+            adapters.append((Path(path), strength))
+        check_switches(problems, self, "force", "ignore_fingerprint")
+        if self.threads is not None:
+            check_count(problems, "threads", self.threads, 1)
+        problems.raise_if_any("merge options cannot be used")
         object.__setattr__(self, "base", str(self.base))
-        object.__setattr__(self, "adapters", adapters)
+        object.__setattr__(self, "adapters", tuple(adapters))
         for name in ("output", "initial_adapter"):
             given = getattr(self, name)
             object.__setattr__(self, name, None if given is None else Path(given))

@@ -42,8 +42,9 @@ from loraport.bundle.golden import record_no_golden
 from loraport.bundle.manifest import MODEL_FILE, REQUIRED_MODEL_FILE, Manifest, write_manifest
 from loraport.bundle.sources import record_base
 from loraport.computed_weights import weights_stored
-from loraport.errors import LoraportError, first_line
+from loraport.errors import LoraportError, Problems, first_line
 from loraport.fingerprint import fingerprint
+from loraport.option_checks import check_parts, check_switches, given_or_default
 from loraport.output import new_directory
 from loraport.parity.tolerances import golden_tolerance, golden_tolerances
 from loraport.runtime import Runtime
@@ -71,6 +72,14 @@ class ExportOptions:
     provider: str = "cpu"
     lm_head: bool = False
     slots: SlotOptions = field(default_factory=SlotOptions)
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        if self.provider not in tuple(PRECISIONS):
+            problems.add("provider", " or ".join(PRECISIONS), repr(self.provider))
+        check_switches(problems, self, "lm_head")
+        check_parts(problems, self, slots=SlotOptions)
+        problems.raise_if_any("export options cannot be used")
 
 
 Progress = Callable[[str], None]
@@ -106,7 +115,7 @@ def export_base(
     Raises:
         LoraportError: If the base cannot be exported this way.
     """
-    options = options or ExportOptions()
+    options = given_or_default(options, ExportOptions)
     base = str(base)
     directory = resolve_base(base)
     decoder = builds(architecture(directory), read_model_config(directory))
@@ -175,10 +184,12 @@ def export_torch_module(
         LoraportError: If it does not run with the inputs, torch cannot export it, or it has no
             linear layer.
     """
+    if not isinstance(module, nn.Module):
+        raise LoraportError(f"the module: expected a torch.nn.Module, got {type(module).__name__}")
     _require_named_tensors(inputs)
     dynamic = dynamic if dynamic is not None else {name: {0: "batch"} for name in inputs}
     with new_directory(Path(out), force=force) as bundle:
-        options = ExportOptions(slots=slots or SlotOptions())
+        options = ExportOptions(slots=given_or_default(slots, SlotOptions, "slots"))
         with weights_stored(module.eval()):
             _export_attention(module, inputs, bundle, dynamic)
             name = base_name or type(module).__name__

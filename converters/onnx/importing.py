@@ -49,8 +49,9 @@ from loraport.bundle.manifest import (
     file_sha256,
     write_manifest,
 )
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint
+from loraport.option_checks import check_parts, check_switches, given_or_default
 from loraport.output import new_directory
 from loraport.parity.tolerances import golden_tolerance, golden_tolerances
 
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from converters.onnx.modules.base_modules import BaseModules
 
 Progress = Callable[[str], None]
+_AS_IT_IS = "fp32"  # whatever that is
 _PYTORCH = "pytorch"  # as its exporters call themselves
 _HEAD = "lm_head"
 _NAMED = 5
@@ -77,7 +79,7 @@ class ImportOptions:
         lm_head: Put a slot beside the output head too.
         inputs: The golden inputs; made from the graph's own shapes unless given.
         precision: Store the weights so, see `converters.onnx.exporters.quantizing`; as they are
-            unless told.
+            unless told, and for ``fp32``.
         copy_data: Copy data files instead of linking them.
     """
 
@@ -88,14 +90,24 @@ class ImportOptions:
     precision: str | None = None
     copy_data: bool = False
 
+    def __post_init__(self) -> None:
+        problems = Problems()
+        check_parts(problems, self, slots=SlotOptions, inputs=Mapping)
+        check_switches(problems, self, "lm_head", "copy_data")
+        problems.raise_if_any("import options cannot be used")
+        if self.base is not None:
+            object.__setattr__(self, "base", str(self.base))
+        if self.precision == _AS_IT_IS:
+            object.__setattr__(self, "precision", None)
+
 
 def _silent(text: str) -> None:
     del text
 
 
 def import_model(
-    file: Path,
-    out: Path,
+    file: Path | str,
+    out: Path | str,
     options: ImportOptions | None = None,
     *,
     force: bool = False,
@@ -117,7 +129,8 @@ def import_model(
     Raises:
         LoraportError: If the file is no model, or no operator of it can have a slot.
     """
-    options = options or ImportOptions()
+    options = given_or_default(options, ImportOptions)
+    file, out = Path(file), Path(out)
     progress(f"reading {file.name}")
     model = read_graph(file)
     if options.precision is not None:

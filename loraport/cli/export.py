@@ -113,9 +113,8 @@ def export(
     if base.lower().endswith(".onnx"):
         from converters.onnx.importing import ImportOptions, import_model
 
-        chosen = None if precision == "fp32" else precision
         arrays = _arrays(golden)
-        own = ImportOptions(checkpoint, options.slots, lm_head, arrays, chosen, copy_data)
+        own = ImportOptions(checkpoint, options.slots, lm_head, arrays, precision, copy_data)
         import_model(Path(base), output, own, force=force, progress=progress, finish=finish)
     elif checkpoint is not None or inputs or copy_data:
         raise click.UsageError(

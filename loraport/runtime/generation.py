@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from loraport.errors import LoraportError, Problems
+from loraport.option_checks import given_or_default, is_finite, is_whole, shown
 from loraport.runtime.decoder import read_decoder
-from loraport.runtime.model import Runtime, Selection
+from loraport.runtime.model import Runtime, Selection, require_runtime
 from loraport.runtime.steps import open_steps
 
 
@@ -39,12 +38,12 @@ class Sampling:
         problems = Problems()
         for name in ("max_new_tokens", "seed"):
             number = getattr(self, name)
-            if not isinstance(number, numbers.Integral) or number < 0:
-                problems.add(name, "a whole number, 0 or more", str(number))
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            problems.add("temperature", "a finite number, 0 or more", str(self.temperature))
-        if not 0 < self.top_p <= 1:
-            problems.add("top_p", "more than 0, at most 1", str(self.top_p))
+            if not is_whole(number) or number < 0:
+                problems.add(name, "a whole number, 0 or more", shown(number))
+        if not (is_finite(self.temperature) and self.temperature >= 0):
+            problems.add("temperature", "a finite number, 0 or more", shown(self.temperature))
+        if not (is_finite(self.top_p) and 0 < self.top_p <= 1):
+            problems.add("top_p", "more than 0, at most 1", shown(self.top_p))
         problems.raise_if_any("how to sample")
 
 
@@ -68,8 +67,8 @@ def generate(
         LoraportError: If the prompt is empty, too long or not of tokens, the bundle is no decoder,
             or it gives no finite logits.
     """
-    sampling = sampling or Sampling()
-    decoder = read_decoder(runtime.directory)
+    sampling = given_or_default(sampling, Sampling, "sampling")
+    decoder = read_decoder(require_runtime(runtime).directory)
     token_ids = _whole_numbers(token_ids)
     if not 0 < len(token_ids) < decoder.context_length:
         raise LoraportError(
@@ -93,7 +92,9 @@ def generate(
 
 
 def _whole_numbers(token_ids: Sequence[int]) -> list[int]:
-    whole = []
+    whole: list[int] = []
+    if not isinstance(token_ids, Iterable):
+        raise LoraportError(f"prompt: expected tokens [n], whole numbers, got {token_ids!r}")
     for token in token_ids:
         try:
             whole.append(operator.index(token))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,6 +13,7 @@ import numpy as np
 from loraport.bundle.base_values import BaseValues
 from loraport.bundle.manifest import MODEL_FILE, Manifest, check_files, read_manifest
 from loraport.errors import LoraportError
+from loraport.option_checks import is_finite
 from loraport.runtime.lane import Lane
 from loraport.runtime.resident import (
     ResidentAdapter,
@@ -241,10 +240,17 @@ def _key(selection: Selection) -> tuple[tuple[str, float], ...]:
             f"adapters: expected a name, names with strengths or None, got {selection!r}"
         )
     for name, strength in selection.items():
-        if not _is_finite(strength):
+        if not is_finite(strength):
             raise LoraportError(f"strength of {name!r}: expected a finite number, got {strength}")
     return tuple((name, float(strength)) for name, strength in selection.items())
 
 
-def _is_finite(strength: object) -> bool:
-    return isinstance(strength, numbers.Real) and math.isfinite(strength)
+def require_runtime(given: Runtime) -> Runtime:
+    """Return a runtime, and refuse what is none, such as the path of a bundle.
+
+    Raises:
+        LoraportError: If it is none.
+    """
+    if not isinstance(given, Runtime):
+        raise LoraportError(f"runtime: expected a Runtime, got {given!r}; open one with Runtime()")
+    return given

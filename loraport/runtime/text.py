@@ -9,7 +9,7 @@ from loraport.base_model import load_tokenizer
 from loraport.counts import counted
 from loraport.errors import LoraportError
 from loraport.runtime.generation import Sampling, generate
-from loraport.runtime.model import Runtime, Selection
+from loraport.runtime.model import Runtime, Selection, require_runtime
 
 
 class TextGenerator:
@@ -23,7 +23,7 @@ class TextGenerator:
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+        self._runtime = require_runtime(runtime)
         self._tokenizer = load_tokenizer(str(runtime.directory))
         self.last_speed = ""
 

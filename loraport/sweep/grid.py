@@ -43,10 +43,13 @@ class Grid:
         problems = Problems()
         for each in fields(self):
             values = getattr(self, each.name)
-            if not values:
+            if not isinstance(values, tuple | list):
+                problems.add(each.name, "a list of values, such as (1, 2)", repr(values))
+            elif not values:
                 problems.add(each.name, "at least one value", "none")
-            if len(set(values)) < len(values):
+            elif any(value in values[:at] for at, value in enumerate(values)):
                 problems.add(each.name, "each value once", _shown(values))
+        problems.raise_if_any("the grid cannot be used")
         for rank in self.rank:
             if isinstance(rank, bool) or not isinstance(rank, int):
                 problems.add("rank", "a whole number", repr(rank))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from loraport.errors import Problems
+from loraport.option_checks import check_count, check_parts, check_switches, check_text, is_whole
 from loraport.sweep.grid import Grid
 from loraport.training.options import TrainOptions
 
@@ -27,8 +28,9 @@ class Spread:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        if self.workers is not None and self.workers < 1:
-            problems.add("workers", "at least 1", str(self.workers))
+        check_text(problems, "address", self.address, "auto, local or a cluster's address")
+        if self.workers is not None:
+            check_count(problems, "workers", self.workers, 1)
         problems.raise_if_any("sweep options cannot be used")
 
 
@@ -57,8 +59,14 @@ class SweepOptions:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        if self.together is not None and self.together < 1:
-            problems.add("together", "at least 1", str(self.together))
-        if not 0 <= self.halving <= _MOST_HALVINGS:
+        check_parts(problems, self, grid=Grid, train=TrainOptions)
+        if self.spread is not None:
+            check_parts(problems, self, spread=Spread)
+        if self.together is not None:
+            check_count(problems, "together", self.together, 1)
+        if not is_whole(self.halving):
+            problems.add("halving", "a whole number", repr(self.halving))
+        elif not 0 <= self.halving <= _MOST_HALVINGS:
             problems.add("halving", f"from 0 to {_MOST_HALVINGS}", str(self.halving))
+        check_switches(problems, self, "keep_all")
         problems.raise_if_any("sweep options cannot be used")

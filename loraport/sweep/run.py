@@ -12,6 +12,7 @@ from typing import Any
 
 from loraport.base_model import load_tokenizer, resolve_base
 from loraport.errors import LoraportError
+from loraport.option_checks import given_or_default
 from loraport.output import refuse_existing
 from loraport.process_lock import only_process
 from loraport.sweep.choose import choose
@@ -67,7 +68,7 @@ def run_sweep(
         Stopped: After SIGINT, SIGTERM or SIGHUP; one that comes while ``out`` is written waits for
             that.
     """
-    options = options or SweepOptions()
+    options = given_or_default(options, SweepOptions)
     base, data, out = str(base), Path(data), Path(out)
     validation = None if validation is None else Path(validation)
     observer = observer or SilentSweep()

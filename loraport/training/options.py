@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from loraport.errors import Problems
+from loraport.option_checks import (
+    check_at_least,
+    check_count,
+    check_parts,
+    check_share,
+    check_switches,
+    check_text,
+    is_finite,
+    is_whole,
+    shown,
+)
 
 ALL_LINEAR = "all-linear"
 _SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
@@ -51,24 +60,25 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        _count(problems, "rank", self.rank, 1)
+        check_count(problems, "rank", self.rank, 1)
         for pattern, rank in _pattern(problems, "rank_pattern", self.rank_pattern):
-            _count(problems, f"rank_pattern {pattern}", rank, 1)
+            check_count(problems, f"rank_pattern {pattern}", rank, 1)
         named = _pattern(problems, "alpha_pattern", self.alpha_pattern)
         alphas = {f"alpha_pattern {key}": value for key, value in named}
         if self.alpha is not None:
             alphas["alpha"] = self.alpha
-        elif _is_whole(self.rank):  # else twice the rank says nothing
+        elif is_whole(self.rank):  # else twice the rank says nothing
             alphas["alpha"] = self.effective_alpha
         for name, alpha in alphas.items():
-            if not _is_finite(alpha) or alpha == 0:
-                problems.add(name, "a finite number other than 0", _shown(alpha))
+            if not is_finite(alpha) or alpha == 0:
+                problems.add(name, "a finite number other than 0", shown(alpha))
             elif alpha < 0 and self.init == "pissa":
                 problems.add(name, "a number above 0 for pissa, which takes its root", str(alpha))
-        _share(problems, "dropout", self.dropout)
-        _switches(problems, self, "use_rslora", "use_dora")
+        check_share(problems, "dropout", self.dropout)
+        check_switches(problems, self, "use_rslora", "use_dora")
         for name in ("targets", "exclude"):
             _names(problems, name, getattr(self, name))
+        check_text(problems, "layers", self.layers, 'numbers in a text, such as "0-3,8"')
         _seed(problems, self.seed)
         if self.init not in ("kaiming", "gaussian", "pissa", "olora"):
             problems.add("init", "kaiming, gaussian, pissa or olora", repr(self.init))
@@ -130,19 +140,19 @@ class LoopOptions:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        if not (_is_finite(self.learning_rate) and self.learning_rate > 0):
-            problems.add("learning_rate", "a finite number above 0", _shown(self.learning_rate))
+        if not (is_finite(self.learning_rate) and self.learning_rate > 0):
+            problems.add("learning_rate", "a finite number above 0", shown(self.learning_rate))
         for name in ("epochs", "accumulate", "keep"):
-            _count(problems, name, getattr(self, name), 1)
+            check_count(problems, name, getattr(self, name), 1)
         if self.steps is not None:
-            _count(problems, "steps", self.steps, 1)
-        _at_least(problems, "lora_plus_ratio", self.lora_plus_ratio, 1)
+            check_count(problems, "steps", self.steps, 1)
+        check_at_least(problems, "lora_plus_ratio", self.lora_plus_ratio, 1)
         for name in ("weight_decay", "clip"):
-            _at_least(problems, name, getattr(self, name), 0)
+            check_at_least(problems, name, getattr(self, name), 0)
         for name in ("save_every", "validate_every", "early_stopping"):
-            _count(problems, name, getattr(self, name), 0)
-        _share(problems, "warmup", self.warmup)
-        _switches(problems, self, "shard_base")
+            check_count(problems, name, getattr(self, name), 0)
+        check_share(problems, "warmup", self.warmup)
+        check_switches(problems, self, "shard_base")
         _seed(problems, self.seed)
         if self.dtype not in ("auto", "float32", "bfloat16"):
             problems.add("dtype", "auto, float32 or bfloat16", repr(self.dtype))
@@ -192,14 +202,15 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        _count(problems, "batch_size", self.batch_size, 1)
-        _count(problems, "max_length", self.max_length, 2)
-        _share(problems, "validation_share", self.validation_share)
-        _switches(problems, self, "gradient_checkpointing", "compile", "liger_kernel")
+        check_parts(problems, self, lora=LoraOptions, loop=LoopOptions)
+        check_count(problems, "batch_size", self.batch_size, 1)
+        check_count(problems, "max_length", self.max_length, 2)
+        check_share(problems, "validation_share", self.validation_share)
+        check_switches(problems, self, "gradient_checkpointing", "compile", "liger_kernel")
         if self.cuda_graphs is not None:
-            _switches(problems, self, "cuda_graphs")
+            check_switches(problems, self, "cuda_graphs")
         if self.checkpointed_layers is not None:
-            _count(problems, "checkpointed_layers", self.checkpointed_layers, 1)
+            check_count(problems, "checkpointed_layers", self.checkpointed_layers, 1)
             if not self.gradient_checkpointing:
                 problems.add("checkpointed_layers", "gradient checkpointing, too", "none")
         if self.packing not in ("auto", "fill", "none"):
@@ -210,45 +221,9 @@ class TrainOptions:
         problems.raise_if_any("training options cannot be used")
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, numbers.Integral)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, numbers.Real) and math.isfinite(value)
-
-
-def _shown(value: object) -> str:
-    """Return a number as it is, and anything else such that a text of one is told from it."""
-    return str(value) if isinstance(value, numbers.Real) else repr(value)
-
-
-def _count(problems: Problems, name: str, value: int, least: int) -> None:
-    if _is_whole(value):
-        _at_least(problems, name, value, least)
-    else:
-        problems.add(name, f"a whole number, at least {least}", repr(value))
-
-
-def _at_least(problems: Problems, name: str, value: float, least: float) -> None:
-    if not (_is_finite(value) and value >= least):
-        problems.add(name, f"at least {least}", _shown(value))
-
-
 def _seed(problems: Problems, seed: int) -> None:
-    if not (_is_whole(seed) and _SEEDS[0] <= seed <= _SEEDS[1]):
-        problems.add("seed", f"a whole number from {_SEEDS[0]} to {_SEEDS[1]}", _shown(seed))
-
-
-def _share(problems: Problems, name: str, value: float) -> None:
-    if not (_is_finite(value) and 0 <= value < 1):
-        problems.add(name, "a share from 0 to below 1", _shown(value))
-
-
-def _switches(problems: Problems, options: object, *names: str) -> None:
-    for name in names:
-        if (value := getattr(options, name)) not in (True, False):  # "no" would be taken for yes
-            problems.add(name, "True or False", repr(value))
+    if not (is_whole(seed) and _SEEDS[0] <= seed <= _SEEDS[1]):
+        problems.add("seed", f"a whole number from {_SEEDS[0]} to {_SEEDS[1]}", shown(seed))
 
 
 def _pattern(problems: Problems, name: str, value: object) -> list[tuple[str, Any]]:

@@ -16,6 +16,7 @@ from loraport.adapter import Adapter
 from loraport.base_model import fingerprint_model, load_tokenizer, read_model_config, resolve_base
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint
+from loraport.option_checks import given_or_default
 from loraport.output import new_directory, refuse_existing
 from loraport.peft_layout.misread import misread_by_peft
 from loraport.peft_layout.write import peft_contents, save_contents
@@ -132,7 +133,7 @@ def train_language_model(
             process trains for ``out``, or if memory or disk space runs out.
         Stopped: After SIGINT, SIGTERM or SIGHUP; the run can be resumed.
     """
-    options = options or TrainOptions()
+    options = given_or_default(options, TrainOptions)
     base, data, out = str(base), Path(data), Path(out)
     validation = None if validation is None else Path(validation)
     processes = processes_now()

@@ -11,7 +11,7 @@ from tiny_llm import TEXTS, peft_model, tokenizer
 
 from loraport.base_model import load_model
 from loraport.errors import LoraportError
-from loraport.runtime import Runtime, Sampling, generate
+from loraport.runtime import Runtime, Sampling, TextGenerator, generate
 from loraport.runtime.decoder import read_decoder
 
 NEW = 24
@@ -150,12 +150,19 @@ class TestLengths:
             list(generate(runtime, [5, token, 7]))
         list(generate(runtime, [5, 319, 0], sampling=Sampling(max_new_tokens=1)))
 
-    @pytest.mark.parametrize("tokens", [[5.5, 7], "57", np.array([[5, 7]]), torch.tensor([[5, 7]])])
+    @pytest.mark.parametrize(
+        "tokens", [[5.5, 7], "57", 5, np.array([[5, 7]]), torch.tensor([[5, 7]])]
+    )
     def test_what_is_no_list_of_tokens_is_refused(self, runtime, tokens):
         with pytest.raises(
             LoraportError, match=r"prompt: expected tokens \[n\], whole numbers, got"
         ):
             list(generate(runtime, tokens))
+
+    def test_the_path_of_a_bundle_is_no_runtime(self, tmp_path):
+        for opened in (TextGenerator, lambda bundle: list(generate(bundle, [5]))):
+            with pytest.raises(LoraportError, match=r"runtime: expected a Runtime, got .*; open"):
+                opened(tmp_path)
 
     @pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor])
     def test_tokens_are_taken_from_arrays(self, runtime, prompts, kind):

@@ -38,6 +38,7 @@ from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot, SlotInput, SlotMember, SlotTable
 from loraport.errors import LoraportError, Problems
 from loraport.naming import packed_slot, slot_gain
+from loraport.option_checks import check_names, check_switches
 
 # Overridable initializers exist from this IR version on.
 _MINIMUM_IR_VERSION = 4
@@ -66,13 +67,10 @@ class SlotOptions:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        for variant in self.variants:
-            if variant not in VARIANTS:
-                problems.add("slots", f"of {', '.join(VARIANTS)}", repr(variant))
-        if not {"lora", "embedding", "conv"} & set(self.variants):
-            problems.add("slots", "lora, embedding or conv", "none of them")
-        if self.per_row and {"gain", "bias"} & set(self.variants):
-            problems.add("per-row", "slots lora, embedding or conv", ",".join(self.variants))
+        check_switches(problems, self, "strength", "per_row")
+        check_names(problems, "replace", self.replace)
+        if check_names(problems, "slots", self.variants):
+            self._check_variants(problems)
         if self.replace and (self.per_row or self.strength):
             problems.add(
                 "replace",
@@ -81,6 +79,15 @@ class SlotOptions:
                 "export twice, or leave one out",
             )
         problems.raise_if_any("slot options cannot be used")
+
+    def _check_variants(self, problems: Problems) -> None:
+        for variant in self.variants:
+            if variant not in VARIANTS:
+                problems.add("slots", f"of {', '.join(VARIANTS)}", repr(variant))
+        if not {"lora", "embedding", "conv"} & set(self.variants):
+            problems.add("slots", "lora, embedding or conv", "none of them")
+        if self.per_row and {"gain", "bias"} & set(self.variants):
+            problems.add("per-row", "slots lora, embedding or conv", ",".join(self.variants))
 
     def serves(self, kind: ModuleKind) -> bool:
         """Tell whether modules of this kind get slots."""

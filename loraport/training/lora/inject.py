@@ -15,6 +15,7 @@ from loraport.adapter import Adapter, LoraModule
 from loraport.base_model import fingerprint_model
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint
+from loraport.option_checks import given_or_default
 from loraport.scaling import RankAndAlpha
 from loraport.training.lora.lora_layer import LoraLayer
 from loraport.training.lora.targets import select_targets
@@ -51,7 +52,7 @@ def attach(model: nn.Module, options: LoraOptions | None = None) -> dict[str, Lo
     Raises:
         LoraportError: If the model already has LoRA layers or the selection fails.
     """
-    options = options or LoraOptions()
+    options = given_or_default(options, LoraOptions)
     refuse_attached(model)
     layers = new_layers(model, options)
     freeze(model)
@@ -87,11 +88,12 @@ def new_layers(model: nn.Module, options: LoraOptions) -> dict[str, LoraLayer]:
 
 
 def refuse_attached(model: nn.Module) -> None:
-    """Refuse a model that already has LoRA layers.
+    """Refuse a model that already has LoRA layers, and what is no model.
 
     Raises:
-        LoraportError: If it has.
+        LoraportError: If it has, or is none.
     """
+    _require_module(model)
     if hasattr(model, _MARK):
         raise LoraportError(
             "the model: expected no LoRA layers, got some already; call detach(model) first"
@@ -155,7 +157,12 @@ def unfreeze(model: nn.Module, before: BeforeAttach) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Return module path → LoRA layer, for all there are in a model."""
+    """Return module path → LoRA layer, for all there are in a model.
+
+    Raises:
+        LoraportError: If it is no model.
+    """
+    _require_module(model)
     return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
@@ -213,6 +220,11 @@ def lora_module(layer: LoraLayer) -> LoraModule:
         fan_in_fan_out=layer.fan_in_fan_out,
         magnitude=None if layer.magnitude is None else layer.magnitude.detach().cpu().clone(),
     )
+
+
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise LoraportError(f"the model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _do_nothing(*_: Any) -> None:

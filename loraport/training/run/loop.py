@@ -14,6 +14,7 @@ from torch import nn
 from loraport.base_model import fingerprint_model
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint
+from loraport.option_checks import given_or_default
 from loraport.training import rng
 from loraport.training.devices import Placement, choose_placement, to_device
 from loraport.training.distributed.processes import Processes, processes_now
@@ -122,7 +123,7 @@ def train(
         Stopped: After SIGINT, SIGTERM or SIGHUP, once the step is done and a checkpoint is written;
             only where there is a ``work`` directory.
     """
-    options = options or LoopOptions()
+    options = given_or_default(options, LoopOptions)
     work = None if work is None else Path(work)
     processes = processes_now()
     observer = observer if observer is not None and processes.first else Silent()

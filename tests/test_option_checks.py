@@ -1,0 +1,134 @@
+"""What options and the calls that take them refuse: texts as switches, values of wrong types."""
+
+import re
+
+import pytest
+from torch import nn, zeros
+
+from converters.compose import compose
+from converters.extract import ExtractOptions, extract
+from converters.merge import MergeOptions
+from converters.onnx.exporting import ExportOptions, export_base, export_torch_module
+from converters.onnx.importing import ImportOptions, import_model
+from converters.onnx.slots.inserting import SlotOptions
+from loraport.errors import LoraportError
+from loraport.runtime.generation import Sampling
+from loraport.sweep.grid import Grid
+from loraport.sweep.options import Spread, SweepOptions
+from loraport.training import (
+    LoopOptions,
+    LoraOptions,
+    TrainOptions,
+    adapter_of,
+    attach,
+    lora_layers,
+    train,
+    train_language_model,
+)
+
+ADAPTERS = (("captain", 1.0),)
+LISTED = 'a list of names, such as ("one", "other")'
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "names"),
+    [
+        (SlotOptions, {}, "strength per_row"),
+        (SweepOptions, {}, "keep_all"),
+        (ExportOptions, {}, "lm_head"),
+        (ImportOptions, {}, "lm_head copy_data"),
+        (MergeOptions, {"base": "b", "adapters": ADAPTERS}, "force ignore_fingerprint"),
+    ],
+)
+def test_texts_are_no_switches(kind, more, names):
+    for name in names.split():
+        for value in (True, False):
+            assert getattr(kind(**more, **{name: value}), name) is value
+        for wrong in ("no", "false", None):
+            told = f"  - {name}: expected True or False, got {wrong!r}$"
+            with pytest.raises(LoraportError, match=told):
+                kind(**more, **{name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: SlotOptions(variants=None), f"slots: expected {LISTED}, got None"),
+        (lambda: SlotOptions("lora"), f"slots: expected {LISTED}, got 'lora'"),
+        (lambda: SlotOptions((1,)), f"slots: expected {LISTED}, got (1,)"),
+        (lambda: SlotOptions(replace="norm"), f"replace: expected {LISTED}, got 'norm'"),
+        (lambda: SweepOptions(together="8"), "together: expected a whole number, at least 1, got"),
+        (lambda: SweepOptions(halving=None), "halving: expected a whole number, got None"),
+        (lambda: SweepOptions(grid={"rank": (1,)}), "grid: expected Grid, got {'rank': (1,)}"),
+        (
+            lambda: SweepOptions(train=LoraOptions()),
+            "train: expected TrainOptions, got LoraOptions",
+        ),
+        (lambda: SweepOptions(spread="local"), "spread: expected Spread, got 'local'"),
+        (lambda: Spread(2), "address: expected auto, local or a cluster's address, got 2"),
+        (lambda: Spread(workers="2"), "workers: expected a whole number, at least 1, got '2'"),
+        (lambda: TrainOptions(lora={"rank": 2}), "lora: expected LoraOptions, got {'rank': 2}"),
+        (lambda: LoraOptions(layers=3), 'layers: expected numbers in a text, such as "0-3,8", got'),
+        (lambda: Grid(rank=8), "rank: expected a list of values, such as (1, 2), got 8"),
+        (lambda: Grid(targets="q_proj"), "targets: expected a list of values, such as (1, 2), got"),
+        (lambda: ExportOptions(provider="tpu"), "provider: expected cpu or cuda, got 'tpu'"),
+        (lambda: ExportOptions(slots=("lora",)), "slots: expected SlotOptions, got ('lora',)"),
+        (lambda: ImportOptions(inputs=[1]), "inputs: expected Mapping, got [1]"),
+        (lambda: MergeOptions("b", 5), "adapters: expected a path and a strength of each, got 5"),
+        (lambda: MergeOptions("b", ("ab",)), "adapters: expected a path and a strength of each"),
+        (
+            lambda: MergeOptions("b", (("a", "1"),)),
+            "strength of a: expected a finite number, got '",
+        ),
+        (lambda: MergeOptions("b", ADAPTERS, threads="4"), "threads: expected a whole number"),
+        (lambda: Sampling(temperature="0.5"), "temperature: expected a finite number, 0 or more"),
+        (lambda: Sampling(top_p=None), "top_p: expected more than 0, at most 1, got None"),
+    ],
+)
+def test_values_of_wrong_types_are_told(make, told):
+    with pytest.raises(LoraportError, match=re.escape(f"  - {told}")):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (
+            lambda: attach(nn.Linear(3, 4), {"rank": 2}),
+            "options: expected LoraOptions, got {'rank'",
+        ),
+        (lambda: train(nn.Linear(3, 4), [], None, LoraOptions()), "options: expected LoopOptions"),
+        (lambda: train_language_model("b", "d", "o", 5), "options: expected TrainOptions, got 5"),
+        (lambda: import_model("m.onnx", "o", 5), "options: expected ImportOptions, got 5"),
+        (lambda: export_base("b", "o", 5), "options: expected ExportOptions, got 5"),
+        (
+            lambda: export_torch_module(nn.Linear(3, 4), {"input": zeros(1, 3)}, "o", slots="lora"),
+            "slots: expected SlotOptions, got 'lora'",
+        ),
+        (lambda: export_torch_module("m", {}, "o"), "the module: expected a torch.nn.Module, got"),
+        (lambda: attach("m"), "the model: expected a torch.nn.Module, got str"),
+        (lambda: adapter_of("m"), "the model: expected a torch.nn.Module, got str"),
+        (lambda: lora_layers(5), "the model: expected a torch.nn.Module, got int"),
+        (lambda: compose([]), "adapters: expected at least one, got none"),
+        (lambda: compose([("a", "captain", 1.0)]), "a: expected an Adapter, got 'captain'"),
+        (lambda: extract(ExtractOptions("a", "b", "8"), print), "--rank: expected a whole number"),
+        (lambda: extract(ExtractOptions("a", "b", 0), print), "--rank: expected a whole number"),
+        (
+            lambda: extract(ExtractOptions("a", "b", energy="1"), print),
+            "--energy: expected a share",
+        ),
+    ],
+)
+def test_calls_refuse_what_is_of_another_class(call, told):
+    with pytest.raises(LoraportError, match=re.escape(told)):
+        call()
+
+
+def test_values_that_are_meant_are_taken():
+    assert SlotOptions(["lora", "gain"], replace=["norm"]).variants == ["lora", "gain"]
+    assert ImportOptions(precision="fp32") == ImportOptions()
+    trials = Grid(targets=(["q_proj"], ["v_proj"])).trials(LoraOptions())
+    assert [trial.lora.targets for trial in trials] == [["q_proj"], ["v_proj"]]
+    attach(model := nn.Sequential(nn.Linear(3, 4)), LoraOptions(rank=2))
+    assert lora_layers(model)["0"].rank == 2
+    assert LoopOptions() == TrainOptions().loop
