@@ -32,6 +32,7 @@ from converters.onnx.modules.merged_calls import MergedCalls, merged_calls
 from converters.onnx.modules.module_parts import SplitModule
 from converters.onnx.modules.stored_gains import added_to_gains
 from converters.onnx.modules.unslotted import reasons
+from converters.onnx.slots.input_names import require_no_slots
 from converters.onnx.slots.inserting import (
     SlotOptions,
     SlottedModel,
@@ -133,6 +134,7 @@ def import_model(
     file, out = Path(file), Path(out)
     progress(f"reading {file.name}")
     model = read_graph(file)
+    require_no_slots(model, file)
     if options.precision is not None:
         require_quantizer(options.precision)
     base = _open_base(options.base, progress)

@@ -242,6 +242,40 @@ def test_a_graph_that_opens_no_more_is_refused(tmp_path, monkeypatch):
         import_model(tmp_path / "out" / "model.onnx", tmp_path / "again")
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.required.onnx"])
+@pytest.mark.parametrize("said", [True, False], ids=["metadata", "optimized"])
+def test_a_graph_that_has_slots_already_is_refused(name, said, tmp_path):
+    # New slots, of other layers, would stand beside slots that nothing fills any more.
+    make, rng = onnx.helper, np.random.default_rng(0)
+    weights = {"fc": rng.normal(size=(8, 4)), "other": rng.normal(size=(4, 5))}
+    stored = [
+        onnx.numpy_helper.from_array(w.astype(np.float32), f"{n}.weight")
+        for n, w in weights.items()
+    ]
+    nodes = [
+        make.make_node("MatMul", ["x", "fc.weight"], ["h"], name="/fc/MatMul"),
+        make.make_node("MatMul", ["h", "other.weight"], ["y"], name="/other/MatMul"),
+    ]
+    ends = [make.make_tensor_value_info(n, 1, [None, w]) for n, w in (("x", 8), ("y", 5))]
+    graph = make.make_graph(nodes, "g", ends[:1], ends[1:], stored)
+    opsets = [make.make_opsetid("", 17)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.onnx")
+    import_model(tmp_path / "m.onnx", tmp_path / "one", ImportOptions(copy_data=True))
+    again = tmp_path / "one" / name
+    proto = onnx.load(again)
+    if not said:
+        del proto.metadata_props[:]
+        onnx.save(proto, again)
+    refused = r"lora_A: expected a graph without an input that is a slot's, got one .*with 2 slots"
+    remedy = r"export m\.onnx, which they were put in" if said else "export the model that they"
+    for slots in (SlotOptions(), SlotOptions(("lora", "embedding", "conv"), per_row=True)):
+        with pytest.raises(LoraportError, match=f"{refused}; {remedy}"):
+            import_model(again, tmp_path / "two", ImportOptions(slots=slots))
+    with pytest.raises(LoraportError, match=f"{refused}; {remedy}"):
+        import_model(again, tmp_path / "two", ImportOptions(slots=SlotOptions(("embedding",))))
+    assert not (tmp_path / "two").exists()
+
+
 class Convolved(torch.nn.Module):
     """What TorchScript calls by the path of whoever called it."""
 

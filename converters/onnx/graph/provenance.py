@@ -28,6 +28,12 @@ def record_provenance(model: ir.Model, source: str, sha256: str = "") -> None:
         model.metadata_props[_SHA256] = sha256
 
 
+def recorded_provenance(model: ir.Model) -> tuple[str, str] | None:
+    """Return who made the slots of a graph and what it was made from, if it says so."""
+    said = model.metadata_props
+    return (said[_TOOL], said.get(_SOURCE, "the model")) if _TOOL in said else None
+
+
 def record_slot(node: ir.Node, slot: str, first: int = 0) -> None:
     """Write into an operator's metadata which slot stands beside it, in place.
 
