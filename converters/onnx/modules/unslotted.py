@@ -7,7 +7,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
-from converters.onnx.modules.weight_origins import WeightOrigins
+from converters.onnx.modules.weight_origins import MULTIPLYING, WeightOrigins, only_multiplies
 from converters.onnx.operators import einsum, gather
 
 # Operators that use a matrix for something that no adapter changes.
@@ -99,7 +99,6 @@ _LEARNED = frozenset(
 _BLOCKED = "com.microsoft.nchwc"
 _VECTORS = frozenset(("MatMul", "MatMulBnb4", "MatMulFpQ4"))  # a vector is a weight, or packed one
 _LOOKING_UP = frozenset(("Gather", "GatherElements", "GatherND"))
-_MULTIPLYING = frozenset(("Conv", "Gemm", "MatMul"))
 # Whatever computes their weights: exporters put those of gates together, or normalize them.
 _NEVER = frozenset(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM", "ConvTranspose"))
 _INSIDE = (
@@ -152,7 +151,7 @@ def reasons(nodes: Collection[ir.Node], taken: set[int]) -> dict[str, str]:
         least = 1 if node.op_type in _VECTORS or einsum.sums_constant(node) else 2
         if node.op_type in _NEVER or any(len(shape) >= least for shape in shapes):
             found[name] = _reason(node, shapes)
-        elif node.op_type in _MULTIPLYING:
+        elif node.op_type in MULTIPLYING:
             weight = node.inputs[1]
             if weight is not None and constant(weight) is None:
                 why = origins.why_not_stored(weight)
@@ -165,12 +164,17 @@ def _is_embedding(node: ir.Node) -> bool:
 
 
 def _is_table(node: ir.Node) -> bool:
-    """Tell whether a run picks what is read of a constant matrix of floats."""
+    """Tell whether a run picks what is read of a constant of floats with rows.
+
+    Not what it picks of several matrices to multiply with: those products are told themselves.
+    """
     table = constant(node.inputs[0])
     if table is None or constant(node.inputs[1]) is not None:
         return False
     sizes = [size for size in table.shape if size != 1]
-    return len(sizes) == 2 and table.dtype.is_floating_point()
+    if len(sizes) < 2 or not table.dtype.is_floating_point():
+        return False
+    return len(sizes) == 2 or not only_multiplies(node.outputs[0])
 
 
 def _operator(node: ir.Node) -> str:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
 
+MULTIPLYING = frozenset(("Conv", "Gemm", "MatMul"))
 _MOVING = ("Gather", "GatherND", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Cast")
 
 
@@ -74,6 +75,17 @@ class WeightOrigins:
             if found is not None:
                 return len(found.shape) > 2 and found.dtype.is_floating_point()
         return False
+
+
+def only_multiplies(value: ir.Value) -> bool:
+    """Tell whether a value is read as the second factor of products alone, wherever it is moved."""
+    if value.is_graph_output() or not value.uses():
+        return False
+    return all(
+        (use.idx == 0 and use.node.op_type in _MOVING and only_multiplies(use.node.outputs[0]))
+        or (use.idx == 1 and use.node.op_type in MULTIPLYING)
+        for use in value.uses()
+    )
 
 
 def _has_matrices(node: ir.Node, value: ir.Value) -> bool:

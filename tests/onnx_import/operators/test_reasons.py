@@ -151,6 +151,43 @@ def test_tables_that_are_not_looked_up_by_rows_are_listed(slotted):
     }
 
 
+def test_tables_of_more_dimensions_are_listed(slotted):
+    """Of codebooks, or of heads; not where all that is read of them are factors of products."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="/layer/MatMul"),
+        helper.make_node("Gather", ["books", "ids"], ["b"], name="/books"),
+        helper.make_node("ReduceSum", ["b", "first"], ["c"], name="/sum", keepdims=0),
+        helper.make_node("Gather", ["heads", "ids"], ["all"], name="/heads", axis=1),
+        helper.make_node("ReduceSum", ["all", "first"], ["d"], name="/heads/sum", keepdims=0),
+        helper.make_node("GatherND", ["books", "places"], ["e"], name="/nd"),
+        helper.make_node("Gather", ["both", "expert"], ["f"], name="/both"),
+        helper.make_node("MatMul", ["a", "f"], ["g"], name="/picked"),
+        helper.make_node("Gather", ["experts", "expert"], ["h"], name="/expert"),
+        helper.make_node("Transpose", ["h"], ["i"], perm=[1, 0]),
+        helper.make_node("MatMul", ["g", "i"], ["j"], name="/turned"),
+        helper.make_node("Sum", ["c", "d", "e", "f", "j"], ["y"], name="/all"),
+    ]
+    shapes = {"w": (4, 4), "books": (9, 4, 4), "heads": (4, 9, 4)}
+    shapes |= {"both": (3, 4, 4), "experts": (3, 4, 4)}
+    constants = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    constants |= {"first": np.array([1])}
+    inputs = [("x", TensorProto.FLOAT, [4, 4]), ("ids", TensorProto.INT64, [4])]
+    inputs += [("expert", TensorProto.INT64, []), ("places", TensorProto.INT64, [4, 2])]
+    found = slotted(graph_of(nodes, inputs, constants), "lora", "embedding").unslotted
+    told = {
+        name: f"{operator}: it reads its constant of shape {shape} {how}; "
+        "a Gather of a matrix along axis 0 takes a slot"
+        for name, operator, shape, how in (
+            ("/books", "Gather", (9, 4, 4), "along axis 0"),
+            ("/heads", "Gather", (4, 9, 4), "along axis 1"),
+            ("/nd", "GatherND", (9, 4, 4), "by coordinates"),
+            ("/both", "Gather", (3, 4, 4), "along axis 0"),
+        )
+    }
+    picked = "MatMul: its weight is one of several, picked in the run"
+    assert found == told | {"/picked": picked, "/turned": picked}
+
+
 def test_weights_in_attributes_are_listed(slotted):
     """What only scales an input is no weight that an adapter could change."""
     settings = {"domain": "ai.onnx.ml", "offset": [0.0], "scale": [2.0]}
