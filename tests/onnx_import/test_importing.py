@@ -328,6 +328,78 @@ def test_kernels_that_a_normalization_was_folded_into_are_told(dynamo, fold, tmp
     add_adapters(tmp_path / "out", {"last": Adapter({"last": plain})})
 
 
+@pytest.mark.parametrize("tool", ["onnxruntime", "tf2onnx", "none"])
+def test_weights_that_other_tools_folded_into_are_told(tool, tmp_path):
+    """They keep their modules' names, which the tools add to; only names tell of them."""
+    make, random = onnx.helper, np.random.default_rng(0)
+    shapes = {
+        "net.0.weight": (6, 4, 1, 1),
+        "fc.weight": (6, 5),
+        "last.weight": (5, 3),
+        "k": (6, 1, 1),
+    }
+    shapes |= {f"{norm}.{n}": (w,) for norm, w in (("n0", 6), ("n1", 5)) for n in "abcd"}
+    weights = {n: random.uniform(0.5, 2, s).astype(np.float32) for n, s in shapes.items()}
+    nodes = [
+        make.make_node("Conv", ["x", "net.0.weight"], ["a"], name="/net/net.0/Conv"),
+        make.make_node("Mul", ["a", "k"], ["b"], name="/net/Mul"),
+        make.make_node("BatchNormalization", ["b", *(f"n0.{n}" for n in "abcd")], ["c"]),
+        make.make_node("ReduceMean", ["c"], ["d"], axes=[2, 3], keepdims=0),
+        make.make_node("MatMul", ["d", "fc.weight"], ["e"], name="/fc/MatMul"),
+        make.make_node("BatchNormalization", ["e", *(f"n1.{n}" for n in "abcd")], ["f"]),
+        make.make_node("MatMul", ["f", "last.weight"], ["y"], name="/last/MatMul"),
+    ]
+    if tool == "tf2onnx":
+        weights["net.0/Conv2D_weights_fused_bn"] = weights.pop("net.0.weight")
+        nodes[0] = make.make_node(
+            "Conv", ["x", "net.0/Conv2D_weights_fused_bn"], ["a"], name="net.0/Conv2D"
+        )
+    ends = [
+        make.make_tensor_value_info("x", 1, ["n", 4, 3, 3]),
+        make.make_tensor_value_info("y", 1, ["n", 3]),
+    ]
+    stored = [onnx.numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = make.make_graph(nodes, "g", ends[:1], ends[1:], stored)
+    file = tmp_path / "m.onnx"
+    opsets = [make.make_opsetid("", 15)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=8), file)
+    if tool == "onnxruntime":
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(tmp_path / "folded.onnx")
+        onnxruntime.InferenceSession(file, options)
+        file = tmp_path / "folded.onnx"
+        assert "Mul" not in {node.op_type for node in onnx.load(file).graph.node}
+    said = []
+    import_model(
+        file,
+        tmp_path / "out",
+        ImportOptions(slots=SlotOptions(("lora", "conv"))),
+        progress=said.append,
+    )
+    manifest = read_manifest(tmp_path / "out")
+    assert set(manifest.slots.modules()) == {"net.0", "fc", "last"}
+    folded = {"onnxruntime": ("net.0", "fc"), "tf2onnx": ("net.0",), "none": ()}[tool]
+    assert sorted(manifest.computed) == sorted(folded)
+    assert sum("computed by the exporter" in text for text in said) == bool(folded)
+    adapters = {
+        "net.0": LoraModule(
+            ModuleKind.CONV, torch.ones(2, 4, 1, 1), torch.ones(6, 2, 1, 1), alpha=2
+        ),
+        "fc": LoraModule(ModuleKind.LINEAR, torch.ones(2, 6), torch.ones(5, 2), alpha=2),
+        "last": LoraModule(ModuleKind.LINEAR, torch.ones(2, 5), torch.ones(3, 2), alpha=2),
+    }
+    for path, module in adapters.items():
+        named = {path.replace(".", "_"): Adapter({path: module})}
+        if path in folded:
+            with pytest.raises(
+                LoraportError, match=rf"{path}: expected the module's own weight in"
+            ):
+                add_adapters(tmp_path / "out", named)
+        else:
+            add_adapters(tmp_path / "out", named)
+
+
 class Normalized(torch.nn.Module):
     """A linear layer that torch fuses with the normalization behind it, and one without."""
 

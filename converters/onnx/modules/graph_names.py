@@ -45,6 +45,11 @@ _MODULE = "loraport.module"
 _ENDINGS = re.compile(
     r"(_quantized|_Q\d+(G\d+)?|_DequantizeLinear|\.qweight|_qweight|_transposed|\.MatMul|_fp16|_[Bb]nb4)+$"
 )
+# What ONNX Runtime's optimizer, and tf2onnx, add to the name of a weight that they multiply by
+# the factors of a normalization behind it.
+_FOLDED = re.compile(
+    r"^((ConvBnFusion_W|ConvMulFusion_W|MatMulBnFusion_GemmB)_)+|_weights_fused_bn$"
+)
 # What ONNX Runtime's optimizer adds to the name of a node: ``/q_proj/MatMul/MatMulScaleFusion/``,
 # ``fused /fc/Gemm``.
 _FUSED = re.compile(r"^fused |/\w*Fusion/?(_token_\d+)?$")
@@ -98,9 +103,9 @@ def folded(named: Iterable[NamedSite]) -> list[str]:
     """Return modules whose weights in the graph are not their own: computed by the exporter.
 
     Most often a normalization was folded in. A kernel lost its name then, though the graph knows
-    the module (a matrix loses it when it is turned, too), or the exporter recorded the
-    normalization as what computes the product, or it made a bias where there was none
-    (``conv.weight_bias``).
+    the module (a matrix loses it when it is turned, too), or its name says so, or the exporter
+    recorded the normalization as what computes the product, or it made a bias where there was
+    none (``conv.weight_bias``).
     """
     found = []
     for entry in named:
@@ -111,9 +116,16 @@ def folded(named: Iterable[NamedSite]) -> list[str]:
             and _ANONYMOUS.fullmatch(_stored_name(site))
             and not _recorded_path(site.node)
         )
-        if known and (nameless or _is_normalization(site.node) or _has_made_bias(site)):
+        made = nameless or _has_folded_name(site) or _has_made_bias(site)
+        if known and (made or _is_normalization(site.node)):
             found.append(entry.path)
     return list(dict.fromkeys(found))
+
+
+def _has_folded_name(site: Site) -> bool:
+    """Tell whether a weight has the name of one that another was multiplied into."""
+    weight = weight_of(site)
+    return weight is not None and _FOLDED.search(_ENDINGS.sub("", weight.name)) is not None
 
 
 def _has_made_bias(site: Site) -> bool:
@@ -279,7 +291,7 @@ def _called(node: ir.Node) -> str:
 def _stored_name(site: Site) -> str:
     """Return what the weight is called, without what quantizers and exporters add."""
     weight = weight_of(site)
-    return _ENDINGS.sub("", weight.name) if weight else ""
+    return _FOLDED.sub("", _ENDINGS.sub("", weight.name)) if weight else ""
 
 
 def _recorded_path(node: ir.Node) -> str:
