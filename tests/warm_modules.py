@@ -17,7 +17,7 @@ from pathlib import Path
 
 MODULES = (
     "onnxruntime_genai.models.builder",
-    "converters.onnx.exporters.gemma_builder",
+    "converters.onnx.exporters.mended_builder",
     "converters.onnx.exporters.quantizing",
 )
 

@@ -1,4 +1,4 @@
-"""``python -m converters.onnx.exporters.gemma_builder``: GenAI's builder, for decoders like Gemma.
+"""Decoders like Gemma, for GenAI's builder.
 
 What version 0.18 makes of these by itself is not quite the model:
 
@@ -10,17 +10,13 @@ What version 0.18 makes of these by itself is not quite the model:
 
 from __future__ import annotations
 
-import importlib
 import math
-import runpy
 from typing import Any
 
 from torch import nn
 
 from converters.onnx.exporters.flat_rotations import flatten
 from converters.onnx.modules.gains_plus_one import gains_plus_one
-
-BUILDER = "onnxruntime_genai.models.builder"
 
 
 def widen_gains(model: nn.Module) -> None:
@@ -29,13 +25,15 @@ def widen_gains(model: nn.Module) -> None:
         model.get_submodule(weight.rpartition(".")[0]).float()
 
 
-def _run() -> None:
-    importlib.import_module(BUILDER.rpartition(".")[0])  # makes the next one known
-    builders = importlib.import_module("builders")
+def mend(builders: Any) -> None:
+    """Let the builder make of decoders like Gemma what they are.
+
+    Args:
+        builders: The builder's module of that name; changed in place.
+    """
     _read_rotations()
     _add_ones_exactly(builders.Model)
     _scale_exactly(builders.GemmaModel)
-    runpy.run_module(BUILDER, run_name="__main__", alter_sys=True)
 
 
 def _read_rotations() -> None:
@@ -71,7 +69,3 @@ def _scale_exactly(builder: Any) -> None:
         self.embed_attrs["scale"] = math.sqrt(self.hidden_size)
 
     builder.__init__ = begun
-
-
-if __name__ == "__main__":
-    _run()

@@ -13,10 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.onnx.exporters import gemma_builder
-from converters.onnx.exporters.gemma_builder import BUILDER
-from converters.onnx.modules.stored_gains import adds_to_gains
-from loraport.base_model import read_model_config
+from converters.onnx.exporters import mended_builder
 from loraport.errors import LoraportError, last_words
 
 # Precisions by provider, as far as version 0.18's graphs run: fp32 for CUDA lacks the producers of
@@ -57,8 +54,7 @@ def build_with_genai(base: Path, out: Path, *, precision: str, provider: str) ->
         )
     # The builder's cache is for downloads of its own; ours are already local.
     cache = out / ".builder-cache"
-    like_gemma = adds_to_gains(str(read_model_config(base).get("model_type")))
-    command = [sys.executable, "-m", gemma_builder.__name__ if like_gemma else BUILDER]
+    command = [sys.executable, "-m", mended_builder.__name__]
     command += ["--input", str(base), "--output", str(out), "--precision", precision]
     command += ["--execution_provider", provider, "--cache_dir", str(cache)]
     # A cache that keeps a window alone cannot be empty at first, nor be read by other programs.

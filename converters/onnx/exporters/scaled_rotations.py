@@ -1,0 +1,80 @@
+"""Rotations that are scaled for longer texts, for GenAI's builder.
+
+Version 0.18 scales Llama's and SmolLM3's as Llama 3 does or not at all, and YaRN's without
+rounding where its ramp begins and ends, nor with ``attention_factor``; it knows no dynamic ones and
+needs settings that have defaults. The tables are made of transformers' own frequencies instead.
+Phi-3's, which has two tables, it reads in the words of transformers 4 alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_TABLES = ("linear", "dynamic", "yarn", "llama3")  # the same for every length up to the context's
+
+
+def mend(builders: Any) -> None:
+    """Let the builder make its tables of rotations of a configuration's own frequencies.
+
+    Args:
+        builders: The builder's module of that name; changed in place.
+    """
+    model = builders.Model
+    begin, make = model.make_rope_init, model.make_rotary_embedding_caches_from_scratch
+
+    def begun(self: Any, config: Any) -> None:
+        self.own_frequencies = own_frequencies(config)
+        if self.own_frequencies is None:
+            begin(self, config)
+
+    def made(self: Any) -> Any:
+        own = getattr(self, "own_frequencies", None)
+        if own is None:
+            return make(self)
+        frequencies, scale = own
+        return tables(frequencies, scale, self.rope_attrs["cache_length"])
+
+    model.make_rope_init = builders.LlamaModel.make_rope_init = begun
+    for each in (model, builders.GPTOSSModel):
+        each.make_rotary_embedding_caches_from_scratch = made
+    _name_kind(builders.Phi3MiniLongRoPEModel)
+
+
+def _name_kind(builder: Any) -> None:
+    begin = builder.make_rope_init
+
+    def begun(self: Any, config: Any) -> None:
+        config.rope_parameters.setdefault("type", config.rope_parameters.get("rope_type"))
+        begin(self, config)
+
+    builder.make_rope_init = begun
+
+
+def own_frequencies(config: Any) -> tuple[torch.Tensor, float] | None:
+    """Return the frequencies ``[dim / 2]`` of a decoder and what multiplies its tables.
+
+    Args:
+        config: Its configuration.
+
+    Returns:
+        ``None`` where nothing is scaled, or by more than one table.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    settings = getattr(config, "rope_parameters", None) or {}
+    kind = settings.get("rope_type")
+    if kind not in _TABLES or hasattr(config, "rope_local_base_freq"):  # Gemma 3 has two
+        return None
+    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return frequencies, float(scale)
+
+
+def tables(
+    frequencies: torch.Tensor, scale: float, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines ``[length, dim]`` float32, each angle twice as in transformers."""
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos() * scale, angles.sin() * scale
