@@ -100,7 +100,7 @@ def export_base(
 ) -> None:
     """Export a base model as a bundle.
 
-    A decoder that ONNX Runtime GenAI's model builder may know goes through it, anything else
+    A decoder that ONNX Runtime GenAI's model builder makes as it is goes through it, anything else
     through ``torch.onnx.export``.
 
     Args:
@@ -137,7 +137,7 @@ def export_base(
             )
             model = load_model(str(directory))
         else:
-            progress("exporting the graph with torch.onnx.export")
+            progress("exporting the graph with torch.onnx.export" + _without_cache(directory))
             model = load_model(str(directory))
             if getattr(model.config, "use_cache", False):
                 model.config.use_cache = False  # the graph has one step; a cache is no tensor
@@ -277,6 +277,16 @@ def _export_attention(
         finally:
             if own is not None:
                 choose(own)
+
+
+def _without_cache(directory: Path) -> str:
+    """Say what a decoder goes without that torch exports."""
+    if not architecture(directory).endswith("ForCausalLM"):
+        return ""
+    return (
+        ": ONNX Runtime GenAI's builder does not make this decoder as it is, so the graph takes "
+        "whole texts, without a cache"
+    )
 
 
 def _forward_arguments(model: nn.Module) -> Iterable[str]:

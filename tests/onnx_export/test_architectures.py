@@ -7,12 +7,13 @@ from peft_cases import Case
 from tiny_llm import PHI3, SIZES, save_adapter, save_base
 
 from converters.formats.registry import read_adapter
-from converters.onnx import ExportOptions, add_adapters, export_base
+from converters.onnx import ExportOptions, add_adapters, export_base, exporting
 from converters.onnx.exporters.genai_builder import builds
 from converters.onnx.modules.base_parameters import BaseParameters
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.base_model import load_model
 from loraport.bundle.manifest import read_manifest
+from loraport.errors import LoraportError
 from loraport.parity import verify_bundle
 
 ARCHITECTURES = {
@@ -37,6 +38,48 @@ def test_the_builder_is_given_no_decoder_that_it_does_not_know():
     assert not builds("OlmoForCausalLM", {"clip_qkv": 8.0})  # it would leave the bounds out
     assert builds("OlmoForCausalLM", {"clip_qkv": None})
     assert builds("LlamaForCausalLM", {})
+    assert not builds("FalconForCausalLM", {})
+    assert not builds("Lfm2ForCausalLM", {})  # its convolutions' caches are fed by no runner
+
+
+LONG = {"rope_type": "longrope"}
+ATTENTION = {"layer_types": ["attention"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out", "whole"),
+    [
+        ("Phi", {"qk_layernorm": True}, {"qk_layernorm": False}),
+        ("Nemotron", {"mlp_bias": True}, {"attention_bias": True}),
+        ("GraniteMoeHybrid", ATTENTION | {"num_local_experts": 4}, ATTENTION),
+        ("GraniteMoeHybrid", {"layer_types": ["mamba", "attention"]}, ATTENTION),
+        ("Llama", {"rope_parameters": LONG}, {"rope_parameters": {"rope_type": "yarn"}}),
+        ("Llama", {"rope_scaling": {"type": "longrope"}}, {"rope_scaling": None}),
+        ("Phi3", {"clip_qkv": 1.0}, {"rope_parameters": LONG}),
+    ],
+)
+def test_the_builder_is_given_no_decoder_of_which_it_leaves_something_out(name, left_out, whole):
+    assert not builds(f"{name}ForCausalLM", left_out)
+    assert builds(f"{name}ForCausalLM", whole)
+
+
+@pytest.mark.parametrize("name", ["Bloom", "Llama"])
+def test_a_decoder_that_the_builder_does_not_know_is_torchs(name, tmp_path, monkeypatch):
+    """It was refused. What torch makes of decoders is tested with GPT-2. Control: a Llama."""
+    config = getattr(transformers, f"{name}Config")(hidden_size=32, vocab_size=SIZES["vocab_size"])
+    config.num_hidden_layers = 1
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    base, said = save_base(tmp_path / "base", model), []
+
+    def stop(*_, **__):
+        raise LoraportError("stopped")
+
+    monkeypatch.setattr(exporting, "build_with_genai", stop)
+    monkeypatch.setattr(exporting, "_export_encoder", stop)
+    with pytest.raises(LoraportError, match="stopped"):
+        export_base(base, tmp_path / "bundle", progress=said.append)
+    assert ("takes whole texts, without a cache" in said[-1]) == (name == "Bloom")
+    assert ("with ONNX Runtime GenAI" in said[-1]) == (name == "Llama")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -22,17 +22,44 @@ from loraport.errors import LoraportError, last_words
 PRECISIONS = {"cpu": ("fp32", "int8", "int4"), "cuda": ("fp16", "bf16", "int8", "int4")}
 
 
+# Those that version 0.18 makes as they are, of the decoders that it knows. LFM2's convolutions have
+# caches of their own, which no runner here feeds.
+_BUILT = frozenset(
+    f"{name}ForCausalLM"
+    for name in (
+        *("Ernie4_5", "Gemma", "Gemma2", "Gemma3", "GptOss", "Granite", "GraniteMoeHybrid"),
+        *("HunYuanDenseV1", "InternLM2", "Llama", "Mistral", "Nemotron", "Olmo", "Phi", "Phi3"),
+        *("Phi3Small", "Phi3V", "Phi4MM", "PhiMoE", "Qwen2", "Qwen3", "SmolLM3"),
+        "VideoChatFlashQwen",
+    )
+)
+_GRANITE_ATTENTION = {"attention", "full_attention"}
+
+
 def builds(architecture: str, config: Mapping[str, Any]) -> bool:
     """Tell whether a model is the builder's.
 
-    It knows no decoder by another name, such as GPT-2, and leaves out that some of OLMo's keep
-    queries, keys and values within bounds.
+    It leaves out without a word that some of OLMo's keep queries, keys and values within bounds,
+    that some of Phi's norm queries and keys, the biases of Nemotron's MLP and Granite 4's experts,
+    and knows neither Granite's recurrent layers nor rotations of two tables but Phi's.
 
     Args:
         architecture: A class of transformers.
         config: The model's ``config.json``.
     """
-    return architecture.endswith("ForCausalLM") and config.get("clip_qkv") is None
+    if architecture not in _BUILT or config.get("clip_qkv") is not None:
+        return False
+    rotation = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "longrope" in (rotation.get("rope_type"), rotation.get("type")):
+        return architecture.startswith("Phi")
+    if architecture == "PhiForCausalLM":
+        return not config.get("qk_layernorm")
+    if architecture == "NemotronForCausalLM":
+        return not config.get("mlp_bias")
+    if architecture == "GraniteMoeHybridForCausalLM":
+        kinds = set(config.get("layer_types") or ["mamba"])
+        return kinds <= _GRANITE_ATTENTION and not config.get("num_local_experts")
+    return True
 
 
 def build_with_genai(base: Path, out: Path, *, precision: str, provider: str) -> None:
