@@ -13,6 +13,10 @@ from torch import nn
 from loraport.training.data.batches import IGNORED, Row, collate
 from loraport.training.losses.language_model import logits_at
 
+# What transformers calls a cache of its models: since 5.24, which knows the old name with a warning
+# alone, and before.
+_CACHES = ("cache", "past_key_values")
+
 
 @dataclass(frozen=True)
 class RowScore:
@@ -110,8 +114,8 @@ def greedy_answer(
         answer.append(int(output.logits[0, -1].argmax()))
         if answer[-1] in ends:
             break
-        cache = getattr(output, "past_key_values", None)
-        # A model that keeps something else (Mamba's state) reads all of it again.
-        cached = {} if cache is None else {"past_key_values": cache}
-        new = [*question, *answer] if cache is None else answer[-1:]
+        names = list(output.keys())
+        # A model that keeps something else (before 5.24, Mamba's state) reads all of it again.
+        cached = {name: output[name] for name in _CACHES if name in names}
+        new = answer[-1:] if cached else [*question, *answer]
     return answer
