@@ -1,7 +1,11 @@
 """What options and the calls that take them refuse: texts as switches, values of wrong types."""
 
+import json
 import re
+from dataclasses import asdict
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from torch import nn, zeros
 
@@ -132,3 +136,50 @@ def test_values_that_are_meant_are_taken():
     attach(model := nn.Sequential(nn.Linear(3, 4)), LoraOptions(rank=2))
     assert lora_layers(model)["0"].rank == 2
     assert LoopOptions() == TrainOptions().loop
+
+
+def test_values_that_json_has_not_are_stored_as_it_has_them():
+    """Runs write their options down; of NumPy's numbers and sets none began to train."""
+    lora = LoraOptions(
+        rank=np.int64(2),
+        alpha=Fraction(1, 2),
+        dropout=np.float32(0.5),
+        use_dora=np.True_,
+        rank_pattern={"v_proj": np.int32(8)},
+        targets={"v_proj", "q_proj"},
+        exclude=dict.fromkeys(["k_proj"]).keys(),
+        seed=np.uint64(3),
+    )
+    loop = LoopOptions(steps=np.int64(5), learning_rate=np.float32(0.25), shard_base=np.False_)
+    given = TrainOptions(lora, loop, batch_size=np.int16(2), cuda_graphs=np.False_)
+    plain = TrainOptions(
+        LoraOptions(
+            rank=2,
+            alpha=0.5,
+            dropout=0.5,
+            use_dora=True,
+            rank_pattern={"v_proj": 8},
+            targets=("q_proj", "v_proj"),
+            exclude=("k_proj",),
+            seed=3,
+        ),
+        LoopOptions(steps=5, learning_rate=0.25),
+        batch_size=2,
+        cuda_graphs=False,
+    )
+    assert json.dumps(asdict(given)) == json.dumps(asdict(plain))
+    for wrong in (np.int64(2), {"q_proj"}):  # control
+        with pytest.raises(TypeError):
+            json.dumps(wrong)
+    for wrong in (np.array([1, 2]), np.int64, object()):
+        with pytest.raises(LoraportError, match="rank: expected a whole number, at least 1, got "):
+            LoraOptions(rank=wrong)
+        with pytest.raises(LoraportError, match="use_dora: expected True or False, got "):
+            LoraOptions(use_dora=wrong)
+
+
+def test_a_grid_takes_any_list_of_values():
+    grid = Grid(rank=range(2, 9, 3), alpha={8, "2r"}, learning_rate=np.array([0.5, 0.25]))
+    assert grid == Grid(rank=(2, 5, 8), alpha=("2r", 8), learning_rate=[0.5, 0.25])
+    assert Grid(rank=(np.int64(2),)) == Grid(rank=(2,))
+    assert json.loads(json.dumps(asdict(SweepOptions(grid, halving=np.int64(1)))))["halving"] == 1

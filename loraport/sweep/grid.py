@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loraport.errors import LoraportError, Problems
+from loraport.plain_options import store_plain
 from loraport.sweep.trial import Trial
 from loraport.training.options import ALL_LINEAR, LoopOptions, LoraOptions
 
@@ -40,6 +41,7 @@ class Grid:
     learning_rate: tuple[float, ...] = (LoopOptions.learning_rate,)
 
     def __post_init__(self) -> None:
+        store_plain(self)
         problems = Problems()
         for each in fields(self):
             values = getattr(self, each.name)

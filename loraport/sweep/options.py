@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from loraport.errors import Problems
 from loraport.option_checks import check_count, check_parts, check_switches, check_text, is_whole
+from loraport.plain_options import store_plain
 from loraport.sweep.grid import Grid
 from loraport.training.options import TrainOptions
 
@@ -58,6 +59,7 @@ class SweepOptions:
     spread: Spread | None = None
 
     def __post_init__(self) -> None:
+        store_plain(self)
         problems = Problems()
         check_parts(problems, self, grid=Grid, train=TrainOptions)
         if self.spread is not None:

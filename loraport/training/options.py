@@ -18,6 +18,7 @@ from loraport.option_checks import (
     is_whole,
     shown,
 )
+from loraport.plain_options import store_plain
 
 ALL_LINEAR = "all-linear"
 _SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
@@ -59,6 +60,7 @@ class LoraOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        store_plain(self)
         problems = Problems()
         check_count(problems, "rank", self.rank, 1)
         for pattern, rank in _pattern(problems, "rank_pattern", self.rank_pattern):
@@ -139,6 +141,7 @@ class LoopOptions:
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = "adamw"
 
     def __post_init__(self) -> None:
+        store_plain(self)
         problems = Problems()
         if not (is_finite(self.learning_rate) and self.learning_rate > 0):
             problems.add("learning_rate", "a finite number above 0", shown(self.learning_rate))
@@ -201,6 +204,7 @@ class TrainOptions:
     base_dtype: Literal["auto", "float32", "bfloat16", "nf4", "int8"] = "auto"
 
     def __post_init__(self) -> None:
+        store_plain(self)
         problems = Problems()
         check_parts(problems, self, lora=LoraOptions, loop=LoopOptions)
         check_count(problems, "batch_size", self.batch_size, 1)
