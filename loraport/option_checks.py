@@ -19,8 +19,11 @@ def is_whole(value: object) -> bool:
 
 
 def is_finite(value: object) -> bool:
-    """Tell whether a value is a finite number."""
-    return isinstance(value, numbers.Real) and math.isfinite(value)
+    """Tell whether a value is a finite number, and one that a float can hold."""
+    try:
+        return isinstance(value, numbers.Real) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def shown(value: object) -> str:

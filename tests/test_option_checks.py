@@ -84,6 +84,12 @@ def test_texts_are_no_switches(kind, more, names):
             lambda: MergeOptions("b", (("a", "1"),)),
             "strength of a: expected a finite number, got '",
         ),
+        (  # beyond what a float holds
+            lambda: MergeOptions("b", (("a", 10**400),)),
+            "strength of a: expected a finite number, got 1000",
+        ),
+        (lambda: LoopOptions(steps=10**400), "steps: expected at least 1, got 1000"),
+        (lambda: Sampling(temperature=10**400), "temperature: expected a finite number, 0 or more"),
         (lambda: MergeOptions("b", ADAPTERS, threads="4"), "threads: expected a whole number"),
         (lambda: Sampling(temperature="0.5"), "temperature: expected a finite number, 0 or more"),
         (lambda: Sampling(top_p=None), "top_p: expected more than 0, at most 1, got None"),
