@@ -110,23 +110,30 @@ def test_every_weight_of_the_graph_is_the_bases(own, tiny_base):
         assert torch.equal(parameters.weight(path, in_out=True), weight.T)
 
 
-@pytest.mark.parametrize("with_base", [False, True])
-def test_a_bias_that_peft_stored_unchanged_is_the_bases(tmp_path, with_base):
-    """PEFT stores what a head has beside its LoRA: a graph's, or a checkpoint's own."""
-    made = make_case(Case(gpt2, {"target_modules": ["c_attn"], "r": 2}), tmp_path / "a")
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    """An adapter, and the directory of a base whose last bias is no constant, and of its graph."""
+    directory = tmp_path_factory.mktemp("biased")
+    made = make_case(Case(gpt2, {"target_modules": ["c_attn"], "r": 2}), directory / "a")
     model = made.fresh_base().eval()
     with torch.no_grad():
         model.get_parameter("transformer.ln_f.bias").add_(torch.arange(model.config.n_embd))
-    model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(directory / "base")
     ids = torch.tensor([[1, 5, 3, 9, 2]])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(Logits(model), (ids,), tmp_path / "m.onnx", verbose=False)
-    base = str(tmp_path / "base") if with_base else None
-    import_model(tmp_path / "m.onnx", tmp_path / "out", ImportOptions(base=base))
-    own = model.get_parameter("transformer.ln_f.bias").detach()
+        torch.onnx.export(Logits(model), (ids,), directory / "m.onnx", verbose=False)
+    return read_adapter(made.path), directory, model.get_parameter("transformer.ln_f.bias").detach()
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_a_bias_that_peft_stored_unchanged_is_the_bases(biased, tmp_path, with_base):
+    """PEFT stores what a head has beside its LoRA: a graph's, or a checkpoint's own."""
+    adapter, directory, own = biased
+    base = str(directory / "base") if with_base else None
+    import_model(directory / "m.onnx", tmp_path / "out", ImportOptions(base=base))
     whole = {
-        name: replace(read_adapter(made.path), replacements={"transformer.ln_f.bias": each})
+        name: replace(adapter, replacements={"transformer.ln_f.bias": each})
         for name, each in (("same", Replacement(own)), ("other", Replacement(own + 0.1)))
     }
     add_adapters(tmp_path / "out", {"same": whole["same"]}, base=base)
@@ -239,30 +246,41 @@ def test_dora_on_weights_stored_in_out_equals_peft(tmp_path):
     assert np.abs(expected - base).max() > 0.05
 
 
-@pytest.mark.parametrize("said", [True, False])
-def test_square_weights_lie_as_the_base_has_them_whatever_the_adapter_says(tmp_path, said):
-    """PEFT writes one ``fan_in_fan_out``, and writes it wrong where it corrects itself."""
+@pytest.fixture(scope="module")
+def square(tmp_path_factory):
+    """A DoRA of GPT-2, the directory of its base and of bundles of that, and golden inputs."""
+    directory = tmp_path_factory.mktemp("square")
     options = {"target_modules": ["c_attn", "attn.c_proj"], "r": 3, "fan_in_fan_out": True}
-    made = make_case(Case(gpt2, {**options, "use_dora": True}), tmp_path / "adapter")
-    config = made.path / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "fan_in_fan_out": said}))
-    made.fresh_base().save_pretrained(tmp_path / "base")
-    ids = torch.tensor([[1, 5, 3, 9, 2], [4, 8, 0, 1, 5]])
-    file = tmp_path / "gpt2.onnx"
+    made = make_case(Case(gpt2, {**options, "use_dora": True}), directory / "adapter")
+    made.fresh_base().save_pretrained(directory / "base")
+    ids = torch.tensor([[1, 5, 3, 9, 2]])
+    file, base = directory / "gpt2.onnx", str(directory / "base")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(Logits(made.fresh_base()).eval(), (ids,), file, verbose=False)
-    adapter = read_adapter(made.path)
-    base, slots = str(tmp_path / "base"), SlotOptions(("lora", "gain"))
+    for bundle, precision in (("fp32", None), ("int8", "int8")):
+        slots = SlotOptions(("lora", "gain"))
+        imported = ImportOptions(base=base, slots=slots, precision=precision)
+        import_model(file, directory / bundle, imported)
+    return made, directory, ids
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_square_weights_lie_as_the_base_has_them_whatever_the_adapter_says(square, tmp_path, said):
+    """PEFT writes one ``fan_in_fan_out``, and writes it wrong where it corrects itself."""
+    made, directory, ids = square
+    for name in ("adapter", "fp32", "int8"):
+        shutil.copytree(directory / name, tmp_path / name)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "fan_in_fan_out": said}))
+    adapter = read_adapter(tmp_path / "adapter")
     packed = {}
-    for bundle, precision, name, given in (
-        ("fp32", None, "graph", None),
-        ("fp32", None, "checkpoint", base),
-        ("int8", "int8", "rounded", None),
+    for bundle, name, given in (
+        ("fp32", "graph", None),
+        ("fp32", "checkpoint", str(directory / "base")),
+        ("int8", "rounded", None),
     ):
         out = tmp_path / bundle
-        if not out.exists():
-            import_model(file, out, ImportOptions(base=base, slots=slots, precision=precision))
         add_adapters(out, {name: adapter}, base=given)
         manifest = read_manifest(out)
         packed[name] = read_packed(out / manifest.adapters[name].tensors, manifest.slots)

@@ -330,13 +330,20 @@ def as_initialised(base, made):
     return bert_reference(made)
 
 
-@pytest.mark.parametrize("name", ["classifier", "biases", "norms"])
-def test_equal_parameters_are_replaced_apart(name, fresh_base, tmp_path):
-    made = make_case(Case(bert, BERT_SAVED[name]), tmp_path / "a", base=fresh_base)
+@pytest.fixture(scope="module")
+def fresh_bundle(fresh_base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fresh") / "bundle"
     inputs = {name: torch.from_numpy(array) for name, array in bert_arrays().items()}
     slots = SlotOptions(replace=("classifier", "bias", "LayerNorm"))
-    export_torch_module(fresh_base, inputs, tmp_path / "out", slots=slots)
-    own = tmp_path / "out"
+    export_torch_module(fresh_base, inputs, out, slots=slots)
+    return out
+
+
+@pytest.mark.parametrize("name", ["classifier", "biases", "norms"])
+def test_equal_parameters_are_replaced_apart(name, fresh_base, fresh_bundle, tmp_path):
+    made = make_case(Case(bert, BERT_SAVED[name]), tmp_path / "a", base=fresh_base)
+    inputs = {name: torch.from_numpy(array) for name, array in bert_arrays().items()}
+    own = shutil.copytree(fresh_bundle, tmp_path / "out")
     with torch.no_grad():
         plain = fresh_base(**inputs).logits.numpy()
     np.testing.assert_allclose(Runtime(own).run(bert_arrays())["logits"], plain, **CLOSE)
@@ -345,36 +352,49 @@ def test_equal_parameters_are_replaced_apart(name, fresh_base, tmp_path):
     np.testing.assert_allclose(got, as_initialised(fresh_base, made), **CLOSE)
 
 
-@pytest.mark.parametrize("with_base", [False, True])
-def test_a_constant_that_equal_parameters_share_is_no_place(with_base, fresh_base, tmp_path):
+@pytest.fixture(scope="module")
+def fresh_file(fresh_base, tmp_path_factory):
+    """What torch alone makes of it; the base is beside it."""
+    file = tmp_path_factory.mktemp("fresh") / "m.onnx"
     inputs = {name: torch.from_numpy(array) for name, array in bert_arrays().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(fresh_base, kwargs=inputs, dynamo=True, verbose=False)
-    program.save(tmp_path / "m.onnx")
-    fresh_base.save_pretrained(tmp_path / "base")
-    base = str(tmp_path / "base") if with_base else None
-    options = ImportOptions(base, SlotOptions(replace=("LayerNorm",)))
-    with pytest.raises(LoraportError, match=r"LayerNorm\.(weight|bias): (the graph|several)"):
-        import_model(tmp_path / "m.onnx", tmp_path / "out", options)
+    program.save(file)
+    fresh_base.save_pretrained(file.parent / "base")
+    return file
 
 
 @pytest.mark.parametrize("with_base", [False, True])
-def test_a_file_of_another_tool(with_base, bert_base, tmp_path):
-    """torch's dynamo exporter keeps the parameters' names; without a base these must do."""
+def test_a_constant_that_equal_parameters_share_is_no_place(with_base, fresh_file, tmp_path):
+    base = str(fresh_file.parent / "base") if with_base else None
+    options = ImportOptions(base, SlotOptions(replace=("LayerNorm",)))
+    with pytest.raises(LoraportError, match=r"LayerNorm\.(weight|bias): (the graph|several)"):
+        import_model(fresh_file, tmp_path / "out", options)
+
+
+@pytest.fixture(scope="module")
+def dynamo_file(bert_base, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("dynamo")
     inputs = {name: torch.from_numpy(array) for name, array in bert_arrays().items()}
-    export_module(bert_base, inputs, tmp_path, dynamic={})
+    export_module(bert_base, inputs, directory, dynamic={})
+    return directory / "model.onnx"
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_a_file_of_another_tool(with_base, bert_base, dynamo_file, tmp_path):
+    """torch's dynamo exporter keeps the parameters' names; without a base these must do."""
     made = make_case(Case(bert, BERT_SAVED["classifier"]), tmp_path / "a", base=bert_base)
     if with_base:
         made.base.save_pretrained(tmp_path / "base")
     slots = SlotOptions(("lora",), replace=("classifier", "LayerNorm"))
     base = str(tmp_path / "base") if with_base else None
-    import_model(tmp_path / "model.onnx", tmp_path / "out", ImportOptions(base, slots))
+    import_model(dynamo_file, tmp_path / "out", ImportOptions(base, slots))
     add_adapters(tmp_path / "out", {"a": read_adapter(made.path)})
     got = Runtime(tmp_path / "out").run(bert_arrays(), "a")["logits"]
     np.testing.assert_allclose(got, bert_reference(made), **CLOSE)
     data = tmp_path / "out" / "model.onnx.data"
-    assert data.samefile(tmp_path / "model.onnx.data")
+    assert data.samefile(dynamo_file.with_name("model.onnx.data"))
 
 
 class _Gpt2(torch.nn.Module):
