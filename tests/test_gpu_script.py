@@ -1,7 +1,6 @@
 """The GPU script's own logic, tried on the CPU; what it measures is not looked at."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,11 +104,11 @@ def test_what_is_missing_it_says_and_fails_nowhere(tmp_path):
     hidden += "u.find_spec = lambda n, *a: None if n in ('peft', 'bitsandbytes') else find(n, *a)\n"
     hidden += f"sys.argv[0] = {str(SCRIPT)!r}; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
     hidden += "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    (tmp_path / "hidden.py").write_text(hidden)
     arguments = ("--device", "cpu", "--base", tmp_path / "none", "--tiny")
     arguments += ("--only", "speed,memory")
-    command = [sys.executable, "-c", hidden, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_program(arguments, tmp_path, script=tmp_path / "hidden.py")
+    assert done.poll() == 0, done.stdout + done.stderr
     assert "random weights  # in SmolLM2's shape, for base" in done.stdout
     assert "PEFT not measured: peft is not installed" in done.stdout
     assert "not measured: bitsandbytes is not installed" in done.stdout

@@ -264,7 +264,9 @@ def test_machines_with_other_bases_are_refused(sweep, machines, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_workers_do_not_add_to_candidates_of_another_base(sweep, tiny_base, data, tmp_path):
+def test_workers_do_not_add_to_candidates_of_another_base(
+    sweep, machines, tiny_base, data, tmp_path
+):
     from safetensors.torch import load_file, save_file
 
     from loraport.sweep.store import Store
@@ -280,7 +282,9 @@ def test_workers_do_not_add_to_candidates_of_another_base(sweep, tiny_base, data
     tensors = load_file(weights)
     name = "model.layers.1.mlp.up_proj.weight"
     save_file(tensors | {name: tensors[name] + 1}, weights, {"format": "pt"})
-    run = sweep(*few, "--resume", "--ray", "local", "--workers", 1, home=tmp_path / "home")
+    machines.wait()
+    ray = ("--ray", machines.address, "--workers", 1)
+    run = sweep(*few, "--resume", *ray, home=machines.homes / "one")
     assert run.wait() == 2, run.said()
     assert "candidate r2-" in run.said()
     assert "1 of 14 base weights differ" in run.said()

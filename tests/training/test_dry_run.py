@@ -17,6 +17,11 @@ from loraport.training.options import LoopOptions, LoraOptions, TrainOptions
 from loraport.training.report import memory_table
 from loraport.training.run.savers import memory_savers
 
+# Of which few alternatives are left to be predicted.
+FRUGAL = TrainOptions(
+    lora=LoraOptions(rank=4), loop=LoopOptions(device="cpu"), batch_size=1, base_dtype="nf4"
+)
+
 
 def as_typed(flags):
     """Return the options of a command that ends with some flags."""
@@ -80,9 +85,7 @@ def test_only_what_takes_less_is_listed(base_directory, monkeypatch):
 
 def test_layers_that_keep_their_activations_can_be_given_up(base_directory, monkeypatch):
     monkeypatch.setattr("loraport.training.memory.dry_run.available_memory", lambda _: 0)
-    every = TrainOptions(
-        lora=LoraOptions(rank=4), loop=LoopOptions(device="cpu"), gradient_checkpointing=True
-    )
+    every = replace(FRUGAL, gradient_checkpointing=True)
     found = dry_run(str(base_directory), replace(every, checkpointed_layers=1))
     flags, made = next(iter(found.alternatives.items()))
     assert flags == "--checkpointed-layers 2"
@@ -171,7 +174,7 @@ def test_what_training_refuses_on_a_cpu_is_refused(base_directory, chat_data, fl
 def test_rows_are_no_longer_than_the_bases_context(base_directory, monkeypatch):
     """Of 256 tokens, as `read_data` cuts them."""
     monkeypatch.setattr("loraport.training.memory.dry_run.available_memory", lambda _: 0)
-    plain = TrainOptions(lora=LoraOptions(rank=4), loop=LoopOptions(device="cpu"), max_length=256)
+    plain = replace(FRUGAL, gradient_checkpointing=True, max_length=256)
     context = dry_run(str(base_directory), plain)
     assert dry_run(str(base_directory), replace(plain, max_length=10_000_000)) == context
     assert dry_run(str(base_directory), replace(plain, max_length=255)) != context
@@ -180,14 +183,13 @@ def test_rows_are_no_longer_than_the_bases_context(base_directory, monkeypatch):
 def test_recorded_passes_keep_as_much_as_a_step_takes_and_are_given_up_first(
     base_directory, monkeypatch
 ):
-    plain = TrainOptions(lora=LoraOptions(rank=4), loop=LoopOptions(device="cpu"))
-    whole = dry_run(str(base_directory), plain).prediction
+    whole = dry_run(str(base_directory), FRUGAL).prediction
     # As on a GPU: this machine may have none.
     monkeypatch.setattr("loraport.training.memory.dry_run.asked_to_record", lambda *_: True)
-    found = dry_run(str(base_directory), replace(plain, cuda_graphs=True)).prediction
+    found = dry_run(str(base_directory), replace(FRUGAL, cuda_graphs=True)).prediction
     assert found.total == whole.total + whole.step.peak
     monkeypatch.setattr("loraport.training.memory.dry_run.available_memory", lambda _: whole.total)
-    tight = dry_run(str(base_directory), replace(plain, cuda_graphs=True))
+    tight = dry_run(str(base_directory), replace(FRUGAL, cuda_graphs=True))
     first, second, *_ = tight.alternatives.items()
     assert first == ("--no-cuda-graphs", whole)
     assert second[0] == "--no-cuda-graphs --gradient-checkpointing"
