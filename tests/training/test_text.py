@@ -174,35 +174,47 @@ def stopped_run(base, data, out, at=8, options=OPTIONS):
         train_language_model(str(base), data, out, options, observer=Stop())
 
 
-def test_torn_and_extra_metrics_lines_are_cut_on_resume(base_directory, chat_data, tmp_path):
-    whole, out = tmp_path / "whole", tmp_path / "out"
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory):
+    return tmp_path_factory.mktemp("stopped") / "out"
+
+
+@pytest.fixture
+def stopped(base_directory, chat_data, stopped_once, tmp_path):
+    """Where a run would write that was stopped; what it kept is a copy, trained once for all."""
+    if not work_directory(stopped_once).exists():
+        stopped_run(base_directory, chat_data, stopped_once)
+    out = tmp_path / "out"
+    shutil.copytree(work_directory(stopped_once), work_directory(out))
+    return out
+
+
+def test_torn_and_extra_metrics_lines_are_cut_on_resume(
+    base_directory, chat_data, tmp_path, stopped
+):
+    whole = tmp_path / "whole"
     train_language_model(str(base_directory), chat_data, whole, OPTIONS)
-    stopped_run(base_directory, chat_data, out)
-    metrics = work_directory(out) / "metrics.jsonl"
+    metrics = work_directory(stopped) / "metrics.jsonl"
     with metrics.open("a") as file:
         file.write('{"step": 9, "lo')
-    train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+    train_language_model(str(base_directory), chat_data, stopped, OPTIONS, resume=True)
     for name in ("metrics.jsonl", "adapter_model.safetensors"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes()
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_resume_with_other_options_or_data_is_refused(
-    base_directory, chat_data, tmp_path, write_jsonl
-):
-    out = tmp_path / "out"
-    stopped_run(base_directory, chat_data, out)
+def test_resume_with_other_options_or_data_is_refused(base_directory, stopped, write_jsonl):
     other = replace(
         OPTIONS, lora=replace(LORA, alpha=3), loop=replace(LOOP, weight_decay=0.5, save_every=7)
     )
     data = write_jsonl([{"text": "something else"}] * 9, "other.jsonl")
     with pytest.raises(LoraportError) as raised:
-        train_language_model(str(base_directory), data, out, other, resume=True)
+        train_language_model(str(base_directory), data, stopped, other, resume=True)
     text = str(raised.value)
     for name in ("lora.alpha: expected None, got 3", "weight_decay: expected 0.0, got 0.5"):
         assert name in text
     assert "training rows (data, tokenizer, chat template)" in text
     assert "save_every" not in text  # it does not change what is computed
-    assert work_directory(out).exists()
+    assert work_directory(stopped).exists()
 
 
 @pytest.fixture
@@ -217,26 +229,22 @@ def other_base(base_directory, tmp_path, llama):
     return other
 
 
-def test_resume_with_another_base_is_refused(base_directory, other_base, chat_data, tmp_path):
-    out = tmp_path / "out"
-    stopped_run(base_directory, chat_data, out)
+def test_resume_with_another_base_is_refused(other_base, chat_data, stopped):
     with pytest.raises(LoraportError, match="1 of 14 base weights differ"):
-        train_language_model(str(other_base), chat_data, out, OPTIONS, resume=True)
+        train_language_model(str(other_base), chat_data, stopped, OPTIONS, resume=True)
 
 
-def test_an_unfinished_run_is_not_discarded_unasked(base_directory, chat_data, tmp_path):
-    out = tmp_path / "out"
-    stopped_run(base_directory, chat_data, out)
+def test_an_unfinished_run_is_not_discarded_unasked(base_directory, chat_data, stopped):
     with pytest.raises(LoraportError, match="was not finished; continue it with --resume"):
-        train_language_model(str(base_directory), chat_data, out, OPTIONS)
+        train_language_model(str(base_directory), chat_data, stopped, OPTIONS)
     refused = replace(OPTIONS, liger_kernel=True, loop=replace(LOOP, device="cpu"))
     with pytest.raises(LoraportError, match="--liger-kernel: expected a CUDA GPU, got cpu"):
-        train_language_model(str(base_directory), chat_data, out, refused, force=True)
-    assert work_directory(out).is_dir()
-    summary = train_language_model(str(base_directory), chat_data, out, OPTIONS, force=True)
+        train_language_model(str(base_directory), chat_data, stopped, refused, force=True)
+    assert work_directory(stopped).is_dir()
+    summary = train_language_model(str(base_directory), chat_data, stopped, OPTIONS, force=True)
     assert summary.steps == 14
     with pytest.raises(LoraportError, match="already exists"):
-        train_language_model(str(base_directory), chat_data, out, OPTIONS)
+        train_language_model(str(base_directory), chat_data, stopped, OPTIONS)
 
 
 def test_resuming_what_is_finished_only_tidies_up(base_directory, chat_data, tmp_path):
@@ -286,14 +294,12 @@ def test_resuming_what_is_finished_with_other_options_or_another_base_is_refused
         train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
 
 
-def test_a_damaged_checkpoint_is_named(base_directory, chat_data, tmp_path):
-    out = tmp_path / "out"
-    stopped_run(base_directory, chat_data, out)
-    newest = max(work_directory(out).glob("checkpoint-*"))
+def test_a_damaged_checkpoint_is_named(base_directory, chat_data, stopped):
+    newest = max(work_directory(stopped).glob("checkpoint-*"))
     assert newest.name == "checkpoint-00000006"
     (newest / "state.json").write_text("{")
     with pytest.raises(LoraportError, match="resume from the one before"):
-        train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+        train_language_model(str(base_directory), chat_data, stopped, OPTIONS, resume=True)
 
 
 def cut(file):
@@ -335,18 +341,16 @@ def changed(place, value):
     ],
 )
 def test_a_checkpoint_damaged_in_any_part_is_named(
-    base_directory, chat_data, tmp_path, file, damage, got
+    base_directory, chat_data, stopped, file, damage, got
 ):
     """The advice is followed: the run goes on."""
-    out = tmp_path / "out"
-    stopped_run(base_directory, chat_data, out)
-    newest = work_directory(out) / "checkpoint-00000006"
+    newest = work_directory(stopped) / "checkpoint-00000006"
     damage(newest / file)
     advice = "remove this directory to resume from the one before, or start again with --force"
     with pytest.raises(LoraportError, match=rf"(?s)^checkpoint {newest}: .*{got}.*; {advice}$"):
-        train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+        train_language_model(str(base_directory), chat_data, stopped, OPTIONS, resume=True)
     shutil.rmtree(newest)
-    summary = train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+    summary = train_language_model(str(base_directory), chat_data, stopped, OPTIONS, resume=True)
     assert summary.steps == 14
 
 
@@ -361,18 +365,16 @@ def test_a_checkpoint_damaged_in_any_part_is_named(
         (b'{"step": "a"}\n' * 999, "another line 1"),
     ],
 )
-def test_damaged_metrics_are_named(base_directory, chat_data, tmp_path, content, got):
+def test_damaged_metrics_are_named(base_directory, chat_data, stopped, content, got):
     """Control: the file as it was."""
-    out = tmp_path / "out"
-    stopped_run(base_directory, chat_data, out)
-    metrics = work_directory(out) / "metrics.jsonl"
+    metrics = work_directory(stopped) / "metrics.jsonl"
     whole = metrics.read_bytes()
     metrics.unlink() if content is None else metrics.write_bytes(content)
     with pytest.raises(LoraportError, match=rf"{metrics}: .*{got}.*start again with --force"):
-        train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
+        train_language_model(str(base_directory), chat_data, stopped, OPTIONS, resume=True)
     metrics.write_bytes(whole)
-    train_language_model(str(base_directory), chat_data, out, OPTIONS, resume=True)
-    assert (out / "metrics.jsonl").read_bytes().startswith(whole[:99])
+    train_language_model(str(base_directory), chat_data, stopped, OPTIONS, resume=True)
+    assert (stopped / "metrics.jsonl").read_bytes().startswith(whole[:99])
 
 
 def test_checkpoints_are_adapters_without_pickle(base_directory, chat_data, tmp_path):
