@@ -56,9 +56,10 @@ def test_others_are_the_builders():
 
 
 # SmolLM3 rotates some layers, a Granite 4 without position_embedding_type none, GPT-OSS's tables
-# are made apart.
+# are made apart. The first's MLP is as wide as the vocabulary is large: no head.
 MODELS = {
-    "SmolLM3": {"no_rope_layers": [1, 0], "rope_parameters": YARN},
+    "SmolLM3": {"no_rope_layers": [1, 0], "rope_parameters": YARN}
+    | {"intermediate_size": SIZES["vocab_size"]},
     "GraniteMoeHybrid": {"layer_types": ["attention"] * 2, "shared_intermediate_size": 48}
     | {"num_local_experts": 0, "num_experts_per_tok": 0, "attention_multiplier": 0.25},
     "GptOss": {"num_local_experts": 2, "num_experts_per_tok": 1, "rope_parameters": YARN},

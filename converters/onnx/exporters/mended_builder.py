@@ -9,7 +9,12 @@ from __future__ import annotations
 import importlib
 import runpy
 
-from converters.onnx.exporters import gemma_builder, layer_rotations, scaled_rotations
+from converters.onnx.exporters import (
+    gemma_builder,
+    layer_rotations,
+    output_heads,
+    scaled_rotations,
+)
 
 BUILDER = "onnxruntime_genai.models.builder"
 
@@ -17,7 +22,7 @@ BUILDER = "onnxruntime_genai.models.builder"
 def _run() -> None:
     importlib.import_module(BUILDER.rpartition(".")[0])  # makes the next one known
     builders = importlib.import_module("builders")
-    for mended in (gemma_builder, layer_rotations, scaled_rotations):
+    for mended in (gemma_builder, layer_rotations, output_heads, scaled_rotations):
         mended.mend(builders)
     runpy.run_module(BUILDER, run_name="__main__", alter_sys=True)
 
