@@ -13,7 +13,12 @@ import torch
 from torch import nn
 
 from converters.onnx.exporters.attention_windows import set_attention_windows
-from converters.onnx.exporters.genai_builder import PRECISIONS, build_with_genai, builds
+from converters.onnx.exporters.genai_builder import (
+    PRECISIONS,
+    build_with_genai,
+    builds,
+    why_not_built,
+)
 from converters.onnx.exporters.norm_epsilons import set_norm_epsilons
 from converters.onnx.exporters.olmo_norms import set_olmo_norms
 from converters.onnx.exporters.quantizing import PRECISIONS as QUANTIZED
@@ -280,12 +285,13 @@ def _export_attention(
 
 
 def _without_cache(directory: Path) -> str:
-    """Say what a decoder goes without that torch exports."""
-    if not architecture(directory).endswith("ForCausalLM"):
+    """Say what a decoder goes without that torch exports, and why."""
+    name = architecture(directory)
+    if not name.endswith("ForCausalLM"):
         return ""
     return (
-        ": ONNX Runtime GenAI's builder does not make this decoder as it is, so the graph takes "
-        "whole texts, without a cache"
+        f": ONNX Runtime GenAI's builder {why_not_built(name, read_model_config(directory))}, so "
+        "the graph takes whole texts, without a cache"
     )
 
 

@@ -38,11 +38,14 @@ def test_the_builder_is_given_no_decoder_that_it_does_not_know():
     assert not builds("OlmoForCausalLM", {"clip_qkv": 8.0})  # it would leave the bounds out
     assert builds("OlmoForCausalLM", {"clip_qkv": None})
     assert builds("LlamaForCausalLM", {})
+    assert builds("LlamaForCausalLM", {"rope_scaling": 2, "head_dim": "64"})  # transformers refuses
     assert not builds("FalconForCausalLM", {})
     assert not builds("Lfm2ForCausalLM", {})  # its convolutions' caches are fed by no runner
 
 
 LONG = {"rope_type": "longrope"}
+HEADS = {"num_attention_heads": 4}
+HALF = {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}
 ATTENTION = {"layer_types": ["attention"]}
 
 
@@ -56,6 +59,11 @@ ATTENTION = {"layer_types": ["attention"]}
         ("Llama", {"rope_parameters": LONG}, {"rope_parameters": {"rope_type": "yarn"}}),
         ("Llama", {"rope_scaling": {"type": "longrope"}}, {"rope_scaling": None}),
         ("Phi3", {"clip_qkv": 1.0}, {"rope_parameters": LONG}),
+        ("Llama", {"hidden_act": "quick_gelu"}, {"hidden_act": "silu"}),
+        ("Llama", {"head_dim": 24}, {"head_dim": 48}),
+        ("Llama", HEADS | {"hidden_size": 96}, HEADS | {"hidden_size": 64}),
+        ("Llama", HALF | {"head_dim": 48}, HALF | {"head_dim": 64}),
+        ("Phi", {"head_dim": 16, "partial_rotary_factor": 0.5}, {"head_dim": 16}),
     ],
 )
 def test_the_builder_is_given_no_decoder_of_which_it_leaves_something_out(name, left_out, whole):
@@ -66,7 +74,7 @@ def test_the_builder_is_given_no_decoder_of_which_it_leaves_something_out(name, 
 @pytest.mark.parametrize("name", ["Bloom", "Llama"])
 def test_a_decoder_that_the_builder_does_not_know_is_torchs(name, tmp_path, monkeypatch):
     """It was refused. What torch makes of decoders is tested with GPT-2. Control: a Llama."""
-    config = getattr(transformers, f"{name}Config")(hidden_size=32, vocab_size=SIZES["vocab_size"])
+    config = getattr(transformers, f"{name}Config")(hidden_size=512, vocab_size=SIZES["vocab_size"])
     config.num_hidden_layers = 1
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     base, said = save_base(tmp_path / "base", model), []
@@ -79,6 +87,7 @@ def test_a_decoder_that_the_builder_does_not_know_is_torchs(name, tmp_path, monk
     with pytest.raises(LoraportError, match="stopped"):
         export_base(base, tmp_path / "bundle", progress=said.append)
     assert ("takes whole texts, without a cache" in said[-1]) == (name == "Bloom")
+    assert ("does not know BloomForCausalLM" in said[-1]) == (name == "Bloom")
     assert ("with ONNX Runtime GenAI" in said[-1]) == (name == "Llama")
 
 

@@ -34,32 +34,81 @@ _BUILT = frozenset(
     )
 )
 _GRANITE_ATTENTION = {"attention", "full_attention"}
+_ACTIVATIONS = frozenset(
+    {
+        *("silu", "swish", "swiglu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
+        *("gegelu", "geglu", "relu", "relu2"),
+    }
+)
+_ATTENTION_STEP = 16  # what GroupQueryAttention takes heads and rotations in multiples of
 
 
 def builds(architecture: str, config: Mapping[str, Any]) -> bool:
     """Tell whether a model is the builder's.
 
-    It leaves out without a word that some of OLMo's keep queries, keys and values within bounds,
-    that some of Phi's norm queries and keys, the biases of Nemotron's MLP and Granite 4's experts,
-    and knows neither Granite's recurrent layers nor rotations of two tables but Phi's.
-
     Args:
         architecture: A class of transformers.
         config: The model's ``config.json``.
     """
-    if architecture not in _BUILT or config.get("clip_qkv") is not None:
-        return False
-    rotation = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if "longrope" in (rotation.get("rope_type"), rotation.get("type")):
-        return architecture.startswith("Phi")
-    if architecture == "PhiForCausalLM":
-        return not config.get("qk_layernorm")
-    if architecture == "NemotronForCausalLM":
-        return not config.get("mlp_bias")
+    return why_not_built(architecture, config) is None
+
+
+def why_not_built(architecture: str, config: Mapping[str, Any]) -> str | None:
+    """Say why a decoder is not the builder's: what it refuses or leaves out without a word.
+
+    Args:
+        architecture: A class of transformers.
+        config: The model's ``config.json``.
+
+    Returns:
+        What the builder does not do, after its name; ``None`` where it makes the model as it is.
+    """
+    if architecture not in _BUILT:
+        return f"does not know {architecture}"
+    if config.get("clip_qkv") is not None:
+        return "leaves out the bounds of queries, keys and values (clip_qkv)"
+    rotation = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rotation, Mapping):
+        rotation = {}
+    kinds = (rotation.get("rope_type"), rotation.get("type"))
+    if "longrope" in kinds and not architecture.startswith("Phi"):
+        return "knows rotations of two tables (longrope) of Phi alone"
+    if architecture == "PhiForCausalLM" and config.get("qk_layernorm"):
+        return "leaves out the norms of queries and keys (qk_layernorm)"
+    if architecture == "NemotronForCausalLM" and config.get("mlp_bias"):
+        return "leaves out the biases of the MLP (mlp_bias)"
     if architecture == "GraniteMoeHybridForCausalLM":
-        kinds = set(config.get("layer_types") or ["mamba"])
-        return kinds <= _GRANITE_ATTENTION and not config.get("num_local_experts")
-    return True
+        if config.get("num_local_experts"):
+            return "leaves out the experts (num_local_experts)"
+        if not set(config.get("layer_types") or ["mamba"]) <= _GRANITE_ATTENTION:
+            return "knows no recurrent layers"
+    return _unknown_activation(config) or _odd_attention(config, rotation)
+
+
+def _unknown_activation(config: Mapping[str, Any]) -> str | None:
+    activation = config.get("hidden_activation") or config.get("hidden_act")
+    if activation is None or activation in _ACTIVATIONS:
+        return None
+    return f"does not know the activation {activation}"
+
+
+def _odd_attention(config: Mapping[str, Any], rotation: Mapping[str, Any]) -> str | None:
+    """Say which size of attention's ONNX Runtime's operator refuses."""
+    head = config.get("head_dim")
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if head is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        head = hidden // heads
+    if not isinstance(head, int):  # transformers says what it expects
+        return None
+    if head % _ATTENTION_STEP:
+        return f"attends by heads of a multiple of {_ATTENTION_STEP} alone (head_dim {head})"
+    part = rotation.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if isinstance(part, int | float) and int(head * part) % _ATTENTION_STEP:
+        return (
+            f"rotates a multiple of {_ATTENTION_STEP} of a head alone "
+            f"(head_dim {head} * partial_rotary_factor {part})"
+        )
+    return None
 
 
 def build_with_genai(base: Path, out: Path, *, precision: str, provider: str) -> None:
