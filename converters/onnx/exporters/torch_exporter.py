@@ -21,6 +21,7 @@ from converters.onnx.exporters.distinct_parameters import distinct_parameters, p
 from converters.onnx.exporters.input_output_names import name_inputs_and_outputs
 from converters.onnx.exporters.named_arguments import named_arguments
 from converters.onnx.exporters.optimizing import optimize
+from converters.onnx.exporters.routed_experts import batched_experts
 from loraport.errors import LoraportError, first_line
 from loraport.stored_tensors import stored_tensors
 
@@ -74,7 +75,7 @@ def _exported(
         for name in inputs
     }
     try:
-        with _quiet(), named_arguments(module, inputs):
+        with _quiet(), named_arguments(module, inputs), batched_experts(module):
             program = torch.onnx.export(
                 module,
                 kwargs=dict(inputs),
