@@ -64,6 +64,13 @@ def read_decoder(bundle: Path) -> Decoder:
             context_length=int(model["context_length"]),
             vocabulary=int(model["vocab_size"]),
         )
+    except FileNotFoundError as error:
+        raise LoraportError(
+            f"{bundle}: expected a decoder language model with {GENAI_CONFIG}, got no such file: "
+            "without it, the graph was exported by torch and has no cache to generate with; give "
+            "it whole inputs in Python (loraport.runtime.Runtime(bundle).run), or compare it with "
+            "PyTorch by loraport verify"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoraportError(
             f"{bundle}: expected a decoder language model with {GENAI_CONFIG}, got: {error!r}"
