@@ -7,7 +7,10 @@ in `_run` says what, and mends it in the process that runs the builder.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import runpy
+import sys
+from typing import Any
 
 from converters.onnx.exporters import (
     gemma_builder,
@@ -17,13 +20,33 @@ from converters.onnx.exporters import (
 )
 
 BUILDER = "onnxruntime_genai.models.builder"
+_VERSION = "0.18"
+
+
+def mend(builders: Any) -> None:
+    """Let the builder make of decoders what they are.
+
+    Args:
+        builders: The builder's module of that name; changed in place.
+
+    Raises:
+        SystemExit: With what to install, if it lacks something that is to be mended.
+    """
+    try:
+        for part in (gemma_builder, layer_rotations, output_heads, scaled_rotations):
+            part.mend(builders)
+    except AttributeError as error:
+        names = importlib.metadata.packages_distributions().get("onnxruntime_genai", [])
+        got = " ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(set(names)))
+        sys.exit(
+            f"expected ONNX Runtime GenAI's builder as of version {_VERSION}, "
+            f"got {got or 'another'} ({error}); install version {_VERSION}.*"
+        )
 
 
 def _run() -> None:
     importlib.import_module(BUILDER.rpartition(".")[0])  # makes the next one known
-    builders = importlib.import_module("builders")
-    for mended in (gemma_builder, layer_rotations, output_heads, scaled_rotations):
-        mended.mend(builders)
+    mend(importlib.import_module("builders"))
     runpy.run_module(BUILDER, run_name="__main__", alter_sys=True)
 
 
