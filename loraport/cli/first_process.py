@@ -25,10 +25,8 @@ def leave_to_the_first(command: str | None) -> None:
     size = os.environ.get("WORLD_SIZE", "1")
     if command in (None, *SHARING) or size == "1" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
+    first = f"the first of {size} processes that torchrun started"
     if os.environ.get("RANK", "0") != "0":
+        click.echo(f"note: loraport {command} is left to {first}: this one ends", err=True)
         raise click.exceptions.Exit(0)
-    click.echo(
-        f"note: loraport {command} is done by one process, the first of {size} that torchrun "
-        "started; the others have ended",
-        err=True,
-    )
+    click.echo(f"note: loraport {command} is done by {first}; the others end", err=True)

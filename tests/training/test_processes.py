@@ -226,10 +226,11 @@ def test_a_command_that_shares_no_work_is_left_to_the_first(base_directory, chat
         monkeypatch.setenv("RANK", rank)
         said[size, rank] = command(*typed)
     code, alone = said["1", "0"]
-    note = "note: loraport eval is done by one process, the first of 2 that torchrun started; the"
-    assert said["2", "0"] == (code, f"{note} others have ended {alone}")
+    first = "the first of 2 processes that torchrun started"
+    note = f"note: loraport eval is done by {first}; the others end"
+    assert said["2", "0"] == (code, f"{note} {alone}")
     assert (code, "note: " in alone) == (0, False)
-    assert said["2", "1"] == (0, "")
+    assert said["2", "1"] == (0, f"note: loraport eval is left to {first}: this one ends")
     # Controls: what shares its work runs in all, and a cluster's own ranks end nothing.
     assert "Missing option -o" in command("train", base_directory, chat_data)[1]
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
