@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.onnx.trial_run import ends_the_process
+from converters.onnx.trial_run import TrialRuns
 from loraport.bundle.golden import record_no_golden
 from loraport.bundle.manifest import MODEL_FILE, read_manifest
 from loraport.errors import LoraportError, first_line
@@ -54,31 +54,44 @@ def record_first_golden(
             "are free"
         )
     else:
-        reason = "give --input NAME=FILE.npy: ONNX Runtime refused the inputs that were made"
-        for inputs in examples:
-            if careful and ends_the_process(bundle / MODEL_FILE, inputs):
-                reason = (
-                    "give --input NAME=FILE.npy for inputs that the model takes: with those that "
-                    "were made ONNX Runtime ends the process"
-                )
-                continue
-            try:
-                write_base_golden(bundle, inputs)
-            except NotRecordedError as error:
-                reason = str(error)
-                break
-            except LoraportError as error:
-                first = str(error).splitlines()[-1]
-                if not (careful and ends_the_process(file, inputs)):
-                    own = _refusal_of_its_own(bundle, file, inputs)
-                    if own is not None and not own.opened:
-                        reason = f"ONNX Runtime does not open {file.name} itself: {own.reason}"
-                        break
-                reason = f"give --input NAME=FILE.npy for inputs that the model takes: {first}"
-            else:
-                return
+        with TrialRuns() as trials:
+            found = _why_not_recorded(bundle, file, examples, trials if careful else None)
+        if found is None:
+            return
+        reason = found
     progress(f"no golden outputs: {reason}")
     record_no_golden(bundle, reason)
+
+
+def _why_not_recorded(
+    bundle: Path,
+    file: Path,
+    examples: Sequence[Mapping[str, np.ndarray]],
+    trials: TrialRuns | None,
+) -> str | None:
+    """Record the base's outputs for the first inputs that the graph takes; else return why not."""
+    reason = "give --input NAME=FILE.npy: ONNX Runtime refused the inputs that were made"
+    for inputs in examples:
+        if trials is not None and trials.end_the_process(bundle / MODEL_FILE, inputs):
+            reason = (
+                "give --input NAME=FILE.npy for inputs that the model takes: with those that "
+                "were made ONNX Runtime ends the process"
+            )
+            continue
+        try:
+            write_base_golden(bundle, inputs)
+        except NotRecordedError as error:
+            return str(error)
+        except LoraportError as error:
+            first = str(error).splitlines()[-1]
+            if trials is None or not trials.end_the_process(file, inputs):
+                own = _refusal_of_its_own(bundle, file, inputs)
+                if own is not None and not own.opened:
+                    return f"ONNX Runtime does not open {file.name} itself: {own.reason}"
+            reason = f"give --input NAME=FILE.npy for inputs that the model takes: {first}"
+        else:
+            return None
+    return reason
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from converters.onnx.slots.inserting import (
     require_slot_inputs,
     with_replacements,
 )
-from converters.onnx.trial_run import ends_the_process, may_end_the_process
+from converters.onnx.trial_run import TrialRuns, may_end_the_process
 from loraport.adapter import ModuleKind
 from loraport.bundle.base_values import write_base_values
 from loraport.bundle.manifest import (
@@ -167,7 +167,7 @@ def import_model(
         write_base_values(bundle, imported.slotted.base_values)
         progress("hashing the weights")
         _describe(bundle, file, imported, options, base, exact)
-        if options.precision == "fp16" and ends_the_process(bundle / MODEL_FILE, {}):
+        if options.precision == "fp16" and _ends_the_process(bundle / MODEL_FILE):
             progress(
                 "ONNX Runtime ends the process that opens this graph for the CPU with its "
                 "NchwcTransformer; loraport opens it without, other programs have to as well"
@@ -322,6 +322,12 @@ def _open_base(base: str | None, progress: Progress) -> BaseModules | None:
 
     progress(f"looking at {base}")
     return open_base_modules(base)
+
+
+def _ends_the_process(model: Path) -> bool:
+    """Tell whether to open a graph ends the process."""
+    with TrialRuns() as trials:
+        return trials.end_the_process(model, {})
 
 
 def _save(slotted: SlottedModel, bundle: Path) -> None:
