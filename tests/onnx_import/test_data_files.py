@@ -50,7 +50,9 @@ def made(folder, locations):
 
 
 @pytest.mark.parametrize("copy", [False, True])
-@pytest.mark.parametrize("other", ["./data/w.bin", "data//w.bin", "data/./w.bin"])
+@pytest.mark.parametrize(
+    "other", ["./data/w.bin", "data//w.bin", "data/./w.bin", "data/../data/w.bin"]
+)
 def test_a_file_that_is_named_in_two_ways_is_one(other, copy, tmp_path):
     file, weights = made(tmp_path, ["data/w.bin", other])
     import_model(file, tmp_path / "out", ImportOptions(copy_data=copy))
@@ -76,3 +78,32 @@ def test_a_file_that_is_called_like_one_of_a_bundle_is_left_as_it_is(location, t
     assert (tmp_path / location).read_bytes() == before
     assert not (tmp_path / "out").exists()
     assert session(str(file)).get_inputs()[0].name == "x"
+
+
+@pytest.mark.parametrize(
+    ("location", "reason"),
+    [
+        ("a:0.bin", "a colon or backslash, which the names"),
+        ("data\\w.bin", "a colon or backslash, which the names"),
+        ("../w.bin", "a path that leaves it"),
+        ("data/../../w.bin", "a path that leaves it"),
+        ("elsewhere/../w.bin", "another one than w.bin"),
+    ],
+)
+def test_a_file_that_no_bundle_can_have_is_refused_with_why(location, reason, tmp_path):
+    (tmp_path / "model" / "data").mkdir(parents=True)
+    (tmp_path / "other" / "inside").mkdir(parents=True)
+    (tmp_path / "model" / "elsewhere").symlink_to(tmp_path / "other" / "inside")
+    file, _ = made(tmp_path / "model", [location, location])
+    with pytest.raises(LoraportError, match=reason) as refused:
+        import_model(file, tmp_path / "out")
+    assert "store the model's data again, under another name" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_way_back_in_a_name_is_left_out_of_weights_that_are_stored_anew(tmp_path):
+    file, weights = made(tmp_path, ["data/../data/w.bin", "data/w.bin"])
+    import_model(file, tmp_path / "out", ImportOptions(precision="fp16"))
+    x = np.random.default_rng(1).standard_normal((4, SIZES[0]), np.float32)
+    want = x.astype(np.float64) @ weights[0] @ weights[1]
+    np.testing.assert_allclose(Runtime(tmp_path / "out").run({"x": x})["y"], want, atol=2e-2)

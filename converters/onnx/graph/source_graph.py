@@ -7,6 +7,7 @@ themselves refuse to read: bundles share their data files with the models they w
 
 from __future__ import annotations
 
+import posixpath
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -182,16 +183,17 @@ def _put(holder: Any, tensor: ir.TensorProtocol) -> None:
 
 def _map_external(model: ir.Model, file: Path) -> None:
     problems = Problems()
-    sizes: dict[str, int | None] = {}
+    files: dict[str, tuple[str, int] | None] = {}
     for holder, tensor in _tensors(model):
         if not isinstance(tensor, ir.ExternalTensor):
             continue
-        location = str(tensor.location)
-        if location not in sizes:
-            sizes[location] = _file_size(file.parent, location, problems)
-        size = sizes[location]
-        if size is None:
+        named = str(tensor.location)
+        if named not in files:
+            files[named] = _data_file(file.parent, named, problems)
+        found = files[named]
+        if found is None:
             continue
+        location, size = found
         mapped = MappedTensor(
             location,
             tensor.offset,
@@ -216,15 +218,27 @@ def _map_external(model: ir.Model, file: Path) -> None:
     problems.raise_if_any(f"{file}: its data cannot be read")
 
 
-def _file_size(directory: Path, location: str, problems: Problems) -> int | None:
-    path = PurePosixPath(location.replace("\\", "/"))
-    if not location or path.is_absolute() or ".." in path.parts or ":" in location:
-        problems.add(location, "a data file in the model's directory", "a path that leaves it")
+def _data_file(directory: Path, location: str, problems: Problems) -> tuple[str, int] | None:
+    """Return a data file's plain path, which takes no way back, and its size in bytes."""
+    expected = "a data file in the model's directory"
+    again = "store the model's data again, under another name: onnx.save_model(..., location=...)"
+    if "\\" in location or ":" in location:
+        got = "a colon or backslash, which the names of a bundle's files cannot have"
+        problems.add(location, expected, got, again)
+        return None
+    plain = posixpath.normpath(location) if location else ".."
+    if plain.startswith("/") or plain.split("/")[0] == "..":
+        problems.add(location, expected, "a path that leaves it", again)
         return None
     try:
-        if not (directory / location).is_file():
+        file = directory / location
+        if not file.is_file():
             raise FileNotFoundError(2, "no such file")
-        return (directory / location).stat().st_size
+        # Behind a symbolic link, .. is another directory.
+        if not (directory / plain).exists() or not file.samefile(directory / plain):
+            problems.add(location, expected, f"another one than {plain}", again)
+            return None
+        return plain, file.stat().st_size
     except OSError as error:
         got = error.strerror or str(error)
         problems.add(location, "the data file that the graph names", got, "fetch it again")
