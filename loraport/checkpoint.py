@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -234,17 +235,31 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         LoraportError: If the file is not a sound safetensors file.
     """
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise LoraportError(
-                    f"expected a header that fits the file, got length {length} "
-                    f"in a file of {size} bytes; the file is damaged or not safetensors"
-                )
-            raw = stream.read(length)
+            return read_open_header(stream, file)
     except OSError as error:
         raise LoraportError(f"cannot be read: {error.strerror or error}") from error
+
+
+def read_open_header(stream: BinaryIO, file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Read the header of an open safetensors file, see `read_header`.
+
+    Args:
+        stream: The file, from its beginning.
+        file: Its name.
+
+    Raises:
+        LoraportError: If it is not a sound safetensors file.
+        OSError: If it cannot be read.
+    """
+    size = os.fstat(stream.fileno()).st_size
+    length = int.from_bytes(stream.read(8), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER):
+        raise LoraportError(
+            f"expected a header that fits the file, got length {length} "
+            f"in a file of {size} bytes; the file is damaged or not safetensors"
+        )
+    raw = stream.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=distinct_keys)
         if not isinstance(header, dict):

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
-from loraport.checkpoint import NUMPY_DTYPES, Checkpoint
+from loraport.checkpoint import NUMPY_DTYPES, TensorInfo, read_open_header
 from loraport.errors import LoraportError, Problems
 
 _ALIGNMENT = 64  # what vector instructions like, and ONNX Runtime's own allocator gives
@@ -25,7 +28,8 @@ _HASHED_PART = 1 << 20  # stays in a core's cache until it is hashed
 def read_whole(file: Path, sha256: str | None = None) -> dict[str, np.ndarray]:
     """Return all tensors of a ``.safetensors`` file, in its order.
 
-    The file is read, not mapped: it may be replaced or cut short while a session uses them.
+    The file is read, not mapped: it may be replaced or cut short while a session uses them. It is
+    opened once: where another takes its name meanwhile, all is of the one that was opened.
 
     Args:
         file: The file.
@@ -35,17 +39,20 @@ def read_whole(file: Path, sha256: str | None = None) -> dict[str, np.ndarray]:
         LoraportError: If the file is damaged, cannot be read, is another one than the hash says,
             or holds dtypes unknown to numpy.
     """
-    checkpoint = Checkpoint(file)
-    infos = {name: checkpoint.info(name) for name in checkpoint}
-    problems = Problems()
-    for name, info in infos.items():
-        if info.dtype not in NUMPY_DTYPES:
-            problems.add(name, f"one of the dtypes {', '.join(NUMPY_DTYPES)}", info.dtype)
-    problems.raise_if_any(f"{file} cannot be read")
-    start = min((info.start for info in infos.values()), default=0)
-    end = max((info.start + info.nbytes for info in infos.values()), default=file.stat().st_size)
     digest = None if sha256 is None else hashlib.sha256()
-    content = _read(file, start, end, digest)
+    try:
+        with file.open("rb") as stream:
+            infos, _ = read_open_header(stream, file)
+            problems = Problems()
+            for name, info in infos.items():
+                if info.dtype not in NUMPY_DTYPES:
+                    problems.add(name, f"one of the dtypes {', '.join(NUMPY_DTYPES)}", info.dtype)
+            problems.raise_if_any("it cannot be read")
+            content = _read(stream, infos.values(), digest)
+    except LoraportError as error:
+        raise LoraportError(f"{file}: {error}") from error
+    except OSError as error:
+        raise LoraportError(f"{file}: cannot be read: {error.strerror or error}") from error
     if digest is not None and digest.hexdigest() != sha256:
         raise LoraportError(
             f"{file}: expected sha256 {str(sha256)[:12]}, got {digest.hexdigest()[:12]}; copy it "
@@ -57,34 +64,41 @@ def read_whole(file: Path, sha256: str | None = None) -> dict[str, np.ndarray]:
     }
 
 
-def _read(file: Path, start: int, size: int, digest: hashlib._Hash | None) -> np.ndarray:
-    """Read a file, its byte ``start`` to an aligned address, several parts of it at once."""
+def _read(
+    stream: BufferedReader, infos: Collection[TensorInfo], digest: hashlib._Hash | None
+) -> np.ndarray:
+    """Read a file, its tensors from an aligned address on, several parts of it at once."""
+    start = min((info.start for info in infos), default=0)
+    size = max(
+        (info.start + info.nbytes for info in infos), default=os.fstat(stream.fileno()).st_size
+    )
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     first = -(memory.ctypes.data + start) % _ALIGNMENT
     memory = memory[first : first + size]
     part = _HASHED_PART if digest else max(-(-size // (os.cpu_count() or 1)), _LEAST_PART)
+    moving = Lock()
 
     def read_part(begin: int) -> int:
         stop = min(begin + part, size)
         reached = begin
-        with file.open("rb", buffering=0) as stream:
-            stream.seek(begin)
-            while reached < stop and (count := stream.readinto(memory.data[reached:stop])):
-                reached += count
+        while reached < stop and (count := read_at(reached, memory.data[reached:stop])):
+            reached += count
         return reached - begin
+
+    def read_at(position: int, room: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(stream.fileno(), [room], position)
+        with moving:  # Windows has no reads at a position
+            stream.seek(position)
+            return stream.readinto(room)
 
     begins = range(0, size, part)
     reached = 0
-    try:
-        with ThreadPoolExecutor(1 if digest else len(begins) or 1) as threads:
-            for begin, count in zip(begins, threads.map(read_part, begins), strict=True):
-                if digest:
-                    digest.update(memory.data[begin : begin + count])
-                reached += count
-    except OSError as error:
-        raise LoraportError(f"{file}: cannot be read: {error.strerror or error}") from error
+    with ThreadPoolExecutor(1 if digest else len(begins) or 1) as threads:
+        for begin, count in zip(begins, threads.map(read_part, begins), strict=True):
+            if digest:
+                digest.update(memory.data[begin : begin + count])
+            reached += count
     if reached != size:
-        raise LoraportError(
-            f"{file}: expected {size} bytes, got {reached}; it changed while being read"
-        )
+        raise LoraportError(f"expected {size} bytes, got {reached}; it changed while being read")
     return memory

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraport.errors import LoraportError
+from loraport.runtime import packed_file
 from loraport.runtime.packed_file import read_whole
 from loraport.runtime.values import torch_of
 
@@ -43,8 +44,6 @@ def test_tensors_are_those_of_safetensors(file):
 
 
 def test_parts_read_at_once_are_put_together(file, monkeypatch):
-    from loraport.runtime import packed_file
-
     monkeypatch.setattr(packed_file, "_LEAST_PART", 7)
     monkeypatch.setattr(packed_file, "_HASHED_PART", 11)
     monkeypatch.setattr(packed_file.os, "cpu_count", lambda: 3)
@@ -91,14 +90,60 @@ def test_dtypes_that_numpy_lacks_are_named(tmp_path):
         read_whole(tmp_path / "f8")
 
 
-def test_a_file_that_shrinks_while_it_is_read(file, monkeypatch):
-    from loraport.runtime import packed_file
+@pytest.fixture
+def after_the_header(monkeypatch):
+    """Call this with what is to happen once the header has been read."""
+    read = packed_file.read_open_header
 
-    class Shrinking(packed_file.Checkpoint):
-        def __init__(self, path):
-            super().__init__(path)
-            os.truncate(path, path.stat().st_size - 1)
+    def between(happens):
+        def read_and_go_on(stream, path):
+            found = read(stream, path)
+            happens(path)
+            return found
 
-    monkeypatch.setattr(packed_file, "Checkpoint", Shrinking)
+        monkeypatch.setattr(packed_file, "read_open_header", read_and_go_on)
+
+    return between
+
+
+def test_a_file_that_shrinks_while_it_is_read(file, after_the_header):
+    after_the_header(lambda path: os.truncate(path, path.stat().st_size - 1))
     with pytest.raises(LoraportError, match=r"one\.safetensors: expected \d+ bytes, got"):
         read_whole(file)
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_file_that_is_replaced_while_it_is_read_is_the_one_that_was_opened(
+    file, after_the_header, hashed
+):
+    """The other has the same numbers in other tensors, of which the first header would cut."""
+    expected, content = load_file(file), file.read_bytes()
+    other = file.with_name("other")
+    save_file({f"longer.{name}": tensor for name, tensor in expected.items()}, other)
+    replacing = other.read_bytes()
+    assert len(replacing) > len(content)
+    after_the_header(lambda path: os.replace(other, path))
+    got = read_whole(file, hashlib.sha256(content).hexdigest() if hashed else None)
+    assert file.read_bytes() == replacing
+    assert all(same(got[name], tensor) for name, tensor in expected.items())
+    save_file(expected, other)
+    with pytest.raises(LoraportError, match="expected sha256"):
+        read_whole(file, hashlib.sha256(content).hexdigest())
+
+
+def test_where_nothing_reads_at_a_position(file, monkeypatch):
+    monkeypatch.delattr(os, "preadv")
+    monkeypatch.setattr(packed_file, "_LEAST_PART", 7)
+    expected, got = load_file(file), read_whole(file)
+    assert all(same(got[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"PK\x03\x04 no tensors", "a header that fits the file"), (None, "No such file")],
+)
+def test_a_file_that_is_none_is_named(tmp_path, content, reason):
+    if content is not None:
+        (tmp_path / "one").write_bytes(content)
+    with pytest.raises(LoraportError, match=rf"one: .*{reason}"):
+        read_whole(tmp_path / "one")
