@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from loraport.errors import LoraportError, Problems
@@ -80,6 +82,28 @@ def check_names(problems: Problems, name: str, value: object) -> bool:
     if not named:
         problems.add(name, 'a list of names, such as ("one", "other")', repr(value))
     return named
+
+
+def is_path(value: object) -> bool:
+    """Tell whether a value is a path, or the text of one."""
+    return isinstance(value, (str, os.PathLike))
+
+
+def check_path(problems: Problems, name: str, value: object) -> None:
+    """Check that a value is a path, or the text of one."""
+    if not is_path(value):
+        problems.add(name, "a path", repr(value))
+
+
+def as_path(name: str, value: Path | str) -> Path:
+    """Return a path that a call was given.
+
+    Raises:
+        LoraportError: If it is none, nor the text of one.
+    """
+    if not is_path(value):
+        raise LoraportError(f"{name}: expected a path, got {value!r}")
+    return Path(value)
 
 
 def given_or_default(options: _T | None, kind: type[_T], name: str = "options") -> _T:

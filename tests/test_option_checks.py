@@ -16,6 +16,7 @@ from converters.onnx.exporting import ExportOptions, export_base, export_torch_m
 from converters.onnx.importing import ImportOptions, import_model
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.errors import LoraportError
+from loraport.runtime import Runtime
 from loraport.runtime.generation import Sampling
 from loraport.sweep.grid import Grid
 from loraport.sweep.options import Spread, SweepOptions
@@ -29,6 +30,12 @@ from loraport.training import (
     train,
     train_language_model,
 )
+
+
+def linear(dynamic, out="o"):
+    """Export a linear layer with these dimensions."""
+    export_torch_module(nn.Linear(3, 4), {"input": zeros(2, 3)}, out, dynamic=dynamic)
+
 
 ADAPTERS = (("captain", 1.0),)
 LISTED = 'a list of names, such as ("one", "other")'
@@ -91,6 +98,21 @@ def test_texts_are_no_switches(kind, more, names):
         (lambda: LoopOptions(steps=10**400), "steps: expected at least 1, got 1000"),
         (lambda: Sampling(temperature=10**400), "temperature: expected a finite number, 0 or more"),
         (lambda: MergeOptions("b", ADAPTERS, threads="4"), "threads: expected a whole number"),
+        (lambda: MergeOptions("b", ((None, 1.0),)), "adapters: expected a path and a strength of"),
+        (lambda: MergeOptions(None, ADAPTERS), "base: expected a path, got None"),
+        (lambda: MergeOptions("b", ADAPTERS, 5), "output: expected a path, got 5"),
+        (
+            lambda: MergeOptions("b", ADAPTERS, initial_adapter=5),
+            "initial_adapter: expected a path, got 5",
+        ),
+        (lambda: linear({"inputs": {0: "n"}}), "inputs: expected an input (input), got none of"),
+        (lambda: linear({"input": ["n"]}), 'input: expected names by dimension, such as {0: "bat'),
+        (lambda: linear({"input": {2: "n"}}), "input: expected one of its 2 dimensions, got 2"),
+        (lambda: linear({"input": {"0": "n"}}), "input: expected one of its 2 dimensions, got '0'"),
+        (
+            lambda: linear({"input": {0: "my-n"}}),
+            "input: expected a name of letters, digits and _ for dimension 0, got 'my-n'",
+        ),
         (lambda: Sampling(temperature="0.5"), "temperature: expected a finite number, 0 or more"),
         (lambda: Sampling(top_p=None), "top_p: expected more than 0, at most 1, got None"),
     ],
@@ -115,6 +137,12 @@ def test_values_of_wrong_types_are_told(make, told):
             lambda: export_torch_module(nn.Linear(3, 4), {"input": zeros(1, 3)}, "o", slots="lora"),
             "slots: expected SlotOptions, got 'lora'",
         ),
+        (lambda: linear(5), "dynamic: expected, for each input, names by dimension, such as {0:"),
+        (lambda: linear(None, None), "the output: expected a path, got None"),
+        (lambda: import_model(None, "o"), "the model: expected a path, got None"),
+        (lambda: import_model("m.onnx", None), "the output: expected a path, got None"),
+        (lambda: export_base("b", None), "the output: expected a path, got None"),
+        (lambda: Runtime(None), "the bundle: expected a path, got None"),
         (lambda: export_torch_module("m", {}, "o"), "the module: expected a torch.nn.Module, got"),
         (lambda: attach("m"), "the model: expected a torch.nn.Module, got str"),
         (lambda: adapter_of("m"), "the model: expected a torch.nn.Module, got str"),

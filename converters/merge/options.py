@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from loraport.errors import Problems
-from loraport.option_checks import check_count, check_switches, is_finite, shown
+from loraport.option_checks import (
+    check_count,
+    check_path,
+    check_switches,
+    is_finite,
+    is_path,
+    shown,
+)
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,16 @@ class MergeOptions:
                 problems.add("adapters", "a path and a strength of each", repr(each))
                 continue
             path, strength = each
+            if not is_path(path):
+                problems.add("adapters", "a path and a strength of each", repr(each))
+                continue
             if not is_finite(strength):
                 problems.add(f"strength of {path}", "a finite number", shown(strength))
             adapters.append((Path(path), strength))
+        check_path(problems, "base", self.base)
+        for name in ("output", "initial_adapter"):
+            if getattr(self, name) is not None:
+                check_path(problems, name, getattr(self, name))
         check_switches(problems, self, "force", "ignore_fingerprint")
         if self.threads is not None:
             check_count(problems, "threads", self.threads, 1)

@@ -47,9 +47,10 @@ from loraport.bundle.golden import record_no_golden
 from loraport.bundle.manifest import MODEL_FILE, REQUIRED_MODEL_FILE, Manifest, write_manifest
 from loraport.bundle.sources import record_base
 from loraport.computed_weights import weights_stored
+from loraport.counts import counted
 from loraport.errors import LoraportError, Problems, first_line
 from loraport.fingerprint import fingerprint
-from loraport.option_checks import check_parts, check_switches, given_or_default
+from loraport.option_checks import as_path, check_parts, check_switches, given_or_default, is_whole
 from loraport.output import new_directory
 from loraport.parity.tolerances import golden_tolerance, golden_tolerances
 from loraport.runtime import Runtime
@@ -121,7 +122,7 @@ def export_base(
         LoraportError: If the base cannot be exported this way.
     """
     options = given_or_default(options, ExportOptions)
-    base = str(base)
+    base, out = str(base), as_path("the output", out)
     directory = resolve_base(base)
     decoder = builds(architecture(directory), read_model_config(directory))
     allowed = PRECISIONS[options.provider] if decoder else (_AS_IT_IS, *QUANTIZED)
@@ -134,7 +135,7 @@ def export_base(
             f"{read_model_config(directory).get('architectures')} on {options.provider}, "
             f"got {options.precision}{reason}"
         )
-    with new_directory(Path(out), force=force) as bundle:
+    with new_directory(out, force=force) as bundle:
         if decoder:
             progress(f"building the {options.precision} graph with ONNX Runtime GenAI")
             build_with_genai(
@@ -192,8 +193,11 @@ def export_torch_module(
     if not isinstance(module, nn.Module):
         raise LoraportError(f"the module: expected a torch.nn.Module, got {type(module).__name__}")
     _require_named_tensors(inputs)
-    dynamic = dynamic if dynamic is not None else {name: {0: "batch"} for name in inputs}
-    with new_directory(Path(out), force=force) as bundle:
+    if dynamic is None:
+        dynamic = {name: {0: "batch"} for name in inputs}
+    else:
+        _require_dimensions(dynamic, inputs)
+    with new_directory(as_path("the output", out), force=force) as bundle:
         options = ExportOptions(slots=given_or_default(slots, SlotOptions, "slots"))
         with weights_stored(module.eval()):
             _export_attention(module, inputs, bundle, dynamic)
@@ -210,6 +214,28 @@ def _require_named_tensors(inputs: Mapping[str, torch.Tensor]) -> None:
     for name, value in inputs.items():
         if not isinstance(value, torch.Tensor):
             raise LoraportError(f"{expected}, got {name} as {type(value).__name__}")
+
+
+def _require_dimensions(dynamic: object, inputs: Mapping[str, torch.Tensor]) -> None:
+    """Refuse names for dimensions that the inputs do not have; torch would pass some over."""
+    expected = 'names by dimension, such as {0: "batch"}'
+    if not isinstance(dynamic, Mapping):
+        raise LoraportError(f"dynamic: expected, for each input, {expected}, got {dynamic!r}")
+    problems = Problems()
+    for name, dimensions in dynamic.items():
+        if name not in inputs:
+            problems.add(str(name), f"an input ({', '.join(inputs)})", "none of this name")
+        elif not isinstance(dimensions, Mapping):
+            problems.add(name, expected, repr(dimensions))
+        else:
+            rank = inputs[name].ndim
+            for number, label in dimensions.items():
+                if not (is_whole(number) and -rank <= number < rank):
+                    problems.add(name, f"one of its {counted(rank, 'dimension')}", repr(number))
+                if not (isinstance(label, str) and label.isidentifier()):
+                    told = f"a name of letters, digits and _ for dimension {number}"
+                    problems.add(name, told, repr(label))
+    problems.raise_if_any("dynamic does not fit the inputs")
 
 
 def encoder_inputs(base: str, model: nn.Module) -> dict[str, torch.Tensor]:

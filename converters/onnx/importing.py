@@ -52,7 +52,7 @@ from loraport.bundle.manifest import (
 )
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint
-from loraport.option_checks import check_parts, check_switches, given_or_default
+from loraport.option_checks import as_path, check_parts, check_switches, given_or_default
 from loraport.output import new_directory
 from loraport.parity.tolerances import golden_tolerance, golden_tolerances
 
@@ -131,7 +131,7 @@ def import_model(
         LoraportError: If the file is no model, or no operator of it can have a slot.
     """
     options = given_or_default(options, ImportOptions)
-    file, out = Path(file), Path(out)
+    file, out = as_path("the model", file), as_path("the output", out)
     progress(f"reading {file.name}")
     model = read_graph(file)
     require_no_slots(model, file)

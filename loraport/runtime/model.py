@@ -13,7 +13,7 @@ import numpy as np
 from loraport.bundle.base_values import BaseValues
 from loraport.bundle.manifest import MODEL_FILE, Manifest, check_files, read_manifest
 from loraport.errors import LoraportError
-from loraport.option_checks import is_finite
+from loraport.option_checks import as_path, is_finite
 from loraport.runtime.lane import Lane
 from loraport.runtime.resident import (
     ResidentAdapter,
@@ -63,7 +63,7 @@ class Runtime:
         cuda_graphs: bool = False,
         graph: bytes | None = None,
     ) -> None:
-        self.directory = Path(bundle)
+        self.directory = as_path("the bundle", bundle)
         self.manifest: Manifest = read_manifest(self.directory)
         if check:
             check_files(self.manifest, self.directory)
