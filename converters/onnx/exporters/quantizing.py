@@ -137,7 +137,11 @@ def _int4(source: Path, target: Path) -> None:
 def _fp16(source: Path, target: Path) -> None:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    model = convert_float_to_float16(_load(source), keep_io_types=True)
+    from converters.onnx.exporters.distinct_weights import make_weights_distinct
+
+    model = _load(source)
+    make_weights_distinct(model)
+    model = convert_float_to_float16(model, keep_io_types=True)
     _drop_repeated_casts(model)
     _save(model, target)
 

@@ -42,6 +42,12 @@ def store_as(file: Path, out: Path, precision: str, progress: Callable[[str], No
     try:
         model = read_graph(out / MODEL_FILE)
     except LoraportError as error:
+        if precision == "fp16" and (stored := _stored_outputs(read_graph(file))):
+            raise LoraportError(
+                f"{file}: --precision fp16: expected outputs that are computed, got stored values: "
+                f"{', '.join(stored)}, which ONNX Runtime's converter declares twice; take them "
+                "off the outputs, or try int8 or int4"
+            ) from error
         reason = str(error).removeprefix(f"{out / MODEL_FILE}: ")
         raise LoraportError(
             f"{file}: --precision {precision}: ONNX Runtime's quantizer wrote something else: "
@@ -62,6 +68,12 @@ def store_as(file: Path, out: Path, precision: str, progress: Callable[[str], No
         raise LoraportError(
             f"{file}: --precision fp16: expected operators that ONNX Runtime computes in halves, "
             f"got {', '.join(searching)}, which it has for float32 alone; try int4"
+        )
+    if precision == "fp16" and (optional := _optional_floats(model)):
+        raise LoraportError(
+            f"{file}: --precision fp16: expected tensors, got optional ones: "
+            f"{', '.join(optional)}, whose type ONNX Runtime's converter leaves float32; try int8 "
+            "or int4"
         )
     if left := _left(sites, precision):
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
@@ -100,6 +112,20 @@ def _reads_narrow(site: Site) -> bool:
     """
     known = (constant(value) for value in site.node.inputs)
     return site.x in site.node.inputs and any(each is not None and each.narrow for each in known)
+
+
+def _stored_outputs(model: ir.Model) -> list[str]:
+    """Return the outputs that are initializers."""
+    return [str(value.name) for value in model.graph.outputs if value.is_initializer()]
+
+
+def _optional_floats(model: ir.Model) -> list[str]:
+    """Return the inputs and outputs that may be a tensor of float32 or nothing."""
+    return [
+        str(value.name)
+        for value in (*model.graph.inputs, *model.graph.outputs)
+        if isinstance(value.type, ir.OptionalType) and value.dtype is ir.DataType.FLOAT
+    ]
 
 
 def _left(sites: Sequence[Site], precision: str) -> list[str]:
