@@ -188,6 +188,32 @@ def test_a_full_disk_loses_nothing_that_was_kept(tiny_base, data, tmp_path, monk
     assert json.loads(resumed.stdout)["candidates"] == whole["candidates"]
 
 
+def test_activations_computed_again_after_a_resume_change_nothing(
+    tiny_base, data, tmp_path, monkeypatch
+):
+    few = (tiny_base, data, "--rank", "2,4", "--steps", 6, "--save-every", 2, "--device", "cpu")
+    few = (*few, "--max-length", 32, "--keep-all", "--json")
+    whole = json.loads(run(*few, "-o", tmp_path / "whole").stdout)
+    calls, out = [], tmp_path / "out"
+    from loraport.sweep import store
+
+    real = store.Store.add
+
+    def stopping(self, trained):
+        real(self, trained)
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Store, "add", stopping)
+        with pytest.raises((KeyboardInterrupt, AssertionError)):
+            run(*few, "-o", out)
+    assert calls
+    resumed = run(*few, "-o", out, "--resume", "--gradient-checkpointing")
+    assert "from step 2" in resumed.stderr
+    assert json.loads(resumed.stdout)["candidates"] == whole["candidates"]
+
+
 def test_out_of_memory_says_what_to_change(tiny_base, data, tmp_path, monkeypatch):
     """Of two candidates in one pass, too; what is named are options of this very command.
 
