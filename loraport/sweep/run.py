@@ -7,6 +7,7 @@ import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from loraport.sweep.output import write_result
 from loraport.sweep.result import SweepResult, sweep_result
 from loraport.sweep.rounds import ThisProcess, Trainers, train_all
 from loraport.sweep.spread import Cluster, connect
-from loraport.sweep.store import Store
+from loraport.sweep.store import Store, keeps_any
 from loraport.sweep.worker import Setting
 from loraport.training.data.text_data import TextData, digest, padding_token, read_data
 from loraport.training.devices import choose_placement
@@ -109,7 +110,8 @@ def _run(
     resolve_base(base)
     tokenizer = load_tokenizer(base)
     rows = read_data(base, data, validation, tokenizer, options.train, observer)
-    during.enter_context(savers_told(base, rows, options.train, sweep=True))
+    kept = partial(keeps_any, work)
+    during.enter_context(savers_told(base, rows, options.train, kept, sweep=True))
     if not rows.validation:
         raise LoraportError(
             "validation rows: expected some, by which candidates are compared, got none; give "

@@ -140,6 +140,11 @@ class Store:
         return self.directory / _CANDIDATES / _key(trial)
 
 
+def keeps_any(directory: Path) -> bool:
+    """Tell whether a store holds steps of any candidate, from which it can go on."""
+    return any(directory.glob(f"{_CANDIDATES}/*/{_OUTCOME}"))
+
+
 def _key(trial: Trial) -> str:
     """Return a name for a candidate that depends on what it is alone."""
     facts = {**asdict(trial), "name": ""}

@@ -43,7 +43,7 @@ from loraport.training.lora.targets import select_targets
 from loraport.training.losses.language_model import language_model_loss
 from loraport.training.losses.loss import LossFunction
 from loraport.training.options import TrainOptions
-from loraport.training.run.checkpoints import FREE_OPTIONS, require_same_run
+from loraport.training.run.checkpoints import FREE_OPTIONS, last_checkpoint, require_same_run
 from loraport.training.run.curve import draw_losses
 from loraport.training.run.faults import faults_explained, kept
 from loraport.training.run.loop import TrainingResult, loop_identity, train
@@ -178,7 +178,8 @@ def _train(
     refuse_for_processes(options, processes)
     tokenizer = load_tokenizer(base)
     rows = read_data(base, data, validation, tokenizer, options, observer)
-    during.enter_context(savers_told(base, rows, options, work, processes=processes.size))
+    going_on = partial(last_checkpoint, work)
+    during.enter_context(savers_told(base, rows, options, going_on, processes=processes.size))
     identity = _identity(rows, options)
     placement = choose_placement(options.loop.device, options.loop.dtype)
     whole_identity = {**identity, **loop_identity(options.loop, placement)}

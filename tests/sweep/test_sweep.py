@@ -9,7 +9,6 @@ import signal
 import time
 
 import pytest
-import torch
 from click.testing import CliRunner
 from warm_programs import WarmProgram, run_program
 
@@ -212,31 +211,6 @@ def test_activations_computed_again_after_a_resume_change_nothing(
     resumed = run(*few, "-o", out, "--resume", "--gradient-checkpointing")
     assert "from step 2" in resumed.stderr
     assert json.loads(resumed.stdout)["candidates"] == whole["candidates"]
-
-
-def test_out_of_memory_says_what_to_change(tiny_base, data, tmp_path, monkeypatch):
-    """Of two candidates in one pass, too; what is named are options of this very command.
-
-    Rows are half as long as they may be.
-    """
-
-    def full(*_, **__):
-        calls.append(1)
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
-
-    calls = []
-    monkeypatch.setattr("loraport.training.losses.language_model.hidden_before", full)
-    few = ("--rank", "2,4", "--lr", "1e-3", "--together", 2, "--device", "cpu", "--batch-size", 6)
-    with pytest.raises(LoraportError) as raised:
-        run(tiny_base, data, "-o", tmp_path / "out", *few, "--max-length", 32)
-    assert len(calls) == 2  # together, and one alone
-    text = str(raised.value)
-    assert text.startswith("r2-a4-lr0.001: out of memory (Tried to allocate 2.00 GiB); ")
-    saver = "--batch-size 3 --accumulate 2 (as many rows a step), --gradient-checkpointing"
-    offered = f"{saver}, --max-length 8, lower ranks, or a smaller base"
-    assert text.endswith(f"; to need less, try {offered}")
-    known = {name for option in sweep.params for name in option.opts}
-    assert set(re.findall(r"--[a-z-]+", offered)) <= known
 
 
 def test_candidates_of_two_bases_are_not_compared(tiny_base, data, tmp_path, monkeypatch):

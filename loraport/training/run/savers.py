@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from loraport.base_model import model_without_weights, resolve_base
 from loraport.errors import LoraportError
 from loraport.training.base.frozen_base import QUANTIZED, checkpointable_layers
 from loraport.training.data.text_data import TextData
 from loraport.training.options import TrainOptions
-from loraport.training.run.checkpoints import last_checkpoint
 from loraport.training.run.faults import MemoryRanOutError
 
 # How `FREE_OPTIONS` are offered.
@@ -26,7 +24,7 @@ def savers_told(
     base: str,
     rows: TextData,
     options: TrainOptions,
-    work: Path | None = None,
+    kept: Callable[[], object],
     *,
     processes: int = 1,
     sweep: bool = False,
@@ -37,7 +35,7 @@ def savers_told(
         base: See `loraport.base_model.resolve_base`.
         rows: Of the run.
         options: Of the run.
-        work: Directory of the run's checkpoints, of which one can be gone on from.
+        kept: Gives what ``--resume`` goes on from by then; nothing true where there is nothing.
         processes: See `memory_savers`.
         sweep: See `memory_savers`.
 
@@ -55,7 +53,7 @@ def savers_told(
             processes=processes,
             sweep=sweep,
         )
-        going_on = _going_on(offers) if work and last_checkpoint(work) else ""
+        going_on = _going_on(offers) if kept() else ""
         raise LoraportError(f"{error}; to need less, try {', '.join(offers)}{going_on}") from None
 
 
