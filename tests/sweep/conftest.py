@@ -51,3 +51,10 @@ def write_jsonl(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def data(write_jsonl):
+    words = ["red", "green", "blue", "grey"]
+    pairs = [(word, index) for index in range(4) for word in words]
+    return write_jsonl([{"prompt": f"say {w} {i}", "completion": f" {w}!"} for w, i in pairs])

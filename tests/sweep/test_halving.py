@@ -38,13 +38,6 @@ def test_the_worse_half():
     assert worse_half(given_up, 0.25) == worse_half(there, 0.25)
 
 
-@pytest.fixture
-def data(write_jsonl):
-    words = ["red", "green", "blue", "grey"]
-    pairs = [(word, index) for index in range(4) for word in words]
-    return write_jsonl([{"prompt": f"say {w} {i}", "completion": f" {w}!"} for w, i in pairs])
-
-
 def run(*arguments):
     result = CliRunner().invoke(sweep, [str(each) for each in arguments])
     if result.exception:

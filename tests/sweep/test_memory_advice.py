@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 import torch
 from click.testing import CliRunner
 
@@ -10,13 +9,6 @@ from loraport.cli.sweep import sweep
 from loraport.errors import LoraportError
 from loraport.sweep import worker
 from loraport.training.run.faults import MemoryRanOutError
-
-
-@pytest.fixture
-def data(write_jsonl):
-    words = ["red", "green", "blue", "grey"]
-    pairs = [(word, index) for index in range(4) for word in words]
-    return write_jsonl([{"prompt": f"say {w} {i}", "completion": f" {w}!"} for w, i in pairs])
 
 
 def refused(*arguments):

@@ -31,13 +31,6 @@ GRID += ("--device", "cpu", "--max-length", "32", "--validate-every", "40", "--k
 PATIENCE = 240
 
 
-@pytest.fixture
-def data(write_jsonl):
-    words = ["red", "green", "blue", "grey"]
-    pairs = [(word, index) for index in range(4) for word in words]
-    return write_jsonl([{"prompt": f"say {w} {i}", "completion": f" {w}!"} for w, i in pairs])
-
-
 class Run:
     """A command in a process group of its own, like one in a terminal.
 

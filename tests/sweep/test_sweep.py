@@ -20,13 +20,6 @@ GRID = ("--rank", "2,4,8", "--lr", "3e-3,1e-2", "--targets", "all-linear", "--ta
 GRID += ("q_proj,v_proj", "--epochs", 2, "--device", "cpu", "--max-length", 32)
 
 
-@pytest.fixture
-def data(write_jsonl):
-    words = ["red", "green", "blue", "grey"]
-    pairs = [(word, index) for index in range(4) for word in words]
-    return write_jsonl([{"prompt": f"say {w} {i}", "completion": f" {w}!"} for w, i in pairs])
-
-
 def run(*arguments, code=0):
     result = CliRunner().invoke(sweep, [str(each) for each in arguments])
     if result.exception and not isinstance(result.exception, SystemExit):

@@ -117,6 +117,26 @@ def test_out_of_memory_says_what_to_change(base_directory, chat_data, tmp_path, 
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(("where", "doing"), [("load_base", "loading"), ("_write", "writing")])
+def test_memory_or_disk_that_runs_out_around_a_run_says_what_is_kept(
+    base_directory, chat_data, tmp_path, monkeypatch, where, doing
+):
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    if doing == "writing":
+        full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fails(*_, **__):
+        raise full
+
+    monkeypatch.setattr(f"loraport.training.text.{where}", fails)
+    with pytest.raises(LoraportError) as raised:
+        train_language_model(str(base_directory), chat_data, tmp_path / "out", OPTIONS)
+    what = tmp_path / "out" if doing == "writing" else base_directory
+    assert str(raised.value).startswith(f"{doing} {what}: ")
+    last = "the last checkpoint is kept: " if doing == "writing" else "there is no checkpoint yet"
+    assert f"; {last}" in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("options", "offered"),
     [
