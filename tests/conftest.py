@@ -1,7 +1,9 @@
 """What several test folders share: a tiny language model, its adapters, its bundle."""
 
 import copy
+import fcntl
 import functools
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from tiny_llm import ALL_LINEAR, SOME_RANKS, save_adapter, save_base
+from tiny_llm import ALL_LINEAR, LONG_PHI3, SOME_RANKS, save_adapter, save_base
 
 # Models this small only lose time to threads that wait for one another.
 torch.set_num_threads(1)
@@ -94,6 +96,27 @@ def translated_operators():
 
 
 @pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Make something for all of pytest's processes: the first makes it, others wait for it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def made(name, make):
+        directory, done = root / f"made-{name}", root / f"made-{name}.done"
+        with (root / f"made-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir()
+                make(directory)
+                done.touch()
+        return directory
+
+    return made
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """A random Llama with a real tokenizer, in the Hugging Face layout."""
     return save_base(tmp_path_factory.mktemp("tiny") / "base")
@@ -146,6 +169,25 @@ def bundle(bare_bundle, adapters, tmp_path_factory):
 def own_bundle(bundle, tmp_path):
     """A copy of the bundle, to be changed by one test."""
     return shutil.copytree(bundle, tmp_path / "bundle")
+
+
+@pytest.fixture(scope="session")
+def long_phi3(made_once):
+    """A Phi-3 of two sets of rotations: its ``base``, its adapter ``a`` and the ``bundle``."""
+    import transformers
+
+    from converters.formats.registry import read_adapter
+    from converters.onnx import add_adapters, export_base
+
+    def make(directory):
+        torch.manual_seed(0)
+        model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**copy.deepcopy(LONG_PHI3)))
+        base = save_base(directory / "base", model)
+        adapter = read_adapter(save_adapter(base, ALL_LINEAR, directory / "a"))
+        bundle = directory / "bundle"
+        export_base(str(base), bundle, finish=lambda made: add_adapters(made, {"a": adapter}))
+
+    return made_once("long-phi3", make)
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,17 @@ PHI3 = {key: value for key, value in SIZES.items() if key != "head_dim"} | {
     "hidden_size": 64,
     "original_max_position_embeddings": SIZES["max_position_embeddings"],
 }
+# Texts of more tokens than its original context are rotated by the long factors as a whole.
+LONG_PHI3 = PHI3 | {
+    "max_position_embeddings": 64,
+    "original_max_position_embeddings": 20,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0 + number / 8 for number in range(8)],
+        "long_factor": [2.0 + number for number in range(8)],
+    },
+}
 # The builder rounds Gemma's embedding scale, sqrt(hidden size), to two decimals: 8 is exact.
 GEMMA = SIZES | {"hidden_size": 64}
 # Every kind of linear module: packed q/k/v as a whole.

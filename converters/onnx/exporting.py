@@ -19,6 +19,7 @@ from converters.onnx.exporters.genai_builder import (
     builds,
     why_not_built,
 )
+from converters.onnx.exporters.long_rotations import long_rotations_after
 from converters.onnx.exporters.norm_epsilons import set_norm_epsilons
 from converters.onnx.exporters.olmo_norms import set_olmo_norms
 from converters.onnx.exporters.quantizing import PRECISIONS as QUANTIZED
@@ -358,6 +359,7 @@ def _slot_and_describe(
         tolerance=golden_tolerance(options.precision),
         tolerances=golden_tolerances(options.precision),
         made_by=MADE_BY,
+        long_rotations_after=long_rotations_after(slotted.model),
     )
     files = sorted(f.relative_to(bundle).as_posix() for f in bundle.rglob("*") if f.is_file())
     write_manifest(manifest.with_files(bundle, files), bundle)

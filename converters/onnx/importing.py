@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from converters.onnx.exporters.long_rotations import long_rotations_after
 from converters.onnx.exporters.quantizing import require_quantizer
 from converters.onnx.exporters.storing import sites_of, store_as, stored_precision
 from converters.onnx.first_golden import record_first_golden
@@ -356,6 +357,7 @@ def _describe(
         tolerances=golden_tolerances(precision),
         made_by=MADE_BY,
         computed=() if base is not None else imported.computed,
+        long_rotations_after=long_rotations_after(imported.slotted.model),
     )
     files = sorted(f.relative_to(bundle).as_posix() for f in bundle.rglob("*") if f.is_file())
     write_manifest(manifest.with_files(bundle, files), bundle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -72,6 +73,8 @@ class Manifest:
         tolerances: Runtime (``"wasm"``, ``"webgpu"``) → its own, where it needs another.
         files: Path inside the bundle → sha256 of its content.
         made_by: Tool and version.
+        long_rotations_after: Tokens that a text may have before all of them are rotated by other
+            factors, so that cached keys no longer hold (longrope); ``None`` where there are none.
     """
 
     base_name: str
@@ -86,6 +89,7 @@ class Manifest:
     files: Mapping[str, str] = field(default_factory=dict)
     made_by: str = ""
     computed: tuple[str, ...] = ()
+    long_rotations_after: int | None = None
 
     def with_files(self, directory: Path, paths: list[str]) -> Manifest:
         """Return the manifest with these files' hashes taken anew."""
@@ -137,6 +141,8 @@ class Manifest:
             "tolerances": dict(self.tolerances),
             "files": dict(self.files),
         }
+        if self.long_rotations_after is not None:
+            document["long_rotations_after"] = self.long_rotations_after
         return sealed(document, MANIFEST_FILE)
 
     @classmethod
@@ -172,6 +178,7 @@ class Manifest:
     @classmethod
     def _from_document(cls, document: Mapping[str, Any]) -> Manifest:
         base = document["base"]
+        border = document.get("long_rotations_after")
         return cls(
             base_name=str(base["name"]),
             fingerprint=BaseFingerprint.from_json(json.dumps(base["fingerprint"])),
@@ -189,6 +196,7 @@ class Manifest:
             files=_texts(document["files"]),
             made_by=str(document["made_by"]),
             computed=tuple(map(str, document.get("computed", ()))),
+            long_rotations_after=None if border is None else operator.index(border),
         )
 
     def _refuse_outside_paths(self) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from loraport.errors import LoraportError
 from loraport.naming import bias_name, weight_name
 from loraport.parity.changes import Changes, Term, added_bias, changed_value, merged_matrix
+from loraport.rotation_border import rotation_border
 from loraport.storage import stores_in_out
 from loraport.stored_tensors import stored_tensor
 from loraport.update import LowRankUpdate
@@ -90,6 +91,9 @@ def next_token_logits(
 ) -> np.ndarray:
     """Return the logits before each of the tokens that follow a prompt, without a cache.
 
+    Where texts beyond a number of tokens are rotated by other factors, the tokens up to there are
+    from a run of their own.
+
     Args:
         model: A causal language model.
         prompt: At least one token.
@@ -98,9 +102,16 @@ def next_token_logits(
     Returns:
         ``[n, vocab]`` float32.
     """
-    array = np.array([[*prompt, *following]], np.int64)
-    outputs = torch_outputs(model, {"input_ids": array, "attention_mask": np.ones_like(array)})
-    return outputs[0][0, len(prompt) - 1 : -1]
+    text = [*prompt, *following[:-1]]
+    border = rotation_border(getattr(model, "config", None))
+    ends = [border] if border is not None and len(prompt) <= border < len(text) else []
+    rows, begin = [], len(prompt)
+    for end in (*ends, len(text)):
+        array = np.array([text[:end]], np.int64)
+        outputs = torch_outputs(model, {"input_ids": array, "attention_mask": np.ones_like(array)})
+        rows.append(outputs[0][0, begin - 1 :])
+        begin = end + 1
+    return np.concatenate(rows)[: len(following)]
 
 
 def _hook(terms: Sequence[Term]) -> Callable[..., torch.Tensor]:

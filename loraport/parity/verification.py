@@ -22,11 +22,12 @@ from loraport.parity.check import Check
 from loraport.parity.prompts import PROMPTS
 from loraport.parity.protocol import Protocol, Sample
 from loraport.parity.tolerances import Tolerance, tolerance_for
+from loraport.rotation_border import rotation_border
 from loraport.runtime import Runtime
 from loraport.runtime.decoder import GENAI_CONFIG, first_step_inputs, read_decoder
 from loraport.runtime.full_precision import rounds_activations
 
-_BEYOND = 16  # tokens, of a text that is longer than a window
+_BEYOND = 16  # tokens, of a text that is longer than others
 _MOST_PRODUCTS = 10**12  # of one such run; some minutes on two cores
 
 
@@ -106,7 +107,7 @@ def verify_bundle(
     deployed = Runtime(bundle, provider=provider, check=False) if rounds else None
     for name in adapters:
         runtime.manifest.require_adapter(name)
-    samples = samples or [*default_samples(runtime), *_beyond_the_window(runtime, model, progress)]
+    samples = samples or [*default_samples(runtime), *_longer_texts(runtime, model, progress)]
     tolerance = tolerance_for(runtime.manifest.precision, provider)
     protocol = Protocol(
         runtime,
@@ -135,24 +136,30 @@ def default_samples(runtime: Runtime) -> list[Sample]:
     return [Sample(inputs, inputs) for inputs in found]
 
 
-def _beyond_the_window(
+def _longer_texts(
     runtime: Runtime, model: nn.Module, progress: Callable[[str], None]
 ) -> list[Sample]:
-    """Return a text that is longer than what layers look back, where some look back so far only."""
+    """Return texts beyond what layers look back, and beyond what the same factors rotate."""
     config = getattr(model, "config", None)
     if config is None or not (runtime.directory / GENAI_CONFIG).is_file():
         return []
-    window = max(attention_windows(config))
-    length = min(window + _BEYOND, read_decoder(runtime.directory).context_length - 1)
-    if not 0 < window < length:
-        return []
+    borders = {
+        "window": max(attention_windows(config)),
+        "short rotations": rotation_border(config) or 0,
+    }
     size = sum(parameter.numel() for parameter in model.parameters())
-    if length * size > _MOST_PRODUCTS:
-        progress(f"not compared beyond the window of {window} tokens, which takes too long")
-        return []
-    tokenizer = load_tokenizer(str(runtime.directory))
-    read = [int(token) for text in PROMPTS for token in tokenizer(text)["input_ids"]]
-    return [_decoder_sample(runtime, list(islice(cycle(read), length)))]
+    found = []
+    for what, border in borders.items():
+        length = min(border + _BEYOND, read_decoder(runtime.directory).context_length - 1)
+        if not 0 < border < length:
+            continue
+        if length * size > _MOST_PRODUCTS:
+            progress(f"not compared beyond the {what} of {border} tokens, which takes too long")
+            continue
+        tokenizer = load_tokenizer(str(runtime.directory))
+        read = [int(token) for text in PROMPTS for token in tokenizer(text)["input_ids"]]
+        found.append(_decoder_sample(runtime, list(islice(cycle(read), length))))
+    return found
 
 
 def _decoder_samples(runtime: Runtime) -> list[Sample]:

@@ -55,7 +55,9 @@ def generate(
 ) -> Iterator[int]:
     """Yield new tokens one by one, until a stop token or ``max_new_tokens``.
 
-    Each call has its own lane and cache, so several threads may generate at once.
+    Each call has its own lane and cache, so several threads may generate at once. Where a longer
+    text is rotated by other factors (longrope), the cache is computed anew once as many tokens
+    are there, as transformers does.
 
     Args:
         runtime: An opened bundle of a decoder language model.
@@ -81,14 +83,19 @@ def generate(
         )
     random = np.random.default_rng(sampling.seed)
     most = min(sampling.max_new_tokens, decoder.context_length - len(token_ids))
-    new = token_ids
+    border = runtime.manifest.long_rotations_after
+    new = text = token_ids
     with open_steps(runtime, decoder, adapter, len(token_ids) + most) as steps:
         for _ in range(most):
             token = _choose(steps.run(new), sampling, random)
             if token in decoder.stop_ids:
                 return
             yield token
+            text.append(token)
             new = [token]
+            if len(text) - 1 == border:
+                steps.forget()
+                new = text
 
 
 def _whole_numbers(token_ids: Sequence[int]) -> list[int]:

@@ -39,6 +39,10 @@ class Steps(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """Begin the text anew: nothing is in the cache."""
+        ...
+
 
 @contextmanager
 def open_steps(
@@ -75,13 +79,13 @@ class GrowingSteps:
     def __init__(self, runtime: Runtime, decoder: Decoder, selection: Selection) -> None:
         self._lane = runtime.lane(selection)
         self._names = _types(runtime.session.get_inputs())
-        self._cache: dict[str, Any] = {
+        self._empty: dict[str, Any] = {
             name: value
             for name, value in first_step_inputs(runtime, decoder, [0]).items()
             if name not in token_inputs(self._names, [0], past=0)
         }
         self._presents = cache_names(decoder, self._names)
-        self._length = 0
+        self._cache, self._length = self._empty, 0
 
     def run(self, token_ids: Sequence[int]) -> np.ndarray:
         """See `Steps.run`."""
@@ -90,6 +94,10 @@ class GrowingSteps:
         self._cache = {past: outputs[present] for past, present in self._presents}
         self._length += len(token_ids)
         return _last(outputs[LOGITS].numpy())
+
+    def forget(self) -> None:
+        """See `Steps.forget`."""
+        self._cache, self._length = self._empty, 0
 
 
 class Cache:
@@ -157,6 +165,10 @@ class InPlaceSteps:
         self._run(self._binding)
         self._length += len(token_ids)
         return _last(as_numpy(self._binding.get_outputs()[-1]))
+
+    def forget(self) -> None:
+        """See `Steps.forget`; what is in the cache is written over."""
+        self._length = 0
 
     def _run(self, binding: Any, *number: int) -> None:
         try:

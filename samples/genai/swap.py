@@ -19,6 +19,8 @@ class Swapper:
         self.model = og.Model(str(bundle))
         settings = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))
         self.longest = int(settings["model"]["context_length"])
+        manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+        self.border = manifest.get("long_rotations_after")
         self.tokenizer = og.Tokenizer(self.model)
         self.adapters = og.Adapters(self.model)
         files = sorted((bundle / "adapters").glob("*.onnx_adapter"))
@@ -35,9 +37,16 @@ class Swapper:
         if adapter is not None:
             generator.set_active_adapter(self.adapters, adapter)
         generator.append_tokens(tokens)
+        length = len(tokens)
         while not generator.is_done():
             generator.generate_next_token()
             yield int(generator.get_next_tokens()[0])
+            length += 1
+            # Longer texts are rotated by other factors: what is in the cache no longer holds.
+            if length - 1 == self.border and not generator.is_done():
+                text = generator.get_sequence(0)
+                generator.rewind_to(0)
+                generator.append_tokens(text)
 
     def _chat(self, prompt: str) -> str:
         messages = json.dumps([{"role": "user", "content": prompt}])

@@ -1,6 +1,5 @@
 """The samples, built or installed once."""
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -10,27 +9,6 @@ from native_programs import SAMPLES, SANITIZE, build_c, build_cpp, missing_tools
 from npm_packages import installed_sample, node_without_python
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-
-@pytest.fixture(scope="session")
-def made_once(tmp_path_factory):
-    """Make something for all of pytest's processes: the first makes it, others wait for it."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
-
-    def made(name, make):
-        directory, done = root / f"made-{name}", root / f"made-{name}.done"
-        with (root / f"made-{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not done.exists():
-                shutil.rmtree(directory, ignore_errors=True)
-                directory.mkdir()
-                make(directory)
-                done.touch()
-        return directory
-
-    return made
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,18 @@ def test_generation_gives_the_tokens_of_the_python_runtime(generate_program, bun
         assert expected != list(generate(runtime, PROMPT, None, Sampling(max_new_tokens=24)))
 
 
+def test_texts_grow_to_where_other_factors_rotate_them(generate_program, long_phi3):
+    """As in Python, whose own control is that tokens beyond the border depend on it."""
+    bundle = long_phi3 / "bundle"
+    runtime = Runtime(bundle)
+    words = ["--tokens", ",".join(map(str, PROMPT)), "--max-new-tokens", 30]
+    for selection in ({}, {"a": 1.0}):
+        done = run_without_python(generate_program, bundle, *words, *_adapters(selection))
+        sampling = Sampling(max_new_tokens=30)
+        assert _tokens(done) == list(generate(runtime, PROMPT, selection or None, sampling))
+        assert len(_tokens(done)) > runtime.manifest.long_rotations_after
+
+
 def test_generation_ends_before_a_stop_token(generate_program, own_bundle):
     from bundle_faults import rehash
 

@@ -154,6 +154,33 @@ def test_texts_are_those_of_python(run, bundle, selection):
         assert text != base
 
 
+GENERATE = """
+import { openModel, generate } from './src/index.js';
+const model = await openModel(process.argv[1]);
+for (const adapter of [null, 'a']) {
+  const found = [];
+  for await (const token of generate(model, [5, 60, 7], { adapter, maxNewTokens: 30 })) {
+    found.push(token);
+  }
+  console.log(JSON.stringify(found));
+}
+"""
+
+
+def test_texts_grow_to_where_other_factors_rotate_them(run, long_phi3):
+    """As in Python, whose own control is that tokens beyond the border depend on it."""
+    from loraport.runtime import Runtime, Sampling, generate
+
+    bundle = long_phi3 / "bundle"
+    done = run("--input-type=module", "-e", GENERATE, bundle)
+    assert done.returncode == 0, done.stderr
+    runtime = Runtime(bundle)
+    for name, line in zip((None, "a"), done.stdout.splitlines(), strict=True):
+        expected = list(generate(runtime, [5, 60, 7], name, Sampling(max_new_tokens=30)))
+        assert json.loads(line) == expected
+        assert len(expected) > runtime.manifest.long_rotations_after
+
+
 def test_the_benchmark_prints_ratios(run, bundle):
     done = cli(run, "bench", bundle, "--json")
     assert done.returncode == 0, done.stderr

@@ -47,18 +47,17 @@ class Decoder {
   }
 
   // Calls `on_token` with each new token; it returns false to stop. Ends before a stop token,
-  // after `limit` tokens, or when the context is full. The lane's adapter stays as it is.
+  // after `limit` tokens, or when the context is full. The lane's adapter stays as it is. Where a
+  // longer text is rotated by other factors, the cache is computed anew once it is as long.
   void generate(Lane& lane, const std::vector<Token>& prompt, std::size_t limit,
                 const std::function<bool(Token)>& on_token) const {
     require_prompt(prompt);
     std::vector<std::string> present;
-    Values cache;
-    for (const CacheName& name : cache_) {
-      present.push_back(name.present);
-      cache.emplace(name.past, empty_cache(name.past));
-    }
-    std::vector<Token> step = prompt;
+    for (const CacheName& name : cache_) present.push_back(name.present);
+    Values cache = empty_cache();
+    std::vector<Token> text = prompt, step = prompt;
     std::size_t length = 0;  // tokens in the cache
+    const std::uint64_t border = bundle_.manifest().long_rotations_after;
     limit = std::min(limit, context_length_ - prompt.size());
     for (std::size_t made = 0; made < limit; ++made) {
       const std::vector<Token> mask(length + step.size(), 1);
@@ -71,7 +70,14 @@ class Decoder {
       Values outputs = lane.run(inputs, {logits_}, present);
       const Token token = likeliest(outputs.at(logits_));
       if (std::find(stop_.begin(), stop_.end(), token) != stop_.end() || !on_token(token)) return;
-      length += step.size();
+      length = text.size();
+      text.push_back(token);
+      if (length == border) {
+        cache = empty_cache();
+        length = 0;
+        step = text;
+        continue;
+      }
       step = {token};
       cache.clear();
       for (const CacheName& name : cache_) {
@@ -135,7 +141,13 @@ class Decoder {
     }
   }
 
-  // A cache that holds no tokens yet, of the type that the model wants.
+  Values empty_cache() const {
+    Values cache;
+    for (const CacheName& name : cache_) cache.emplace(name.past, empty_cache(name.past));
+    return cache;
+  }
+
+  // A part of it that holds no tokens yet, of the type that the model wants.
   Ort::Value empty_cache(const std::string& name) const {
     const std::vector<std::string>& names = bundle_.input_names();
     const auto index =

@@ -50,6 +50,9 @@ struct Manifest {
   std::map<std::string, AdapterFiles> adapters;
   std::map<std::string, GoldenCase> golden;
   double tolerance = 0;
+  // Tokens that a text may have before other factors rotate all of it, so that cached keys no
+  // longer hold; 0 where there is one set of factors.
+  std::uint64_t long_rotations_after = 0;
   std::map<std::string, std::string> files;  // path inside the bundle → sha256
 
   const AdapterFiles& adapter(const std::string& name) const {
@@ -94,6 +97,10 @@ class ManifestReader {
     for (const Json::Member& golden : member("golden").object("golden")) read_golden(golden);
     manifest_.tolerance = member("tolerance").number("tolerance");
     if (manifest_.tolerance < 0) problems_.add("tolerance", "0 or more", "a negative number");
+    const std::string border = "long_rotations_after";
+    if (const Json* found = document_.find(border)) {
+      manifest_.long_rotations_after = found->whole(border);
+    }
     problems_.raise_if_any(std::string(kManifestFile) + " cannot be used");
     return std::move(manifest_);
   }

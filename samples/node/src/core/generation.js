@@ -22,7 +22,8 @@ import { asFloat32 } from './tensor_types.js';
  * Yield new tokens one by one, until a stop token or `maxNewTokens`.
  *
  * Each text has its own cache and keeps the adapter it began with, so several may be generated
- * in turns with different adapters.
+ * in turns with different adapters. Where a longer text is rotated by other factors (longrope), the
+ * cache is computed anew once as many tokens are there.
  * @param {Model} model
  * @param {readonly number[]} tokenIds the prompt, at least one token
  * @param {GenerateOptions} [options]
@@ -48,9 +49,10 @@ export async function* generate(model, tokenIds, { adapter, signal, ...given } =
   const cacheNames = decoder.cache.filter(([past]) => model.inputNames.includes(past));
   const outputs = ['logits', ...cacheNames.map(([, present]) => present)];
   let cache = emptyCache(model, decoder, cacheNames);
-  let length = tokenIds.length;
-  let step = tokenInputs(model, tokenIds, 0);
-  const most = Math.min(sampling.maxNewTokens, decoder.contextLength - length);
+  const text = [...tokenIds];
+  let step = tokenInputs(model, text, 0);
+  const border = model.bundle.manifest.longRotationsAfter;
+  const most = Math.min(sampling.maxNewTokens, decoder.contextLength - text.length);
   try {
     for (let count = 0; count < most && !signal?.aborted; count++) {
       const results = await model.run({ ...step, ...cache }, { slots, outputs });
@@ -62,8 +64,14 @@ export async function* generate(model, tokenIds, { adapter, signal, ...given } =
       const token = choose(lastLogits(/** @type {Tensor} */ (results.logits)), sampling, random);
       if (decoder.stopIds.has(token)) return;
       yield token;
-      step = tokenInputs(model, [token], length);
-      length += 1;
+      text.push(token);
+      if (text.length - 1 === border) {
+        free(cache);
+        cache = emptyCache(model, decoder, cacheNames);
+        step = tokenInputs(model, text, 0);
+      } else {
+        step = tokenInputs(model, [token], text.length - 1);
+      }
     }
   } finally {
     free(cache);

@@ -80,6 +80,8 @@ const RUNTIMES = ['native', 'wasm', 'webgpu'];
  * @property {Map<string, GoldenCase>} golden
  * @property {number} tolerance largest difference from a golden value
  * @property {Map<string, number>} tolerances runtime → its own tolerance, where that differs
+ * @property {number | null} longRotationsAfter tokens that a text may have before other factors
+ *   rotate all of it, so that cached keys no longer hold; null where there is one set of factors
  * @property {Map<string, string>} files path → sha256
  */
 
@@ -164,6 +166,10 @@ function readDocument(document) {
     })),
     tolerance: bound(document.tolerance, 'tolerance'),
     tolerances: mapped(document.tolerances ?? {}, 'tolerances', bound),
+    longRotationsAfter:
+      document.long_rotations_after === undefined
+        ? null
+        : size(document.long_rotations_after, 'long_rotations_after'),
     files: mapped(document.files, 'files', text),
   };
 }

@@ -13,7 +13,8 @@
  * Yield new tokens one by one, until a stop token or `maxNewTokens`.
  *
  * Each text has its own cache and keeps the adapter it began with, so several may be generated
- * in turns with different adapters.
+ * in turns with different adapters. Where a longer text is rotated by other factors (longrope), the
+ * cache is computed anew once as many tokens are there.
  * @param {Model} model
  * @param {readonly number[]} tokenIds the prompt, at least one token
  * @param {GenerateOptions} [options]

@@ -63,6 +63,8 @@
  * @property {Map<string, GoldenCase>} golden
  * @property {number} tolerance largest difference from a golden value
  * @property {Map<string, number>} tolerances runtime → its own tolerance, where that differs
+ * @property {number | null} longRotationsAfter tokens that a text may have before other factors
+ *   rotate all of it, so that cached keys no longer hold; null where there is one set of factors
  * @property {Map<string, string>} files path → sha256
  */
 /**
@@ -192,6 +194,11 @@ export type Manifest = {
      * runtime → its own tolerance, where that differs
      */
     tolerances: Map<string, number>;
+    /**
+     * tokens that a text may have before other factors
+     * rotate all of it, so that cached keys no longer hold; null where there is one set of factors
+     */
+    longRotationsAfter: number | null;
     /**
      * path → sha256
      */
