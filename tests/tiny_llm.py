@@ -47,6 +47,8 @@ LONG_PHI3 = PHI3 | {
         "rope_theta": 1e4,
         "short_factor": [1.0 + number / 8 for number in range(8)],
         "long_factor": [2.0 + number for number in range(8)],
+        "attention_factor": 1.5,  # not the one of the contexts' ratio
+        "short_mscale": 1.25,  # which PhiMoE alone reads
     },
 }
 # The builder rounds Gemma's embedding scale, sqrt(hidden size), to two decimals: 8 is exact.

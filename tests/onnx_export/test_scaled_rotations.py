@@ -1,10 +1,12 @@
 """Decoders whose rotations are scaled for longer texts rotate in the graph as in the model."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_llm import SIZES, save_base
+from tiny_llm import LONG_PHI3, PHI3, SIZES, save_base
 
 from converters.onnx import export_base
 from converters.onnx.exporters.flat_rotations import flatten
@@ -55,24 +57,42 @@ def test_others_are_the_builders():
     assert own_frequencies(flatten(transformers.Gemma3TextConfig(rope_parameters=kinds))) is None
 
 
+def test_two_sets_of_factors_are_one_where_no_text_is_long_enough():
+    """Control: where some are."""
+    own = copy.deepcopy(LONG_PHI3)
+    for border in (LENGTH, LENGTH + 1, LENGTH - 1):
+        own |= {"max_position_embeddings": LENGTH, "original_max_position_embeddings": border}
+        settings = transformers.Phi3Config(**copy.deepcopy(own))
+        found = own_frequencies(settings)
+        assert (found is None) == (border < LENGTH)
+        if found is not None:
+            rotary = transformers.models.phi3.modeling_phi3.Phi3RotaryEmbedding(settings)
+            wanted = rotary(torch.zeros(1), torch.arange(LENGTH)[None])
+            for got, table in zip(tables(*found, LENGTH), wanted, strict=True):
+                np.testing.assert_allclose(got.numpy(), table[0].numpy(), rtol=0, atol=1e-6)
+
+
 # SmolLM3 rotates some layers, a Granite 4 without position_embedding_type none, GPT-OSS's tables
-# are made apart. The first's MLP is as wide as the vocabulary is large: no head.
+# are made apart, and a Phi-3's context is not its original one. The first's MLP is as wide as the
+# vocabulary is large: no head.
 MODELS = {
     "SmolLM3": {"no_rope_layers": [1, 0], "rope_parameters": YARN}
     | {"intermediate_size": SIZES["vocab_size"]},
     "GraniteMoeHybrid": {"layer_types": ["attention"] * 2, "shared_intermediate_size": 48}
     | {"num_local_experts": 0, "num_experts_per_tok": 0, "attention_multiplier": 0.25},
     "GptOss": {"num_local_experts": 2, "num_experts_per_tok": 1, "rope_parameters": YARN},
+    "Phi3": {"original_max_position_embeddings": 64},
 }
 OTHERS = {
     "SmolLM3": ({"no_rope_layers": [1, 1]}, {"rope_parameters": PLAIN}),
     "GraniteMoeHybrid": ({"position_embedding_type": "rope"},),
     "GptOss": ({"rope_parameters": PLAIN},),
+    "Phi3": ({"rope_parameters": THETA | {"rope_theta": 500.0}},),
 }
 
 
 def made(name, **changed):
-    sizes = SIZES if name != "GraniteMoeHybrid" else SIZES | {"hidden_size": 64}
+    sizes = {"GraniteMoeHybrid": SIZES | {"hidden_size": 64}, "Phi3": PHI3}.get(name, SIZES)
     settings = getattr(transformers, f"{name}Config")(**sizes | MODELS[name] | changed)
     torch.manual_seed(0)
     return getattr(transformers, f"{name}ForCausalLM")(settings).eval()

@@ -3,7 +3,9 @@
 Version 0.18 scales Llama's and SmolLM3's as Llama 3 does or not at all, and YaRN's without
 rounding where its ramp begins and ends, nor with ``attention_factor``; it knows no dynamic ones and
 needs settings that have defaults. The tables are made of transformers' own frequencies instead.
-Phi-3's, which has two tables, it reads in the words of transformers 4 alone.
+Phi-3's, which has two tables, it reads in the words of transformers 4 alone and scales by what it
+computes itself; it makes two of any Phi-3 whose context is not its original one, and none of the
+short factors alone.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from typing import Any
 
 import torch
 
+from loraport.rotation_border import rotation_border
+
+_LONGROPE = "longrope"
 _TABLES = ("linear", "dynamic", "yarn", "llama3")  # the same for every length up to the context's
 
 
@@ -39,14 +44,23 @@ def mend(builders: Any) -> None:
     model.make_rope_init = builders.LlamaModel.make_rope_init = begun
     for each in (model, builders.GPTOSSModel):
         each.make_rotary_embedding_caches_from_scratch = made
-    _name_kind(builders.Phi3MiniLongRoPEModel)
+    two_tables, one_table = builders.Phi3MiniLongRoPEModel, builders.Phi3MiniModel
+    _scale_by_its_own(two_tables)
+
+    def chosen(config: Any, *arguments: Any) -> Any:
+        builder = one_table if rotation_border(config) is None else two_tables
+        return builder(config, *arguments)
+
+    builders.Phi3MiniLongRoPEModel = chosen
 
 
-def _name_kind(builder: Any) -> None:
+def _scale_by_its_own(builder: Any) -> None:
     begin = builder.make_rope_init
 
     def begun(self: Any, config: Any) -> None:
-        config.rope_parameters.setdefault("type", config.rope_parameters.get("rope_type"))
+        settings = config.rope_parameters
+        settings.setdefault("type", _LONGROPE)
+        settings["short_mscale"] = settings["long_mscale"] = _frequencies(config)[1]
         begin(self, config)
 
     builder.make_rope_init = begun
@@ -61,12 +75,18 @@ def own_frequencies(config: Any) -> tuple[torch.Tensor, float] | None:
     Returns:
         ``None`` where nothing is scaled, or by more than one table.
     """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     settings = getattr(config, "rope_parameters", None) or {}
     kind = settings.get("rope_type")
-    if kind not in _TABLES or hasattr(config, "rope_local_base_freq"):  # Gemma 3 has two
+    one = kind in _TABLES or (kind == _LONGROPE and rotation_border(config) is None)
+    if not one or hasattr(config, "rope_local_base_freq"):  # Gemma 3 has two
         return None
+    return _frequencies(config)
+
+
+def _frequencies(config: Any) -> tuple[torch.Tensor, float]:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = config.rope_parameters["rope_type"]
     frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return frequencies, float(scale)
 
