@@ -8,7 +8,7 @@ from tiny_llm import PHI3, SIZES, save_adapter, save_base
 
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base, exporting
-from converters.onnx.exporters.genai_builder import builds
+from converters.onnx.exporters.genai_builder import _BUILT, _ROTATED_PARTS, builds
 from converters.onnx.modules.base_parameters import BaseParameters
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.base_model import load_model
@@ -63,12 +63,25 @@ ATTENTION = {"layer_types": ["attention"]}
         ("Llama", {"head_dim": 24}, {"head_dim": 48}),
         ("Llama", HEADS | {"hidden_size": 96}, HEADS | {"hidden_size": 64}),
         ("Llama", HALF | {"head_dim": 48}, HALF | {"head_dim": 64}),
-        ("Phi", {"head_dim": 16, "partial_rotary_factor": 0.5}, {"head_dim": 16}),
+        ("Phi", {"head_dim": 16, "partial_rotary_factor": 0.5}, {"head_dim": 32}),
+        ("Phi", {"head_dim": 16}, {"head_dim": 16, "partial_rotary_factor": 1.0}),
+        ("Nemotron", {"head_dim": 16}, {"head_dim": 32}),
     ],
 )
 def test_the_builder_is_given_no_decoder_of_which_it_leaves_something_out(name, left_out, whole):
     assert not builds(f"{name}ForCausalLM", left_out)
     assert builds(f"{name}ForCausalLM", whole)
+
+
+def test_what_decoders_rotate_of_a_head_unless_told_is_transformers_own():
+    found = {}
+    for architecture in sorted(_BUILT):
+        kind = getattr(transformers, architecture.replace("ForCausalLM", "Config"), None)
+        if kind is not None:  # some are known to the hub alone
+            settings = getattr(kind(), "rope_parameters", None) or {}
+            found[architecture] = settings.get("partial_rotary_factor", 1.0)
+    assert {name: part for name, part in found.items() if part != 1.0} == _ROTATED_PARTS
+    assert len(found) > 15
 
 
 @pytest.mark.parametrize("name", ["Bloom", "Llama"])

@@ -40,6 +40,8 @@ _ACTIVATIONS = frozenset(
         *("gegelu", "geglu", "relu", "relu2"),
     }
 )
+# What transformers' classes rotate of a head where config.json does not say; others rotate all.
+_ROTATED_PARTS = {"NemotronForCausalLM": 0.5, "PhiForCausalLM": 0.5}
 _ATTENTION_STEP = 16  # what GroupQueryAttention takes heads and rotations in multiples of
 
 
@@ -82,7 +84,7 @@ def why_not_built(architecture: str, config: Mapping[str, Any]) -> str | None:
             return "leaves out the experts (num_local_experts)"
         if not set(config.get("layer_types") or ["mamba"]) <= _GRANITE_ATTENTION:
             return "knows no recurrent layers"
-    return _unknown_activation(config) or _odd_attention(config, rotation)
+    return _unknown_activation(config) or _odd_attention(architecture, config, rotation)
 
 
 def _unknown_activation(config: Mapping[str, Any]) -> str | None:
@@ -92,7 +94,9 @@ def _unknown_activation(config: Mapping[str, Any]) -> str | None:
     return f"does not know the activation {activation}"
 
 
-def _odd_attention(config: Mapping[str, Any], rotation: Mapping[str, Any]) -> str | None:
+def _odd_attention(
+    architecture: str, config: Mapping[str, Any], rotation: Mapping[str, Any]
+) -> str | None:
     """Say which size of attention's ONNX Runtime's operator refuses."""
     head = config.get("head_dim")
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
@@ -102,7 +106,8 @@ def _odd_attention(config: Mapping[str, Any], rotation: Mapping[str, Any]) -> st
         return None
     if head % _ATTENTION_STEP:
         return f"attends by heads of a multiple of {_ATTENTION_STEP} alone (head_dim {head})"
-    part = rotation.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    part = rotation.get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    part = part or _ROTATED_PARTS.get(architecture, 1.0)
     if isinstance(part, int | float) and int(head * part) % _ATTENTION_STEP:
         return (
             f"rotates a multiple of {_ATTENTION_STEP} of a head alone "
