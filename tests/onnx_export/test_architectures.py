@@ -8,7 +8,7 @@ from tiny_llm import PHI3, SIZES, save_adapter, save_base
 
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base, exporting
-from converters.onnx.exporters.genai_builder import _BUILT, _ROTATED_PARTS, builds
+from converters.onnx.exporters.genai_builder import _BUILT, _HEADS, _ROTATED_PARTS, builds
 from converters.onnx.modules.base_parameters import BaseParameters
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.base_model import load_model
@@ -62,6 +62,7 @@ ATTENTION = {"layer_types": ["attention"]}
         ("Llama", {"hidden_act": "quick_gelu"}, {"hidden_act": "silu"}),
         ("Llama", {"head_dim": 24}, {"head_dim": 48}),
         ("Llama", HEADS | {"hidden_size": 96}, HEADS | {"hidden_size": 64}),
+        ("Qwen3", HEADS | {"head_dim": 24}, HEADS | {"hidden_size": 96}),  # 128 wide by its class
         ("Llama", HALF | {"head_dim": 48}, HALF | {"head_dim": 64}),
         ("Phi", {"head_dim": 16, "partial_rotary_factor": 0.5}, {"head_dim": 32}),
         ("Phi", {"head_dim": 16}, {"head_dim": 16, "partial_rotary_factor": 1.0}),
@@ -73,14 +74,18 @@ def test_the_builder_is_given_no_decoder_of_which_it_leaves_something_out(name, 
     assert builds(f"{name}ForCausalLM", whole)
 
 
-def test_what_decoders_rotate_of_a_head_unless_told_is_transformers_own():
-    found = {}
+def test_what_decoders_have_unless_told_is_transformers_own():
+    found, heads = {}, {}
     for architecture in sorted(_BUILT):
         kind = getattr(transformers, architecture.replace("ForCausalLM", "Config"), None)
         if kind is not None:  # some are known to the hub alone
-            settings = getattr(kind(), "rope_parameters", None) or {}
+            own = kind().get_text_config()
+            settings = getattr(own, "rope_parameters", None) or {}
             found[architecture] = settings.get("partial_rotary_factor", 1.0)
+            own = type(own)(hidden_size=1024, num_attention_heads=32, num_key_value_heads=32)
+            heads[architecture] = getattr(own, "head_dim", None) or 1024 // 32
     assert {name: part for name, part in found.items() if part != 1.0} == _ROTATED_PARTS
+    assert {name: size for name, size in heads.items() if size != 1024 // 32} == _HEADS
     assert len(found) > 15
 
 

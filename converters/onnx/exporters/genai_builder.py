@@ -40,7 +40,13 @@ _ACTIVATIONS = frozenset(
         *("gegelu", "geglu", "relu", "relu2"),
     }
 )
-# What transformers' classes rotate of a head where config.json does not say; others rotate all.
+# What transformers' classes have where config.json does not say: the size of a head, which is the
+# hidden size's share of others, and how much of it is rotated, which others do as a whole.
+_HEADS = {
+    **{f"{name}ForCausalLM": 256 for name in ("Gemma", "Gemma2", "Gemma3")},
+    **{f"{name}ForCausalLM": 128 for name in ("Ernie4_5", "Qwen3")},
+    "GptOssForCausalLM": 64,
+}
 _ROTATED_PARTS = {"NemotronForCausalLM": 0.5, "PhiForCausalLM": 0.5}
 _ATTENTION_STEP = 16  # what GroupQueryAttention takes heads and rotations in multiples of
 
@@ -98,7 +104,7 @@ def _odd_attention(
     architecture: str, config: Mapping[str, Any], rotation: Mapping[str, Any]
 ) -> str | None:
     """Say which size of attention's ONNX Runtime's operator refuses."""
-    head = config.get("head_dim")
+    head = config.get("head_dim", _HEADS.get(architecture))
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     if head is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         head = hidden // heads
