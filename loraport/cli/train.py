@@ -207,6 +207,8 @@ def _dry_run(base: str, data: Path, options: TrainOptions, *, as_json: bool) -> 
         found = dry_run(base, options)
     if not processes.first:
         return
+    if found.note is not None:
+        click.echo(f"note: {found.note}", err=True)
     if as_json:
         totals = {flags: made.total for flags, made in found.alternatives.items()}
         document = asdict(found) | {

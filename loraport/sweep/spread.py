@@ -161,6 +161,7 @@ class Hired:
         self._observer = observer
         self._base = base
         self._first: Loaded | None = None
+        self._noted: set[str] = set()
         self._deaths: Counter[str] = Counter()  # by the names of what was trained
         self._impatient_at = time.monotonic() + _PATIENCE
 
@@ -272,8 +273,10 @@ class Hired:
             self._impatient_at = float("inf")
 
     def _tell(self, events: Iterable[Event]) -> None:
-        for name, told in events:
-            getattr(self._observer, name)(**told)
+        for name, told in events:  # of which all workers note some, of the base
+            if name != "note" or told["text"] not in self._noted:
+                getattr(self._observer, name)(**told)
+            self._noted.add(told.get("text", ""))
 
 
 def require_same(loaded: Loaded, first: Loaded, base: str) -> None:

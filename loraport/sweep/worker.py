@@ -33,6 +33,7 @@ from loraport.training.kernels.cuda_graphs import (
 )
 from loraport.training.kernels.recorder import on_gpu
 from loraport.training.kernels.row_attention import use_row_attention
+from loraport.training.lora.full_rank import above_full_rank
 from loraport.training.lora.targets import select_targets
 from loraport.training.options import TrainOptions
 from loraport.training.run.checkpoints import RunState
@@ -138,8 +139,9 @@ class Worker:
             self._model: PreTrainedModel = load_base(setting.base, self._placement, device)
         selected = _select_targets(self._model, trials)
         misread = misread_by_peft(self._model.config.model_type, selected)
-        if misread is not None:
-            self._observer.note(misread)
+        ranks = above_full_rank(self._model, [trial.lora for trial in trials])
+        for said in filter(None, (ranks, misread)):
+            self._observer.note(said)
         if setting.options.gradient_checkpointing:
             checkpoint_activations(self._model)
         longest = max(len(row.tokens) for row in setting.train)

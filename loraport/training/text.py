@@ -38,6 +38,7 @@ from loraport.training.kernels.cuda_graphs import (
 )
 from loraport.training.kernels.liger_kernels import liger_function, liger_kernels
 from loraport.training.kernels.row_attention import use_row_attention
+from loraport.training.lora.full_rank import above_full_rank
 from loraport.training.lora.inject import adapter_of, attach
 from loraport.training.lora.targets import select_targets
 from loraport.training.losses.language_model import language_model_loss
@@ -221,10 +222,11 @@ def _train(
     if graphs:
         # Not elsewhere: what calls its kernel is Python, and a GPU would wait for that.
         use_row_attention(model, placement, rows.length)
+    ranks = above_full_rank(model, [options.lora])
     adapted = attach(model, options.lora)
     misread = misread_by_peft(model.config.model_type, adapted)
-    if misread is not None:
-        observer.note(misread)
+    for said in filter(None, (ranks, misread)):
+        observer.note(said)
     if options.gradient_checkpointing:
         checkpoint_activations(model, options.checkpointed_layers)
     pad = padding_token(tokenizer)

@@ -57,7 +57,7 @@ def select_targets(model: nn.Module, options: LoraOptions) -> dict[str, type[Lor
     if not selected:
         raise LoraportError(
             f"targets {options.targets!r}: expected at least one module, got none after "
-            f"exclude and layers; available: {_available(candidates)}"
+            f"exclude and layers; available: {names_of(candidates)}"
         )
     return {path: layer for path, layer in candidates.items() if path in selected}
 
@@ -98,7 +98,7 @@ def _matching(
                 f"{field} {wanted!r}",
                 "a regular expression that matches whole module paths",
                 "no match",
-                f"available: {_available(candidates)}",
+                f"available: {names_of(candidates)}",
             )
         return found
     selected: set[str] = set()
@@ -108,7 +108,7 @@ def _matching(
             unfit = [path for path in refused if _ends_with(path, name)]
             if unfit:
                 inside = [path for path in candidates if path.startswith(unfit[0] + ".")]
-                remedy = f"name what it holds: {_available(inside)}" if inside else ""
+                remedy = f"name what it holds: {names_of(inside)}" if inside else ""
                 expected = "a Linear, Embedding, Conv1d, Conv2d, Conv3d or transformers' Conv1D"
                 problems.add(f"{field} {name!r}", expected, refused[unfit[0]], remedy)
             else:
@@ -121,7 +121,7 @@ def _unknown(subject: str, name: str, paths: Iterable[str], problems: Problems) 
     names = {path.rpartition(".")[2] for path in paths}
     close = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    remedy = f"{hint}available: {_available(paths)}"
+    remedy = f"{hint}available: {names_of(paths)}"
     problems.add(subject, "the name of a module that can carry LoRA", "no such module", remedy)
 
 
@@ -174,7 +174,12 @@ def _ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def _available(paths: Iterable[str]) -> str:
+def names_of(paths: Iterable[str]) -> str:
+    """Return what modules are called, each name once and the first ones alone, or ``none``.
+
+    >>> names_of(["layers.0.q_proj", "layers.1.q_proj", "blocks.0"])
+    'q_proj, blocks.0'
+    """
     names = list(dict.fromkeys(_without_number(path) for path in paths))
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return (", ".join(names[:_NAMES_SHOWN]) or "none") + more

@@ -21,6 +21,7 @@ from loraport.training.distributed.processes import Processes, processes_here, p
 from loraport.training.distributed.sharing import refuse_for_processes
 from loraport.training.kernels.cuda_graphs import asked_to_record
 from loraport.training.kernels.liger_kernels import liger_function
+from loraport.training.lora.full_rank import above_full_rank
 from loraport.training.losses.output_head import output_head
 from loraport.training.memory.memory_plan import KeptMemory, kept_memory
 from loraport.training.memory.step_memory import StepMemory, step_memory
@@ -63,6 +64,7 @@ class DryRun:
         alternatives: Options to add or change → what the run would take then; only where it
             does not fit, and each takes less than the one before.
         processes: How many train together; all else is said of each of them.
+        note: What the run would say of its ranks, if anything.
     """
 
     base: str
@@ -71,6 +73,7 @@ class DryRun:
     prediction: Prediction
     alternatives: dict[str, Prediction]
     processes: int = 1
+    note: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -115,6 +118,7 @@ def dry_run(base: str, options: TrainOptions) -> DryRun:
     available = available_memory(placement.device)
     if placement.device.type == "cpu" and processes.size > 1:
         available //= processes_here()  # a GPU has one of them
+    note = above_full_rank(model, [options.lora])
     prediction = predict(model, directory, options, placement, processes)
     alternatives: dict[str, Prediction] = {}
     if prediction.total > available:
@@ -127,7 +131,7 @@ def dry_run(base: str, options: TrainOptions) -> DryRun:
                 flags[tuple(changes)] = flag  # of two dtypes of the base, the later
                 alternatives[" ".join(flags.values())] = made
     device = str(placement.device)
-    return DryRun(base, device, available, prediction, alternatives, processes.size)
+    return DryRun(base, device, available, prediction, alternatives, processes.size, note)
 
 
 def predict(
