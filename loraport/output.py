@@ -65,6 +65,11 @@ def refuse_existing(path: Path, *, force: bool, inputs: Iterable[Path | str | No
             f"{path}: expected a file or directory to write, got a device or pipe, which cannot be "
             "replaced; choose another output"
         )
+    if path.is_symlink() and not force:
+        raise LoraportError(
+            f"{path} is a link to {path.readlink()}; name that itself, choose another output, or "
+            "pass --force, which replaces the link and keeps what it leads to"
+        )
     if os.path.lexists(path) and not force:
         raise LoraportError(f"{path} already exists; choose another output or pass --force")
     for given in inputs:

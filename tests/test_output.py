@@ -212,6 +212,10 @@ def test_a_link_is_replaced_and_what_it_points_to_is_kept(there, tmp_path):
         target.mkdir()
         (target / "kept").write_text("kept")
     out.symlink_to(target)
+    told = f"out is a link to {target}; .*--force, which replaces the link and keeps what it leads"
+    for writer in (new_directory, new_file):
+        with pytest.raises(LoraportError, match=told), writer(out):
+            pytest.fail("the block must not run")
     with new_directory(out, force=True) as partial:
         (partial / "new").write_text("new")
     assert not out.is_symlink()
