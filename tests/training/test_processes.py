@@ -216,6 +216,35 @@ def test_alone_without_torchrun(monkeypatch):
     assert processes.from_all(3) == [3]
 
 
+def test_where_the_first_is_killed_another_tells_what_it_found(monkeypatch):
+    """torchrun asks that one to end while it waits for the first to tell: it said that alone."""
+
+    class Store:
+        failed = 0
+
+        def add(self, _, count):
+            self.failed += count
+            return self.failed
+
+        def check(self, _):
+            return False
+
+    def asked_to_end(_):
+        raise KeyboardInterrupt("stopped by SIGTERM")
+
+    at = "loraport.training.distributed.processes."
+    for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("MASTER_ADDR", "x"), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
+    store = Store()
+    monkeypatch.setattr(at + "rendezvous", lambda _: iter([(store, 1, 2)]))
+    monkeypatch.setattr(at + "dist.init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(at + "time.sleep", asked_to_end)
+    with pytest.raises(LoraportError, match=r"^another process of this run ended$"), joined("cpu"):
+        raise LoraportError("another process of this run ended")
+    with pytest.raises(SystemExit), joined("cpu"):  # which another has told by now
+        raise LoraportError("another process of this run ended")
+
+
 def test_a_command_that_shares_no_work_is_left_to_the_first(base_directory, chat_data, monkeypatch):
     """Of ``eval``, every process printed its own table, and one JSON document followed another."""
     typed = ("eval", base_directory, chat_data, "--generations", 0, "--json")

@@ -176,8 +176,10 @@ def joined(device: str) -> Iterator[Processes]:
         yield Processes(rank, size)
     except BaseException:
         if rank:
-            # What fails on all of them the first one says, which knows the checkpoints.
-            time.sleep(_FIRST_ONES_START)
+            # What fails on all of them the first one says, which knows the checkpoints. Where that
+            # one was killed, torchrun asks the others to end meanwhile: they tell what they found.
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(_FIRST_ONES_START)
         if _is_first_to_fail(store):
             raise
         sys.exit(2)
