@@ -135,6 +135,25 @@ def test_a_misfit_is_told_whole_and_changes_nothing(llama):
     assert layers
 
 
+def test_fused_experts_are_refused_for_what_they_are(tmp_path):
+    """Their paths are in the model: they are no modules, and the adapter fits it."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(3, 7, 5))
+
+    model, fresh = (nn.ModuleDict({"mlp": Experts(), "gate": nn.Linear(5, 3)}) for _ in range(2))
+    config = peft.LoraConfig(r=2, target_modules=["gate"], target_parameters=["mlp.experts"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    with pytest.raises(LoraportError) as raised:
+        load_into(fresh, read_peft(tmp_path))
+    assert str(raised.value).splitlines()[1:] == [
+        "  - mlp.experts: expected LoRA on a module, got LoRA on a bare parameter, such as fused "
+        "experts (target_parameters); merge the adapter and load the merged model"
+    ]
+
+
 def test_an_adapter_for_another_base_is_refused(llama):
     attach(llama, LoraOptions(rank=2, targets=("q_proj",)))
     adapter = adapter_of(llama)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from loraport.adapter import Adapter, LoraModule, Replacement, require_adapter
+from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement, require_adapter
 from loraport.base_model import fingerprint_model
 from loraport.errors import Problems
 from loraport.stored_tensors import stored_tensor
@@ -61,6 +61,10 @@ def load_into(model: nn.Module, adapter: Adapter) -> dict[str, LoraLayer]:
 
 
 def _layer(model: nn.Module, path: str, module: LoraModule, problems: Problems) -> LoraLayer | None:
+    if module.kind is ModuleKind.EXPERTS:
+        got = "LoRA on a bare parameter, such as fused experts (target_parameters)"
+        problems.add(path, "LoRA on a module", got, "merge the adapter and load the merged model")
+        return None
     try:
         base = model.get_submodule(path)
     except AttributeError:
