@@ -179,7 +179,11 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return {name: checkpoint.load(name) for name in checkpoint}, checkpoint.metadata
     pickled = path / PICKLED_FILE
     if not pickled.is_file():
-        raise LoraportError(f"adapter {path}: expected {WEIGHTS_FILE}, got no such file")
+        stem, _, kind = WEIGHTS_FILE.rpartition(".")
+        parts = sorted(part.name for part in path.glob(f"{stem}-*-of-*.{kind}"))
+        many = f"parts of it ({', '.join(parts)}); put their tensors into one"
+        got = many if parts else "no such"
+        raise LoraportError(f"adapter {path}: expected {WEIGHTS_FILE}, got {got} file")
     import pickle
 
     import torch

@@ -1,10 +1,14 @@
 """Both directions with PEFT itself: it loads what we write, we load what it writes."""
 
+import json
+import re
+
 import pytest
 import torch
 from peft_cases import CASES, load_with_peft, logits, make
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from loraport.errors import LoraportError
 from loraport.peft_layout import is_peft, read_peft, write_peft
 
 
@@ -43,3 +47,16 @@ def test_no_tensor_is_lost_or_changed(name, tmp_path):
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
         assert torch.equal(ours[key], tensor), key
+
+
+@pytest.mark.parametrize("parts", [0, 2])
+def test_an_adapter_in_parts_is_told_from_one_without_tensors(tmp_path, parts):
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    names = [f"adapter_model-{at + 1:05}-of-{parts:05}.safetensors" for at in range(parts)]
+    for name in names:
+        save_file({"a": torch.zeros(1)}, tmp_path / name)
+    got = f"parts of it ({', '.join(names)}); put their tensors into one" if parts else "no such"
+    told = f"expected adapter_model.safetensors, got {got} file"
+    with pytest.raises(LoraportError, match=f"{re.escape(told)}$"):
+        read_peft(tmp_path)
