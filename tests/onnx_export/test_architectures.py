@@ -46,7 +46,8 @@ def test_the_builder_is_given_no_decoder_that_it_does_not_know():
 LONG = {"rope_type": "longrope"}
 HEADS = {"num_attention_heads": 4}
 HALF = {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}
-ATTENTION = {"layer_types": ["attention"]}
+WITH_EXPERTS = {"layer_types": ["attention"]}  # eight by its class
+ATTENTION = WITH_EXPERTS | {"num_local_experts": 0}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,8 @@ ATTENTION = {"layer_types": ["attention"]}
         ("Phi", {"qk_layernorm": True}, {"qk_layernorm": False}),
         ("Nemotron", {"mlp_bias": True}, {"attention_bias": True}),
         ("GraniteMoeHybrid", ATTENTION | {"num_local_experts": 4}, ATTENTION),
-        ("GraniteMoeHybrid", {"layer_types": ["mamba", "attention"]}, ATTENTION),
+        ("GraniteMoeHybrid", WITH_EXPERTS, ATTENTION),
+        ("GraniteMoeHybrid", ATTENTION | {"layer_types": ["mamba", "attention"]}, ATTENTION),
         ("Llama", {"rope_parameters": LONG}, {"rope_parameters": {"rope_type": "yarn"}}),
         ("Llama", {"rope_scaling": {"type": "longrope"}}, {"rope_scaling": None}),
         ("Phi3", {"clip_qkv": 1.0}, {"rope_parameters": LONG}),

@@ -34,6 +34,7 @@ _BUILT = frozenset(
     )
 )
 _GRANITE_ATTENTION = {"attention", "full_attention"}
+_GRANITE_EXPERTS = 8  # where config.json does not say how many
 _ACTIVATIONS = frozenset(
     {
         *("silu", "swish", "swiglu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
@@ -86,7 +87,7 @@ def why_not_built(architecture: str, config: Mapping[str, Any]) -> str | None:
     if architecture == "NemotronForCausalLM" and config.get("mlp_bias"):
         return "leaves out the biases of the MLP (mlp_bias)"
     if architecture == "GraniteMoeHybridForCausalLM":
-        if config.get("num_local_experts"):
+        if config.get("num_local_experts", _GRANITE_EXPERTS):
             return "leaves out the experts (num_local_experts)"
         if not set(config.get("layer_types") or ["mamba"]) <= _GRANITE_ATTENTION:
             return "knows no recurrent layers"
