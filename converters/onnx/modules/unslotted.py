@@ -7,6 +7,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
+from converters.onnx.graph.quantized_ports import cuts_its_product_off
 from converters.onnx.modules.weight_origins import MULTIPLYING, WeightOrigins, only_multiplies
 from converters.onnx.operators import einsum, gather
 
@@ -106,6 +107,10 @@ _INSIDE = (
     "shares its cache; export without attention fusion"
 )
 _OTHER_CHAIN = "its input is not quantized right before it, or its product not scaled after"
+_CUT_OFF = (
+    "its integers have no numbers below or above zero, as where an activation is folded in; "
+    "quantize in the format QDQ"
+)
 _REASONS = {
     "LSTM": "a recurrent layer's projections are inside the operator",
     "GRU": "a recurrent layer's projections are inside the operator",
@@ -189,6 +194,8 @@ def _reason(node: ir.Node, shapes: list[tuple[int, ...]]) -> str:
     if node.domain == _BLOCKED:
         why = "its kernel lies in blocks made for one kind of processor"
         return f"{operator}: {why}; save the model at ONNX Runtime's level ORT_ENABLE_EXTENDED"
+    if cuts_its_product_off(node):
+        return f"{operator}: {_CUT_OFF}"
     if node.op_type in _REASONS:
         return f"{operator}: {_REASONS[node.op_type]}"
     if node.op_type in ("MatMul", "Gemm", "FusedMatMul"):

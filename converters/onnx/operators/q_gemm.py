@@ -13,7 +13,11 @@ import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
 from converters.onnx.graph.integer_weight import integer_matrix
-from converters.onnx.graph.quantized_ports import float_input, float_output
+from converters.onnx.graph.quantized_ports import (
+    cuts_its_product_off,
+    float_input,
+    float_output,
+)
 from converters.onnx.graph.site import Site, inputs_of
 
 
@@ -22,6 +26,8 @@ def find_site(node: ir.Node) -> Site | None:
     a, _, _, b, b_scale, b_zero, bias, y_scale, y_zero = inputs_of(node, 9)
     weight = integer_matrix(b, constant(b_scale), b_zero)
     if a is None or weight is None:
+        return None
+    if cuts_its_product_off(node):
         return None
     if node.attributes.get_int("transA", 0):
         return None

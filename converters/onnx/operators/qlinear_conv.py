@@ -11,7 +11,11 @@ import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
 from converters.onnx.graph.integer_weight import integer_kernel
-from converters.onnx.graph.quantized_ports import float_input, float_output
+from converters.onnx.graph.quantized_ports import (
+    cuts_its_product_off,
+    float_input,
+    float_output,
+)
 from converters.onnx.graph.site import Site, inputs_of
 from loraport.adapter import ModuleKind
 
@@ -21,6 +25,8 @@ def find_site(node: ir.Node) -> Site | None:
     a, _, _, w, w_scale, w_zero, y_scale, y_zero, bias = inputs_of(node, 9)
     kernel = integer_kernel(w, constant(w_scale), w_zero)
     if a is None or kernel is None or y_scale is None:
+        return None
+    if cuts_its_product_off(node):
         return None
     if node.attributes.get_int("channels_last", 0):
         return None

@@ -12,7 +12,11 @@ import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
 from converters.onnx.graph.integer_weight import integer_matrix
-from converters.onnx.graph.quantized_ports import float_input, float_output
+from converters.onnx.graph.quantized_ports import (
+    cuts_its_product_off,
+    float_input,
+    float_output,
+)
 from converters.onnx.graph.site import Site, inputs_of
 
 
@@ -21,6 +25,8 @@ def find_site(node: ir.Node) -> Site | None:
     a, _, _, b, b_scale, b_zero, y_scale, y_zero = inputs_of(node, 8)
     weight = integer_matrix(b, constant(b_scale), b_zero)
     if a is None or weight is None or y_scale is None or constant(a) is not None:
+        return None
+    if cuts_its_product_off(node):
         return None
 
     def expose() -> Site:

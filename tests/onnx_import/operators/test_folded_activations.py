@@ -1,0 +1,163 @@
+"""Quantizers take out a Relu that the range of the integers behind it replaces."""
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+IN, HIDDEN, OUT, ROWS = 7, 6, 5, 4
+SCALES = {"x": np.float32(0.05), "h": np.float32(0.05), "y": np.float32(0.05)}
+# Zero points of x, of what the Relu gave and of y; the integers' lowest and highest.
+TYPES = {
+    "uint8": (np.uint8(128), np.uint8(0), np.uint8(120), 0, 255),
+    "int8": (np.int8(0), np.int8(-128), np.int8(-8), -128, 127),
+    "uint16": (np.uint16(32768), np.uint16(0), np.uint16(30000), 0, 65535),
+    "no zero point": (np.uint8(128), None, np.uint8(120), 0, 255),
+}
+
+
+def integers(shape, seed):
+    """Return a weight as integers that no kernel saturates, and what they stand for."""
+    stored = np.random.default_rng(seed).integers(-60, 60, shape).astype(np.int8)
+    return stored, stored.astype(np.float64) * np.float32(0.01)
+
+
+def pair(name, out, zero):
+    """Return the operators that quantize a value and dequantize it."""
+    scales = [f"{name}.scale"] + ([] if zero is None else [f"{name}.zero"])
+    return [
+        helper.make_node("QuantizeLinear", [name, *scales], [f"{name}.q"]),
+        helper.make_node("DequantizeLinear", [f"{name}.q", *scales], [out]),
+    ]
+
+
+def quantized(values, scale, zero, low, high):
+    return (np.clip(np.round(values / scale) + zero, low, high) - zero) * np.float64(scale)
+
+
+def qdq(operator, kind):
+    """Return ``x -> fc1 (a Relu that was taken out) -> fc2 -> y``, and both weights."""
+    zeros = dict(zip("xhy", TYPES[kind][:3], strict=True))
+    found = {f"{name}.scale": SCALES[name] for name in "xhy"}
+    found |= {f"{name}.zero": zero for name, zero in zeros.items() if zero is not None}
+    found["w.scale"] = np.float32(0.01)
+    weights = {}
+    nodes = pair("x", "x.d", zeros["x"])
+    for seed, (name, shape, before, after) in enumerate(
+        [("fc1", (IN, HIDDEN), "x.d", "h"), ("fc2", (HIDDEN, OUT), "h.d", "y")]
+    ):
+        stored, weights[name] = integers(shape, seed)
+        # A kernel, or a Gemm's matrix, has the outputs first.
+        found[f"{name}.weight"] = {
+            "MatMul": stored,
+            "Gemm": stored.T.copy(),
+            "Conv": stored.T.reshape(*reversed(shape), 1),
+        }[operator]
+        nodes += [
+            helper.make_node(
+                "DequantizeLinear", [f"{name}.weight", "w.scale"], [f"{name}.d"], name=f"{name}.w"
+            ),
+            helper.make_node(
+                operator,
+                [before, f"{name}.d"],
+                [after],
+                name=f"/{name}/{operator}",
+                **({"transB": 1} if operator == "Gemm" else {}),
+            ),
+            *pair(after, {"h": "h.d", "y": "result"}[after], zeros[after]),
+        ]
+    dims = ["rows", "in"] if operator != "Conv" else [ROWS, "in", 1]
+    graph = helper.make_graph(
+        nodes,
+        "folded",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [dims[0], IN, *dims[2:]])],
+        [helper.make_tensor_value_info("result", TensorProto.FLOAT, [dims[0], OUT, *dims[2:]])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in found.items()],
+    )
+    opsets = [helper.make_opsetid("", 21)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10), weights
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("operator", ["MatMul", "Gemm", "Conv"])
+def test_what_the_relu_cut_off_stays_cut_off_with_an_adapter(slotted, adapter, operator, kind):
+    model, weights = qdq(operator, kind)
+    made = slotted(model, "conv" if operator == "Conv" else "lora")
+    assert sorted(slot.name for slot in made.slots) == ["fc1", "fc2"]
+    xz, hz, yz, low, high = (0 if number is None else int(number) for number in TYPES[kind])
+    x = np.random.default_rng(9).standard_normal((ROWS, IN)).astype(np.float32)
+    fed = x[:, :, None] if operator == "Conv" else x
+    deltas, tensors = {}, {}
+    for seed, slot in enumerate(made.slots):
+        own = adapter(slot, seed=seed, size=0.6)
+        a, b = (own[f"{slot.name}.{role}"].astype(np.float64) for role in ("lora_A", "lora_B"))
+        if operator == "Conv":
+            a, b = a[:, :, 0].T, b[:, :, 0].T
+        deltas[slot.name], tensors[slot.name] = a @ b, own
+
+    def wanted(names, relu=True):
+        # An adapter reads x as it was before it was rounded, and adds to y after that is.
+        first, second = (deltas[name] if name in names else 0 * deltas[name] for name in deltas)
+        hidden = quantized(x.astype(np.float64), SCALES["x"], xz, low, high) @ weights["fc1"]
+        hidden += x @ first
+        if relu:
+            hidden = quantized(hidden, SCALES["h"], hz, low, high)
+        return quantized(hidden @ weights["fc2"], SCALES["y"], yz, low, high) + hidden @ second
+
+    base = made.run_original(x=fed)[0]
+    # Products in floats and in integers may lie on two sides of what is between two steps.
+    np.testing.assert_allclose(made.run(x=fed)[0], base, atol=1.01 * SCALES["y"])
+    for names in (["fc1"], ["fc2"], ["fc1", "fc2"]):
+        given = {k: v for name in names for k, v in tensors[name].items()}
+        got = made.run(x=fed, **given)[0].reshape(ROWS, OUT)
+        np.testing.assert_allclose(got, wanted(names), atol=1.01 * SCALES["y"])
+        assert np.abs(wanted(names) - base.reshape(ROWS, OUT)).max() > 4 * SCALES["y"]
+        assert np.abs(wanted(names) - wanted(names, relu=False)).max() > 4 * SCALES["y"]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8"])
+@pytest.mark.parametrize("operator", ["QLinearMatMul", "QGemm", "QLinearConv"])
+def test_a_product_that_is_cut_off_inside_its_operator_is_told(slotted, operator, kind):
+    """Behind it, nothing tells what was below zero; with another zero point it has a slot."""
+    xz, hz, yz, *_ = TYPES[kind]
+    shape = (HIDDEN, IN, 1) if operator == "QLinearConv" else (IN, HIDDEN)
+    stored, _ = integers(shape, 0)
+    found = {"xs": SCALES["x"], "xz": xz, "ys": SCALES["h"], "w": stored}
+    found |= {"ws": np.float32(0.01), "wz": np.int8(0)}
+    scales = ["x", "xs", "xz", "w", "ws", "wz", *([""] if operator == "QGemm" else []), "ys", "yz"]
+    node = helper.make_node(
+        operator,
+        scales,
+        ["y"],
+        name="product",
+        domain="com.microsoft" if operator == "QGemm" else "",
+    )
+    element = TensorProto.UINT8 if kind == "uint8" else TensorProto.INT8
+    size = [1] if operator == "QLinearConv" else []
+    other = helper.make_node("MatMul", ["z", "other"], ["v"], name="/other/MatMul")
+
+    def graph(zero):
+        constants = found | {"yz": zero, "other": np.ones((2, 3), np.float32)}
+        made = helper.make_graph(
+            [node, other],
+            "integers",
+            [
+                helper.make_tensor_value_info("x", element, ["rows", IN, *size]),
+                helper.make_tensor_value_info("z", TensorProto.FLOAT, ["rows", 2]),
+            ],
+            [
+                helper.make_tensor_value_info("y", element, ["rows", HIDDEN, *size]),
+                helper.make_tensor_value_info("v", TensorProto.FLOAT, ["rows", 3]),
+            ],
+            [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+        )
+        domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(made, opset_imports=domains, ir_version=10)
+
+    told = slotted(graph(hz), "lora", "conv")
+    assert [slot.name for slot in told.slots] == ["other"]
+    domain = "com.microsoft." if operator == "QGemm" else ""
+    assert told.unslotted == {
+        "product": f"{domain}{operator}: its integers have no numbers below or above zero, as "
+        "where an activation is folded in; quantize in the format QDQ"
+    }
+    assert sorted(slot.name for slot in slotted(graph(yz), "lora", "conv").slots) != ["other"]
