@@ -111,6 +111,9 @@ def _reads_narrow(site: Site) -> bool:
     Those of 8 bits are what a graph is held to where it has both.
     """
     known = (constant(value) for value in site.node.inputs)
+    before = site.x.producer()
+    if before is not None and before.op_type == "DequantizeLinear":
+        return False
     return site.x in site.node.inputs and any(each is not None and each.narrow for each in known)
 
 

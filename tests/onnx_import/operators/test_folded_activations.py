@@ -1,8 +1,11 @@
 """Quantizers take out a Relu that the range of the integers behind it replaces."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
+from converters.onnx.exporters.storing import sites_of, stored_precision
 
 IN, HIDDEN, OUT, ROWS = 7, 6, 5, 4
 SCALES = {"x": np.float32(0.05), "h": np.float32(0.05), "y": np.float32(0.05)}
@@ -112,6 +115,17 @@ def test_what_the_relu_cut_off_stays_cut_off_with_an_adapter(slotted, adapter, o
         np.testing.assert_allclose(got, wanted(names), atol=1.01 * SCALES["y"])
         assert np.abs(wanted(names) - base.reshape(ROWS, OUT)).max() > 4 * SCALES["y"]
         assert np.abs(wanted(names) - wanted(names, relu=False)).max() > 4 * SCALES["y"]
+
+
+def test_weights_of_4_bits_behind_it_are_held_to_the_8_bits_of_activations():
+    model, weights = qdq("MatMul", "uint8")
+    for stored in model.graph.initializer:
+        if stored.name in ("fc1.weight", "fc2.weight"):
+            ones = np.ones(stored.dims, np.int8).ravel()
+            stored.CopyFrom(helper.make_tensor(stored.name, TensorProto.INT4, stored.dims, ones))
+    sites = sites_of(ir.from_proto(model))
+    assert len(sites) == len(weights)
+    assert stored_precision(sites) == "int8"
 
 
 @pytest.mark.parametrize("kind", ["uint8", "int8"])
