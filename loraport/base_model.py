@@ -195,13 +195,17 @@ def load_model(
     Raises:
         LoraportError: If the base cannot be found or loaded.
     """
-    return _load(base, dtype, device)[0]
+    return load_model_as_it_is(base, dtype=dtype, device=device)[0]
 
 
-def _load(
-    base: str, dtype: torch.dtype | None, device: str
+def load_model_as_it_is(
+    base: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Return the model, and those of its parameters that the files do not hold."""
+    """Load a base and tell which of its parameters its files do not hold; see `load_model`.
+
+    Returns:
+        The model, and those parameters' names; transformers draws them at random.
+    """
     import torch
     import transformers
 
@@ -275,7 +279,7 @@ def load_causal_lm(
     if not is_causal_lm(directory):
         found = read_model_config(directory).get("architectures")
         raise LoraportError(f"base {base}: expected a decoder language model, got {found}")
-    model, missing = _load(str(directory), dtype, device)
+    model, missing = load_model_as_it_is(str(directory), dtype=dtype, device=device)
     if missing:
         raise LoraportError(
             f"base {base}: expected all of the model's weights in its files, got none for "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from loraport.base_model import load_model, read_model_config, resolve_base
+from loraport.base_model import load_model_as_it_is, read_model_config, resolve_base
 from loraport.checkpoint import Checkpoint
 from loraport.errors import LoraportError
 from loraport.naming import NameIndex, weight_name
@@ -58,8 +58,11 @@ class StoredWeights:
 
         from loraport.stored_tensors import stored_tensor
 
+        model, missing = self._model
         try:
-            found = stored_tensor(self._model, name)
+            if name in missing:  # transformers drew it at random
+                raise AttributeError(name)
+            found = stored_tensor(model, name)
         except AttributeError as error:
             raise LoraportError(
                 f"{name}: expected this parameter in the base {self.base}, got none; give --base "
@@ -89,6 +92,5 @@ class StoredWeights:
         return NameIndex(self._checkpoint or ())
 
     @cached_property
-    def _model(self) -> nn.Module:
-        model: nn.Module = load_model(self.base)
-        return model
+    def _model(self) -> tuple[nn.Module, tuple[str, ...]]:
+        return load_model_as_it_is(self.base)

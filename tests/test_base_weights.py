@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from command_line import command
+from peft_cases import bert
 from safetensors.torch import load_file, save_file
 from tiny_llm import save_base
 
+from converters.onnx.exporters.loading import load_exported
 from loraport.base_model import load_causal_lm, load_model
 from loraport.base_weights import StoredWeights
 from loraport.errors import LoraportError
@@ -98,5 +100,25 @@ def test_a_base_that_lacks_weights_is_refused(tmp_path):
     save_file(codes, file, metadata={"format": "pt"})
     with pytest.raises(LoraportError, match=f"got none for 1, {NAME} among them; fetch all files"):
         load_causal_lm(str(base))
+    with pytest.raises(LoraportError, match=f"{NAME}: expected this parameter in the base"):
+        StoredWeights(str(base)).parameter(NAME)
     save_file(weights, file, metadata={"format": "pt"})
     assert torch.equal(load_causal_lm(str(base)).get_parameter(NAME), weights[NAME])
+    assert torch.equal(StoredWeights(str(base)).parameter(NAME), weights[NAME])
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_an_export_says_what_a_base_lacks(decoder, tmp_path):
+    """A decoder's logits would be random; an encoder's pooler may be of no use. Control: all."""
+    base, said = save_base(tmp_path / "base", None if decoder else bert()), []
+    file, name = base / "model.safetensors", NAME if decoder else "classifier.bias"
+    load_exported(base, said.append)
+    assert said == []
+    weights = load_file(file)
+    save_file({key: weights[key] for key in weights if key != name}, file, {"format": "pt"})
+    if decoder:
+        with pytest.raises(LoraportError, match=f"got none for 1, {NAME} among them"):
+            load_exported(base, said.append)
+        return
+    load_exported(base, said.append)
+    assert said[0].startswith("the base's files lack classifier.bias: drawn at random")

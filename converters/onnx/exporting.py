@@ -19,6 +19,7 @@ from converters.onnx.exporters.genai_builder import (
     builds,
     why_not_built,
 )
+from converters.onnx.exporters.loading import load_exported
 from converters.onnx.exporters.long_rotations import long_rotations_after
 from converters.onnx.exporters.norm_epsilons import set_norm_epsilons
 from converters.onnx.exporters.olmo_norms import set_olmo_norms
@@ -38,7 +39,6 @@ from converters.onnx.slots.inserting import (
 )
 from loraport.base_model import (
     architecture,
-    load_model,
     load_tokenizer,
     read_model_config,
     resolve_base,
@@ -142,10 +142,10 @@ def export_base(
             build_with_genai(
                 directory, bundle, precision=options.precision, provider=options.provider
             )
-            model = load_model(str(directory))
+            model = load_exported(directory, progress)
         else:
             progress("exporting the graph with torch.onnx.export" + _without_cache(directory))
-            model = load_model(str(directory))
+            model = load_exported(directory, progress)
             if getattr(model.config, "use_cache", False):
                 model.config.use_cache = False  # the graph has one step; a cache is no tensor
             inputs = encoder_inputs(base, model)

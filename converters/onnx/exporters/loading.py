@@ -1,0 +1,35 @@
+"""Load a base that is exported, and see to what its files lack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraport.base_model import is_causal_lm, load_causal_lm, load_model_as_it_is
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_exported(directory: Path, progress: Callable[[str], None]) -> PreTrainedModel:
+    """Load a base; of one that is no decoder, say which weights transformers drew at random.
+
+    A decoder's logits need all of them. An encoder's pooler may well be absent and of no use.
+
+    Args:
+        directory: Model directory in the Hugging Face layout.
+        progress: Told what the files lack.
+
+    Raises:
+        LoraportError: If it cannot be loaded, or is a decoder whose files lack weights.
+    """
+    if is_causal_lm(directory):
+        return load_causal_lm(str(directory))
+    model, missing = load_model_as_it_is(str(directory))
+    if missing:
+        progress(
+            f"the base's files lack {', '.join(missing)}: drawn at random, so outputs that depend "
+            "on them mean nothing unless an adapter stores them (--replace)"
+        )
+    return model
