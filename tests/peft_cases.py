@@ -54,6 +54,33 @@ class NormNet(ConvNet):
         return self.head(torch.tanh(self.grouped(hidden)).mean((2, 3)))
 
 
+class Mixture(torch.nn.Module):
+    """Two parameters of matrices, beside modules of the same owner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = torch.nn.Parameter(torch.randn(3, 7, 5))
+        self.w2 = torch.nn.Parameter(torch.randn(6, 7))
+        self.gate = torch.nn.Linear(5, 3)
+        self.inner = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3))
+        self.bias = torch.nn.Parameter(torch.randn(6))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        share = torch.softmax(self.gate(hidden) * self.inner(hidden), 1)
+        return torch.einsum("be,eod,bd->bo", share, self.w1, hidden) @ self.w2.T + self.bias
+
+
+class MixtureNet(ConvNet):
+    """The same with a mixture behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixture = Mixture()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.mixture(super().forward(input_ids))
+
+
 def llama(tie: bool = False, attention_bias: bool = False) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -210,6 +237,17 @@ CASES: dict[str, Case] = {
             "r": 3,
             "use_rslora": True,
             "alpha_pattern": {"layers.1.mlp.experts.down_proj": 20},
+        },
+    ),
+    "parameters_beside_modules": Case(
+        MixtureNet,
+        {
+            "target_modules": r"mixture\.gate|head",
+            "target_parameters": ["mixture.w1", "w2"],
+            "modules_to_save": ["inner.0", "inner.1"],
+            "bias": "all",
+            "r": 3,
+            "rank_pattern": {"mixture.gate": 2},
         },
     ),
     # What random combinations of options found to go wrong at first.

@@ -2,13 +2,16 @@
 
 PEFT wraps a module once for each of its targeted parameters, the first one defined innermost,
 and the keys say only how deep (``experts.base_layer.lora_A`` lies under ``experts.lora_A``).
+Whatever else the module holds lies inside all its wrappers: where ``mlp.experts`` is a targeted
+parameter, ``mlp.base_layer.gate`` is the module ``mlp.gate``.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loraport.errors import Problems
@@ -37,12 +40,55 @@ def wrapped(module_path: str, depth: int) -> str:
     return module_path + _WRAPPED * depth
 
 
-def parameters_of_keys(
+def inside_wrappers(path: str, depths: Mapping[str, int]) -> str:
+    """Return PEFT's path of a module or parameter of the model, inside of what is wrapped.
+
+    Args:
+        path: Path in the model.
+        depths: Wrapped module → number of its wrappers.
+
+    >>> inside_wrappers("mlp.gate", {"mlp": 2})
+    'mlp.base_layer.base_layer.gate'
+    """
+    for at in _dots(path):
+        if path[:at] in depths:
+            return wrapped(path[:at], depths[path[:at]]) + path[at:]
+    return path
+
+
+@dataclass(frozen=True)
+class WrappedParameters:
+    """What the wrappers in an adapter's keys are for.
+
+    Attributes:
+        parameters: PEFT's path of a wrapper → the parameter's path in the model.
+        depths: Wrapped module → number of its wrappers.
+    """
+
+    parameters: Mapping[str, str]
+    depths: Mapping[str, int]
+
+    def in_model(self, path: str) -> str:
+        """Return the model's path of a module or parameter that may lie inside of wrappers.
+
+        >>> WrappedParameters({}, {"mlp": 1}).in_model("mlp.base_layer.gate")
+        'mlp.gate'
+        """
+        if _WRAPPED not in path:
+            return path
+        for at in _dots(path):
+            inside = wrapped(path[:at], self.depths.get(path[:at], 0)) + "."
+            if path[:at] in self.depths and path.startswith(inside):
+                return f"{path[:at]}.{path.removeprefix(inside)}"
+        return path
+
+
+def wrapped_parameters(
     module_paths: Iterable[str],
     targets: Sequence[str],
     target_modules: Any,
     problems: Problems,
-) -> dict[str, str]:
+) -> WrappedParameters:
     """Find the parameter that each wrapper is for.
 
     A target without a module's name is a parameter of any module that has one of that name;
@@ -53,15 +99,14 @@ def parameters_of_keys(
         targets: ``target_parameters``.
         target_modules: ``target_modules``.
         problems: Takes what cannot be told.
-
-    Returns:
-        Module path → parameter path, for those that ``targets`` names.
     """
     depths: dict[str, dict[int, str]] = defaultdict(dict)
     for path in module_paths:
         module, depth = unwrapped(path)
         depths[module][depth] = path
     found: dict[str, str] = {}
+    wrappers: dict[str, int] = {}
+    so_far = WrappedParameters(found, wrappers)
     by_owner: dict[str, set[str]] = defaultdict(set)
     for target in targets:
         owner, _, leaf = target.rpartition(".")
@@ -69,7 +114,8 @@ def parameters_of_keys(
             by_owner[owner].add(leaf)
     bare = {target for target in targets if "." not in target}
     targeted = _Targeted(target_modules)
-    for module, by_depth in depths.items():
+    for keyed in sorted(depths, key=len):  # what is wrapped comes before what lies inside
+        by_depth, module = depths[keyed], so_far.in_model(keyed)
         leaves: set[str] = set().union(*(by_owner.get(end, ()) for end in path_endings(module)))
         if len(leaves) < len(by_depth) or not leaves:
             if bare and module not in targeted:
@@ -85,9 +131,14 @@ def parameters_of_keys(
                 "the order of its parameters is not known; merge it with PEFT",
             )
             continue
+        wrappers[module] = len(ordered)
         for depth, leaf in enumerate(reversed(ordered)):
             found[by_depth[depth]] = f"{module}.{leaf}"
-    return found
+    return so_far
+
+
+def _dots(path: str) -> list[int]:
+    return [at for at, letter in enumerate(path) if letter == "."]
 
 
 def in_definition_order(leaves: Iterable[str]) -> list[str] | None:

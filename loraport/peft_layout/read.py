@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint
 from loraport.naming import Part, PeftKey, parse_peft_key, peft_key, peft_parameter_key, weight_name
 from loraport.peft_layout.config import LoraSettings, read_config
-from loraport.peft_layout.expert_keys import parameters_of_keys
+from loraport.peft_layout.expert_keys import WrappedParameters, wrapped_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -74,20 +74,24 @@ def adapter_of_contents(
     parts: dict[str, dict[Part, torch.Tensor]] = defaultdict(dict)
     replacements: dict[str, Replacement] = {}
     counters: dict[str, torch.Tensor] = {}
+    keys = {key: parse_peft_key(key) for key in tensors}
+    wrappers = _wrappers(keys.values(), settings, problems)
     for key, tensor in tensors.items():
-        parsed = parse_peft_key(key)
+        parsed = keys[key]
         if parsed is not None and _is_counter(parsed, tensor):
-            counters[parsed.parameter] = tensor
+            counters[wrappers.in_model(parsed.parameter)] = tensor
             continue
         _check_values(key, tensor, problems)
         if parsed is None:
             problems.add(key, "a key of PEFT's LoRA layout", f"a tensor {_shape(tensor)}")
         elif parsed.part is None:
             if not _is_own_copy(parsed.parameter, tensor, tensors):
-                _replace(replacements, parsed.parameter, Replacement(tensor), key, problems)
+                name = wrappers.in_model(parsed.parameter)
+                _replace(replacements, name, Replacement(tensor), key, problems)
         elif parsed.part is Part.TOKEN_ROWS:
-            rows = _token_rows(parsed.module_path, tensor, settings, problems)
-            name = weight_name(parsed.module_path)
+            module_path = wrappers.in_model(parsed.module_path)
+            rows = _token_rows(module_path, tensor, settings, problems)
+            name = weight_name(module_path)
             _replace(replacements, name, Replacement(tensor, rows), key, problems)
         else:
             parts[parsed.module_path][parsed.part] = tensor
@@ -99,12 +103,10 @@ def adapter_of_contents(
             "merge it with PEFT",
         )
     modules = {}
-    parameters = parameters_of_keys(
-        parts, settings.target_parameters, settings.training.get("target_modules"), problems
-    )
     for module_path, found in parts.items():
-        target = parameters.get(module_path, module_path)
-        module = _module(target, found, settings, problems, module_path in parameters)
+        bare = wrappers.parameters.get(module_path)
+        target = bare or wrappers.in_model(module_path)
+        module = _module(target, found, settings, problems, bare is not None)
         if module is not None:
             modules[target] = module
     if not parts and not replacements:
@@ -118,6 +120,14 @@ def adapter_of_contents(
         training=settings.training,
         counters=counters,
     )
+
+
+def _wrappers(
+    keys: Iterable[PeftKey | None], settings: LoraSettings, problems: Problems
+) -> WrappedParameters:
+    paths = {key.module_path for key in keys if key and key.part not in (None, Part.TOKEN_ROWS)}
+    targets = settings.training.get("target_modules")
+    return wrapped_parameters(sorted(paths), settings.target_parameters, targets, problems)
 
 
 def _is_counter(parsed: PeftKey, tensor: torch.Tensor) -> bool:

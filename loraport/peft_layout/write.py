@@ -14,7 +14,7 @@ from loraport.adapter import Adapter, LoraModule, ModuleKind, require_adapter
 from loraport.errors import LoraportError, Problems
 from loraport.naming import Part, path_endings, peft_key, peft_parameter_key
 from loraport.output import new_directory
-from loraport.peft_layout.expert_keys import in_definition_order, wrapped
+from loraport.peft_layout.expert_keys import in_definition_order, inside_wrappers, wrapped
 from loraport.peft_layout.read import CONFIG_FILE, FINGERPRINT_KEY, WEIGHTS_FILE
 from loraport.safetensors_file import write_safetensors
 from loraport.scaling import alpha_for
@@ -67,12 +67,13 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Ten
     tensors: dict[str, torch.Tensor] = {}
     bare = {path for path, module in modules.items() if module.kind is ModuleKind.EXPERTS}
     wrappers = _wrappers(bare)
-    wrapped_modules = modules.keys() | {path.rpartition(".")[0] for path in bare}
+    depths = Counter(path.rpartition(".")[0] for path in bare)
     for path, module in modules.items():
+        keyed = wrappers.get(path) or inside_wrappers(path, depths)
         for part, tensor in _parts(module).items():
-            tensors[peft_key(wrappers.get(path, path), part)] = tensor
+            tensors[peft_key(keyed, part)] = tensor
         if lora_bias and module.lora_B_bias is None:
-            tensors[peft_key(path, Part.LORA_B_BIAS)] = torch.zeros(
+            tensors[peft_key(keyed, Part.LORA_B_BIAS)] = torch.zeros(
                 module.lora_B.shape[0], dtype=module.lora_B.dtype
             )
     token_indices: dict[str, list[int]] = {}
@@ -81,17 +82,18 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Ten
     for parameter, replacement in adapter.replacements.items():
         path, _, leaf = parameter.rpartition(".")
         if replacement.rows is not None:
-            tensors[peft_key(path, Part.TOKEN_ROWS)] = replacement.tensor
+            tensors[peft_key(inside_wrappers(path, depths), Part.TOKEN_ROWS)] = replacement.tensor
             token_indices[path] = list(replacement.rows)
             continue
-        adapted = path in wrapped_modules
-        tensors[peft_parameter_key(parameter, adapted=adapted)] = replacement.tensor
+        adapted = path in modules
+        keyed = inside_wrappers(parameter, depths)
+        tensors[peft_parameter_key(keyed, adapted=adapted)] = replacement.tensor
         if leaf == "bias" and f"{path}.weight" not in adapter.replacements:
             biases = True
-        elif not adapted:
+        elif not adapted and path not in depths:
             saved.append(path)
     for buffer, count in adapter.counters.items():
-        tensors[peft_parameter_key(buffer)] = count
+        tensors[peft_parameter_key(inside_wrappers(buffer, depths))] = count
     ranks = {path: float(module.rank) for path, module in modules.items()}
     alphas = {path: module.alpha for path, module in modules.items()}
     rank, rank_pattern = _patterned(ranks, 8)

@@ -12,7 +12,10 @@ from loraport.parity.changes import changes_of
 from loraport.parity.reference import adapted, merged, torch_outputs
 from loraport.peft_layout.read import read_peft
 
-EXPERTS = ("experts", "experts_rslora", "parameter_of_conv1d", "parameters_by_name_alone")
+EXPERTS = (
+    *("experts", "experts_rslora", "parameter_of_conv1d", "parameters_by_name_alone"),
+    "parameters_beside_modules",
+)
 TWO_INPUTS = ("tokens_of_both_stacks",)  # an encoder and a decoder
 NAMES = [name for name in CASES if name not in (*EXPERTS, *TWO_INPUTS)]
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # float32 sums of some dozen terms through two layers

@@ -8,7 +8,7 @@ from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.errors import Problems
 from loraport.naming import NameIndex
 from loraport.peft_layout import read_peft, write_peft
-from loraport.peft_layout.expert_keys import parameters_of_keys
+from loraport.peft_layout.expert_keys import wrapped_parameters
 
 
 def paths_of_experts(count):
@@ -58,7 +58,7 @@ def test_telling_bare_parameters_from_modules_grows_with_the_modules(targets):
     def tell(count):
         paths = paths_of_experts(count)
         problems = Problems()
-        assert parameters_of_keys(paths, targets[:count], paths, problems) == {}
+        assert wrapped_parameters(paths, targets[:count], paths, problems).parameters == {}
         assert not problems.found
 
     assert calls(tell, 240) < 5 * calls(tell, 60)

@@ -17,6 +17,7 @@ from loraport.variants import lower
 NOT_PEFTS_MERGE = {
     *("conv_grouped", "tied_embedding", "tied_head", "tied_together"),
     "tied_tokens_and_head",  # and its merge has the trained rows in it
+    "parameters_beside_modules",  # it leaves the modules inside of the wrapper as LoRA layers
 }
 NAMES = [name for name in CASES if name not in NOT_PEFTS_MERGE]
 
