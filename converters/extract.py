@@ -76,7 +76,8 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
     Differences of weights are factored by a truncated SVD in float64, each expert's by itself;
     biases, norms and every other one-dimensional parameter that differs are stored whole, and so
     are convolutions with groups, and embeddings and heads of another vocabulary. What is tied is
-    said of each parameter that shares the tensor. A fine-tune in fewer bits than its base is
+    said of each parameter that shares the tensor. Routers beside changed experts are parameters
+    as these are, which is how PEFT adapts them. A fine-tune in fewer bits than its base is
     compared with the base rounded to them: it was trained from that, or saved so.
 
     Args:
@@ -145,6 +146,16 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
                 errors[other] = factors.error
     if not modules and not replacements:
         raise LoraportError(f"{options.tuned} does not differ from {options.base}")
+    if any(module.kind is ModuleKind.EXPERTS for module in modules.values()):
+        # Only PEFT's layout holds the adapter, and PEFT adapts no routers but as parameters.
+        bare = {name.removesuffix(".weight"): name for name in layout.bare}
+        modules = {
+            bare.get(path, path): replace(module, kind=ModuleKind.EXPERTS)
+            if path in bare
+            else module
+            for path, module in modules.items()
+        }
+        errors = {bare.get(path, path): error for path, error in errors.items()}
     adapter = Adapter(
         modules=modules,
         replacements=replacements,

@@ -61,6 +61,7 @@ class BaseLayout:
         embeddings: Parameters with one row per token of the vocabulary.
         grouped: Modules that are convolutions with groups.
         transposed: Parameters of fused experts that are ``[in, out]`` each.
+        bare: Matrices ``[out, in]`` of modules that PEFT does not adapt as modules: of routers.
         unsupported: Parameters that are computed from stored tensors in a way that is not
             handled, and those tensors; each of them also stands among ``pieces`` by itself, for
             adapters that name it as it is stored.
@@ -77,6 +78,7 @@ class BaseLayout:
     embeddings: frozenset[str] = frozenset()
     grouped: frozenset[str] = frozenset()
     transposed: frozenset[str] = frozenset()
+    bare: frozenset[str] = frozenset()
     unsupported: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     names: StoredNames | None = None
 
@@ -178,6 +180,7 @@ def _layout_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> BaseLayout:
             if getattr(module, "is_transposed", False)
             for name, _ in module.named_parameters(recurse=False)
         ),
+        bare=frozenset(weight_name(path) for path, module in modules if _is_bare(module)),
         unsupported=unsupported,
         names=names,
     )
@@ -223,6 +226,15 @@ def _is_grouped(module: Any) -> bool:
 
     convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     return isinstance(module, convolutions) and module.groups > 1
+
+
+def _is_bare(module: Any) -> bool:
+    import torch
+
+    adapted = (torch.nn.Linear, torch.nn.Embedding)
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    known = isinstance(module, adapted) or type(module).__name__ == "Conv1D"
+    return weight is not None and weight.dim() == 2 and not known
 
 
 def _is_embedding(module: Any) -> bool:

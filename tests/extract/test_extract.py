@@ -215,12 +215,18 @@ def gpt_oss():
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("make_model", [mixtral, qwen_moe, gpt_oss])
 def test_experts_are_factored_one_by_one(make_model, fused, tmp_path):
-    """Whatever way the two models store them; GPT-OSS has each of them ``[in, out]``."""
+    """Whatever way the two models store them; GPT-OSS has each of them ``[in, out]``.
+
+    PEFT adapts their routers as parameters alone: as a module it takes Mixtral's for the experts.
+    """
     torch.manual_seed(0)
     base = make_model().eval()
     tuned = copy.deepcopy(base)
     with torch.no_grad():
-        for parameter in tuned.parameters():
+        for name, parameter in tuned.named_parameters():
+            if name.endswith((".gate.weight", ".router.weight")):
+                change = torch.randn(parameter.shape[0], 3) @ torch.randn(3, parameter.shape[1])
+                parameter.add_(change * 0.1)
             if parameter.dim() == 3:
                 experts, rows, columns = parameter.shape
                 change = torch.randn(experts, rows, 3) @ torch.randn(experts, 3, columns)
@@ -231,7 +237,7 @@ def test_experts_are_factored_one_by_one(make_model, fused, tmp_path):
     result = CliRunner().invoke(cli, [*command, "-o", str(tmp_path / "adapter")])
     assert result.exit_code == 0, result.exception
     modules = json.loads(result.stdout)["modules"]
-    assert {name.rpartition(".")[2] for name in modules} == {"gate_up_proj", "down_proj"}
+    assert {name.rpartition(".")[2] for name in modules} == {"gate_up_proj", "down_proj", "weight"}
     assert max(each["relative_error"] for each in modules.values()) < 1e-4
     expected = logits(tuned)
     got = logits(load_with_peft(copy.deepcopy(base), tmp_path / "adapter"))
