@@ -231,11 +231,13 @@ def _warnings(found: Sequence[Scores]) -> list[str]:
                 f"{scores.name} does nothing: its loss equals the base's on every row; is it "
                 "trained, and for this base?"
             )
-        change = scores.held_out_loss / base.held_out_loss - 1
-        if math.isfinite(change) and change > FORGETTING:
+        before, after = base.held_out_loss, scores.held_out_loss
+        # Noise counts where the base is all but certain, and a loss of 0 has no share.
+        if math.isfinite(after) and after > before * (1 + FORGETTING) + NOISE:
+            share = f" ({after / before - 1:+.1%})" if before else ""
             warnings.append(
-                f"{scores.name} forgets: the loss on held-out text goes from "
-                f"{base.held_out_loss:.3f} to {scores.held_out_loss:.3f} ({change:+.1%}); train "
-                "for fewer steps, at a lower learning rate, or mix in general text"
+                f"{scores.name} forgets: the loss on held-out text goes from {before:.3f} to "
+                f"{after:.3f}{share}; train for fewer steps, at a lower learning rate, or mix in "
+                "general text"
             )
     return warnings

@@ -198,6 +198,28 @@ def test_warnings(tiny_base, adapter_a, data, tokenizer):
     assert report.scores[0].exact_match is None
 
 
+def test_what_a_base_is_certain_of_can_be_forgotten(tiny_base, adapter_a, data, tokenizer):
+    """A loss of 0 has no share: it ended with ZeroDivisionError."""
+    from dataclasses import replace
+
+    model = load(tiny_base)
+    with torch.no_grad():
+        model.model.norm.weight *= 1e6
+    said = tuple(greedy_answer(model, [40, 41], 30, (), torch.device("cpu")))
+    held_out = [Row((40, 41, *said), (IGNORED, IGNORED, *said))]
+    adapter = read_peft(adapter_a)
+    none = {k: replace(m, lora_B=m.lora_B * 0) for k, m in adapter.modules.items()}
+    adapters = {"none": replace(adapter, modules=none), "trained": adapter}
+    rows = read_rows(data, tokenizer, 256).rows
+    report = evaluate(model, tokenizer, adapters, rows, held_out=held_out, generations=0)
+    base, same, other = (scores.held_out_loss for scores in report.scores)
+    assert (base, same) == (0.0, 0.0)
+    nothing, forgets = report.warnings
+    assert nothing.startswith("none does nothing")
+    told = f"trained forgets: the loss on held-out text goes from 0.000 to {other:.3f}; train for "
+    assert forgets.startswith(told)
+
+
 def test_no_rows_and_a_bad_name_are_refused(tiny_base, adapter_a, tokenizer):
     model = load(tiny_base)
     with pytest.raises(LoraportError, match="expected rows"):
