@@ -48,7 +48,7 @@ class BaseFingerprint:
                     path,
                     f"base weight {digest[:12]}",
                     found[:12],
-                    f"use the base {what} was made for",
+                    f"use the base that {what} was made for",
                 )
         shared = self.modules.keys() & other.modules.keys()
         problems.raise_if_any(

@@ -124,8 +124,8 @@ def _reference_model(
     progress(f"loading {base} in PyTorch")
     model = load_model(base)
     paths = [path for path, _ in model.named_modules() if path in manifest.fingerprint.modules]
-    fingerprint_model(model, paths).require_same_base(
-        manifest.fingerprint, f"base {base}", f"bundle {bundle}"
+    manifest.fingerprint.require_same_base(
+        fingerprint_model(model, paths), f"bundle {bundle}", f"base {base}"
     )
     kept: dict[str, torch.Tensor] = {}
     if manifest.precision in ("int4", "int8"):

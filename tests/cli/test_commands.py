@@ -11,8 +11,10 @@ import time
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny_llm import save_base
 
 from converters.onnx.packing.adding import write_onnx_adapter
+from loraport.base_model import fingerprint_model, load_model
 from loraport.bundle.manifest import check_files, read_manifest, write_manifest
 from loraport.cli import main
 from loraport.errors import LoraportError
@@ -139,6 +141,26 @@ def test_verify_with_an_adapter_that_has_moved(bundle, adapter_a, tmp_path, caps
     code, out, err = call(capsys, "verify", bundle, "--adapter", f"a={moved}")
     assert code == 0, err
     assert "adapter a: onnxruntime = torch" in out
+
+
+def test_verify_with_another_base_says_which_is_wanted(bundle, tmp_path, capsys):
+    other = save_base(tmp_path / "other", seed=5)
+    code, out, err = call(capsys, "verify", bundle, "--base", other)
+    assert (code, out) == (2, "")
+    told = (
+        f"bundle {bundle} belongs to another base than base {other}: 14 of 14 base weights differ"
+    )
+    assert told in err
+    module = "model.layers.0.mlp.up_proj"
+    known, found = (
+        each.modules[module][:12]
+        for each in (
+            read_manifest(bundle).fingerprint,
+            fingerprint_model(load_model(str(other)), [module]),
+        )
+    )
+    remedy = f"use the base that bundle {bundle} was made for"
+    assert f"{module}: expected base weight {known}, got {found}; {remedy}" in err
 
 
 class TestAdd:
