@@ -153,6 +153,14 @@ def is_causal_lm(directory: Path) -> bool:
     return bool(decoder) and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
+def _decoder_class(directory: Path) -> str:
+    """Say which class to name in a base's configuration, if it is a kind of decoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(read_model_config(directory).get("model_type"))
+    return f'; if it is one, write "architectures": ["{name}"] into its config.json' if name else ""
+
+
 def context_length(directory: Path) -> int | None:
     """Return how many tokens a base takes at most, by whatever name; ``None`` where it sets none.
 
@@ -212,10 +220,15 @@ def load_model_as_it_is(
     # Local weights load in moments; the library's bar would only clutter the log.
     transformers.utils.logging.disable_progress_bar()
     directory = resolve_base(base)
-    architecture = (read_model_config(directory).get("architectures") or ["AutoModel"])[0]
-    model_class = getattr(transformers, architecture, transformers.AutoModel)
+    model_class = getattr(transformers, architecture(directory), None)
+    remedy = _decoder_class(directory)
+    if model_class is None and remedy and is_causal_lm(directory):
+        raise LoraportError(
+            f"base {base}: expected a class of transformers among config.json's architectures, got "
+            f"{architecture(directory)}{remedy}"
+        )
     try:
-        model, loading = model_class.from_pretrained(
+        model, loading = (model_class or transformers.AutoModel).from_pretrained(
             directory,
             dtype=dtype or torch.float32,
             output_loading_info=True,
@@ -251,10 +264,9 @@ def model_without_weights(directory: Path) -> PreTrainedModel | None:
     import torch
     import transformers
 
-    architecture = (read_model_config(directory).get("architectures") or ["AutoModel"])[0]
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        model_class = getattr(transformers, architecture, None)
+        model_class = getattr(transformers, architecture(directory), None)
         with torch.device("meta"):
             if model_class is None:
                 model: PreTrainedModel = transformers.AutoModel.from_config(config)
@@ -278,7 +290,8 @@ def load_causal_lm(
     directory = resolve_base(base)
     if not is_causal_lm(directory):
         found = read_model_config(directory).get("architectures")
-        raise LoraportError(f"base {base}: expected a decoder language model, got {found}")
+        remedy = "" if found else _decoder_class(directory)
+        raise LoraportError(f"base {base}: expected a decoder language model, got {found}{remedy}")
     model, missing = load_model_as_it_is(str(directory), dtype=dtype, device=device)
     if missing:
         raise LoraportError(

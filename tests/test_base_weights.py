@@ -122,3 +122,16 @@ def test_an_export_says_what_a_base_lacks(decoder, tmp_path):
         return
     load_exported(base, said.append)
     assert said[0].startswith("the base's files lack classifier.bias: drawn at random")
+
+
+def test_an_export_says_which_class_it_takes_where_none_is_named(tmp_path):
+    base, said = save_base(tmp_path / "base"), []
+    config = json.loads((base / "config.json").read_text())
+    load_exported(base, said.append)
+    assert said == []
+    del config["architectures"]
+    (base / "config.json").write_text(json.dumps(config))
+    load_exported(base, said.append)
+    assert said[0].endswith(
+        "names no class (architectures): exported as LlamaModel, without a head"
+    )

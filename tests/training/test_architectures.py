@@ -1,6 +1,7 @@
 """Language models other than Llama: which of them train, and that what is written is theirs."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ from command_line import command
 from peft import PeftModel
 from tiny_llm import save_base
 
-from loraport.base_model import context_length, context_of, is_causal_lm, load_causal_lm
+from loraport.base_model import (
+    context_length,
+    context_of,
+    is_causal_lm,
+    load_causal_lm,
+    load_model,
+)
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft
 from loraport.peft_layout.misread import misread_by_peft
@@ -58,6 +65,22 @@ def test_a_decoder_is_known_by_its_class(tmp_path, architecture, more, decoder):
     if not decoder:
         with pytest.raises(LoraportError, match=f"expected a decoder .*{architecture}"):
             load_causal_lm(str(tmp_path))
+
+
+@pytest.mark.parametrize("found", [None, [], ["LLaMAForCausalLM"]])
+def test_the_class_of_a_decoder_is_told_where_its_configuration_lacks_it(tmp_path, found):
+    """The first Llamas' class is called otherwise; as transformers' `AutoModel` it has no head."""
+    base = save_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    remedy = '"architectures": ["LlamaForCausalLM"]'
+    (base / "config.json").write_text(json.dumps(config | {"architectures": found}))
+    with pytest.raises(LoraportError, match=re.escape(f"; if it is one, write {remedy} into its")):
+        load_causal_lm(str(base))
+    if found:
+        with pytest.raises(LoraportError, match=r"expected a class of transformers .* got LLaMA"):
+            load_model(str(base))
+    (base / "config.json").write_text(json.dumps(config | json.loads(f"{{{remedy}}}")))
+    assert type(load_causal_lm(str(base))) is transformers.LlamaForCausalLM
 
 
 def test_gpt2_trains_and_merges_as_peft_has_it(tmp_path, write_jsonl):

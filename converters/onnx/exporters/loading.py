@@ -6,7 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraport.base_model import is_causal_lm, load_causal_lm, load_model_as_it_is
+from loraport.base_model import (
+    architecture,
+    is_causal_lm,
+    load_causal_lm,
+    load_model_as_it_is,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +24,7 @@ def load_exported(directory: Path, progress: Callable[[str], None]) -> PreTraine
 
     Args:
         directory: Model directory in the Hugging Face layout.
-        progress: Told what the files lack.
+        progress: Told what the files lack, and of a class that was guessed.
 
     Raises:
         LoraportError: If it cannot be loaded, or is a decoder whose files lack weights.
@@ -27,6 +32,11 @@ def load_exported(directory: Path, progress: Callable[[str], None]) -> PreTraine
     if is_causal_lm(directory):
         return load_causal_lm(str(directory))
     model, missing = load_model_as_it_is(str(directory))
+    if not architecture(directory):
+        progress(
+            "the base's config.json names no class (architectures): exported as "
+            f"{type(model).__name__}, without a head"
+        )
     if missing:
         progress(
             f"the base's files lack {', '.join(missing)}: drawn at random, so outputs that depend "
