@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _STEMS = ("model", "diffusion_pytorch_model")  # transformers' and diffusers' names
+_PICKLED = "pytorch_model*.bin"
 _MAX_HEADER = 100 << 20  # the limit the safetensors library sets itself
 # Bits per element, by the format's name for a dtype.
 _BITS = {
@@ -325,7 +327,7 @@ def _shards(path: Path) -> list[Path]:
                 return [single]
         raise LoraportError(
             f"{path}: expected a safetensors checkpoint (model.safetensors or "
-            f"model{INDEX_SUFFIX}), got none; convert pickled checkpoints first"
+            f"model{INDEX_SUFFIX}), got none; {_how_to_convert(path)}"
         )
     names = sorted(set(_indexed(path).values()))
     problems = Problems()
@@ -337,6 +339,21 @@ def _shards(path: Path) -> list[Path]:
             problems.add(name, f"the shard in {index.parent}", "no such file", "fetch it again")
     problems.raise_if_any(f"checkpoint {path}: shards are missing")
     return [index.parent / name for name in names]
+
+
+def _how_to_convert(directory: Path) -> str:
+    """Return what makes safetensors of a directory's pickled weights, as a line to type."""
+    if not any(directory.glob(_PICKLED)):
+        return "convert pickled checkpoints first"
+    place = json.dumps(str(directory), ensure_ascii=False)
+    program = (
+        "import pathlib, torch, safetensors.torch as s; "
+        f"p = pathlib.Path({place}); "
+        "s.save_file({k: v.contiguous().clone() "
+        f'for f in p.glob("{_PICKLED}") for k, v in torch.load(f, weights_only=True).items()}}, '
+        'p / "model.safetensors", {"format": "pt"})'
+    )
+    return f"its pickled weights become one by\n  python -c {shlex.quote(program)}"
 
 
 def _index_file(path: Path) -> Path | None:

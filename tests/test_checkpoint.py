@@ -1,6 +1,7 @@
 """Checkpoints, sound and damaged: one clear error each, never a crash."""
 
 import json
+import shlex
 import struct
 
 import pytest
@@ -249,3 +250,28 @@ def test_metadata_may_be_null_as_mlx_writes_it(tmp_path):
     checkpoint = Checkpoint(file)
     assert checkpoint.metadata == {}
     assert list(checkpoint) == ["a"] == list(load(file.read_bytes()))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_line_that_converts_pickled_weights_does(shards, tmp_path):
+    """Views and shared storage, which safetensors refuses, too; a quote and a space in the path."""
+    directory = tmp_path / 'it\'s a "base"'
+    directory.mkdir()
+    with pytest.raises(LoraportError, match=r"got none; convert pickled checkpoints first$"):
+        Checkpoint(directory)
+    whole = torch.arange(12, dtype=torch.float16).reshape(3, 4)
+    tensors = {"a": whole, "b": whole.T, "c": whole[1:], "d": torch.ones(2, dtype=torch.bfloat16)}
+    for shard in range(shards):
+        part = {name: tensors[name] for name in list(tensors)[shard::shards]}
+        name = f"pytorch_model-{shard}.bin" if shards > 1 else "pytorch_model.bin"
+        torch.save(part, directory / name)
+    with pytest.raises(LoraportError, match="got none; its pickled weights become") as refused:
+        Checkpoint(directory)
+    python, option, program = shlex.split(str(refused.value).splitlines()[1])
+    assert (python, option) == ("python", "-c")
+    exec(program, {})
+    read = Checkpoint(directory)
+    assert set(read) == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read.load(name).dtype is tensor.dtype
+        assert torch.equal(read.load(name), tensor)
