@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from command_line import command
@@ -15,7 +16,9 @@ from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base, export_torch_module
 from converters.onnx.exporters.torch_exporter import export_module
 from converters.onnx.importing import ImportOptions, import_model
+from converters.onnx.modules.holders import BaseHolders
 from converters.onnx.slots.inserting import SlotOptions
+from converters.onnx.slots.replacing import make_replaceable
 from loraport.bundle.base_values import BASE_VALUES_FILE, BaseValues
 from loraport.bundle.golden import base_inputs
 from loraport.bundle.manifest import read_manifest
@@ -217,6 +220,37 @@ def test_trained_biases_of_packed_modules_go_into_the_bias_slots(tied_base, tmp_
     code, said = command("verify", bundle, "--json")
     assert code == 1
     assert "relative error of its bias" in said
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_the_advice_for_packed_biases_is_their_slot(taken):
+    """The control: one that is no module's with a slot, and one that the graph holds as it is."""
+    values = torch.arange(8.0).split([2, 3, 1, 2])
+    names = ("q_proj.bias", "k_proj.bias", "other.bias", "norm.bias")
+    packed = onnx.numpy_helper.from_array(torch.cat(values[:3]).numpy(), "packed")
+    own = onnx.numpy_helper.from_array(values[3].numpy(), "own")
+    ends = [onnx.helper.make_tensor_value_info(name, 1, None) for name in "xuyv"]
+    nodes = [
+        onnx.helper.make_node("Add", ["x", "packed"], ["y"]),
+        onnx.helper.make_node("Add", ["u", "own"], ["v"]),
+    ]
+    graph = ir.from_proto(
+        onnx.helper.make_model(
+            onnx.helper.make_graph(nodes, "g", ends[:2], ends[2:], [packed, own])
+        )
+    ).graph
+    holders = BaseHolders(graph, dict(zip(names, values, strict=True)), ())
+    biases = dict.fromkeys(names[:2], taken)
+    if not taken:
+        with pytest.raises(LoraportError, match=r"k_proj\.bias: .* with bias among --slots"):
+            make_replaceable(graph, ["k_proj"], holders, biases)
+    else:
+        assert make_replaceable(graph, ["k_proj"], holders, biases).slots == ()
+    made = make_replaceable(graph, ["bias"], holders, biases)
+    assert [slot.parameter for slot in made.slots] == ["norm.bias"]
+    assert "merge the adapter" in made.refused.pop("other.bias")
+    assert set(made.refused) == (set() if taken else set(names[:2]))
+    assert all("export again with bias among --slots" in why for why in made.refused.values())
 
 
 def test_strengths_and_rows_are_refused_with_whole_parameters(tiny_base, tmp_path):

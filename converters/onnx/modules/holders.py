@@ -25,7 +25,7 @@ from loraport.naming import bias_name, is_module_path, weight_name
 from loraport.runtime.decoder import GENAI_CONFIG
 from loraport.stored_tensors import stored_tensors
 
-_NOT_AS_IT_IS = (
+NOT_AS_IT_IS = (
     "the graph does not hold it as it is: it is quantized, packed with others, split over several "
     "operators or part of one; merge the adapter that stores it and export that"
 )
@@ -137,7 +137,7 @@ class BaseHolders:
         if found:
             names = ", ".join(str(holder.value.name) for holder in found[:5])
             return f"the graph holds its values several times: {names}"
-        return _NOT_AS_IT_IS
+        return NOT_AS_IT_IS
 
     def _holders(
         self, parameter: str, tensor: torch.Tensor, adding: torch.dtype | None = None
@@ -229,10 +229,10 @@ class GraphHolders:
             own = self._as_stored and value.name == parameter
             transposed = False if own else _stored_transposed(value, entry)
             if not uses or transposed is None:
-                return _NOT_AS_IT_IS
+                return NOT_AS_IT_IS
             return Holder(value, uses, transposed)
         if parameter in self._elsewhere:  # what has its name is another's: a tied embedding's
-            return _NOT_AS_IT_IS
+            return NOT_AS_IT_IS
         value = self._by_name[parameter]
         if len(self._own_uses(value)) > 1:
             return _MAYBE_SHARED

@@ -37,7 +37,7 @@ from converters.onnx.slots.slot_parts import Columns, SlotParts
 from loraport.adapter import ModuleKind
 from loraport.bundle.slots import Slot, SlotInput, SlotMember, SlotTable
 from loraport.errors import LoraportError, Problems
-from loraport.naming import packed_slot, slot_gain
+from loraport.naming import bias_name, packed_slot, slot_gain
 from loraport.option_checks import check_names, check_switches
 
 # Overridable initializers exist from this IR version on.
@@ -235,7 +235,9 @@ def with_replacements(
     """
     if not options.replace:
         return slotted
-    made = make_replaceable(slotted.model.graph, options.replace, holders)
+    modules = slotted.slots.modules()
+    biases = {bias_name(path): slot.bias for path, (slot, _) in modules.items()}
+    made = make_replaceable(slotted.model.graph, options.replace, holders, biases)
     return SlottedModel(
         slotted.model,
         replace(slotted.slots, replacements=made.slots),

@@ -18,11 +18,16 @@ import torch
 from converters.onnx.graph.nodes import NodeChain
 from converters.onnx.graph.source_graph import MappedTensor
 from converters.onnx.graph.torch_dtypes import TORCH_DTYPES
-from converters.onnx.modules.holders import Holder, Holders
+from converters.onnx.modules.holders import NOT_AS_IT_IS, Holder, Holders
 from converters.onnx.slots.input_names import names_outside, rename_inner, require_free
 from loraport.bundle.slots import ReplacementSlot
 from loraport.errors import Problems
 from loraport.naming import names_parameter, slot_saved
+
+_PACKED_BIAS = (
+    "the graph does not hold it as it is: it is packed with others or part of one; export again "
+    "with bias among --slots, which takes it"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +45,20 @@ class Replaceable:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def make_replaceable(graph: ir.Graph, names: Sequence[str], holders: Holders) -> Replaceable:
+def make_replaceable(
+    graph: ir.Graph,
+    names: Sequence[str],
+    holders: Holders,
+    biases: Mapping[str, bool] | None = None,
+) -> Replaceable:
     """Turn parameters into inputs, in place.
 
     Args:
         graph: The graph.
         names: What the user calls them: modules, parameters, or leaves such as ``bias``.
         holders: Finds parameters in the graph.
+        biases: Biases of modules with slots → whether the slot takes a bias, and with it what
+            training moved the module's own by.
 
     Raises:
         LoraportError: Naming every name that no parameter in the graph answers to, and why; or an
@@ -56,6 +68,7 @@ def make_replaceable(graph: ir.Graph, names: Sequence[str], holders: Holders) ->
     slots: list[ReplacementSlot] = []
     values: dict[str, torch.Tensor] = {}
     refused: dict[str, str] = {}
+    biases = biases or {}
     for name in names:
         wanted = [path for path in holders.parameters() if names_parameter(name, path)]
         for parameter in wanted:
@@ -63,7 +76,9 @@ def make_replaceable(graph: ir.Graph, names: Sequence[str], holders: Holders) ->
                 continue
             holder = holders.find(parameter)
             if isinstance(holder, str):
-                refused[parameter] = holder
+                if not biases.get(parameter):
+                    packed = holder == NOT_AS_IT_IS and parameter in biases
+                    refused[parameter] = _PACKED_BIAS if packed else holder
                 continue
             slot = _slot(parameter, holder)
             require_free(slot.input, graph, names_outside(graph))
@@ -71,7 +86,8 @@ def make_replaceable(graph: ir.Graph, names: Sequence[str], holders: Holders) ->
             values[slot.input] = _as_torch(holder.value) if own is None else _own(slot, own)
             _redirect(graph, slot, holder)
             slots.append(slot)
-        if not any(slot.parameter in wanted for slot in slots):
+        taken = {slot.parameter for slot in slots}
+        if not any(parameter in taken or biases.get(parameter) for parameter in wanted):
             why = next((refused[path] for path in wanted if path in refused), "")
             got = f"none: {wanted[0]}: {why}" if why else "none of this name"
             problems.add(name, "a parameter that the graph can take anew", got)
