@@ -39,7 +39,11 @@ def config_after(
                 nested["tie_word_embeddings"] = False
     if dequantized:
         changed.pop("quantization_config", None)
-    vocabulary = {shape[0] for name, shape in resized.items() if name in layout.embeddings}
+    vocabulary = {
+        shape[0]
+        for name, shape in resized.items()
+        if name in layout.embeddings and layout.shapes.get(name) != shape
+    }
     if vocabulary:
         _set_vocabulary(changed, layout, resized, vocabulary, problems)
     heads = {name: shape for name, shape in resized.items() if name not in layout.embeddings}

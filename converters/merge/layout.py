@@ -9,6 +9,7 @@ without weights. Where it does not know the model, names must fit, but for a pre
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -66,6 +67,7 @@ class BaseLayout:
             handled, and those tensors; each of them also stands among ``pieces`` by itself, for
             adapters that name it as it is stored.
         names: The model's rules for stored names, where it is known.
+        missing: Parameters that transformers would draw at random, as no tensor holds them.
     """
 
     pieces: Mapping[str, tuple[Piece, ...]]
@@ -81,6 +83,7 @@ class BaseLayout:
     bare: frozenset[str] = frozenset()
     unsupported: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     names: StoredNames | None = None
+    missing: tuple[str, ...] = ()
 
     def place(self, name: str) -> Place | None:
         """Return what a name that is no parameter's stood for in an older model, if anything.
@@ -183,6 +186,35 @@ def _layout_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> BaseLayout:
         bare=frozenset(weight_name(path) for path, module in modules if _is_bare(module)),
         unsupported=unsupported,
         names=names,
+        missing=() if unsupported else _missing(model, held, pieces, ties),
+    )
+
+
+def _missing(
+    model: Any,
+    held: Mapping[str, Any],
+    pieces: Mapping[str, tuple[Piece, ...]],
+    ties: Mapping[str, list[str]],
+) -> tuple[str, ...]:
+    """Return the parameters that nothing is stored of, nor of one that is tied to them.
+
+    Not those that the model's class computes itself, as transformers knows.
+    """
+    import torch
+
+    there = set(pieces)
+    for source, targets in ties.items():
+        if not there.isdisjoint((source, *targets)):
+            there |= {source, *targets}
+    shared = {id(held[name]) for name in there if name in held}
+    computed = [re.compile(each) for each in model._keys_to_ignore_on_load_missing or ()]
+    return tuple(
+        name
+        for name, tensor in held.items()
+        if isinstance(tensor, torch.nn.Parameter)
+        and name not in there
+        and id(tensor) not in shared
+        and not any(pattern.search(name) for pattern in computed)
     )
 
 

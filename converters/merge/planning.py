@@ -14,6 +14,8 @@ from loraport.errors import Problems
 
 _DEQUANTIZED = "the output is its dequantized weights, merged, as a float checkpoint"
 
+_NAMED = 3  # of what the base lacks
+
 
 def plan_merge(
     base: BaseCheckpoint, layout: BaseLayout, adapters: Sequence[NamedAdapter]
@@ -41,6 +43,17 @@ def plan_merge(
         problems=problems,
     )
     problems.raise_if_any("the merge cannot be exact")
+    lacking = [name for name in layout.missing if name not in builder.sources]
+    if lacking and base.quantized is None:
+        builder.notes.append(_lacking(lacking))
     if base.quantized is not None:
         builder.notes.insert(0, f"the base was quantized ({base.quantized}); {_DEQUANTIZED}")
     return MergePlan(base, builder.shards(), config, tuple(builder.notes))
+
+
+def _lacking(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (
+        f"the base's files lack {', '.join(names[:_NAMED])}{more}, and so does the output: "
+        "transformers draws them at random"
+    )

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from command_line import command
 from merge_bases import load_merged, save_base
 from peft_cases import TINY, Case, bert, gpt2, llama, load_with_peft, logits, make_case
 from safetensors import safe_open
@@ -103,6 +104,26 @@ def test_prefix_of_a_bare_checkpoint(tmp_path, merge_into):
             )
             continue
         assert torch.allclose(logits(load_merged(made, out)), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lost", ["lm_head.weight", "model.norm.weight", None])
+def test_what_the_base_lacks_is_told(lost, tmp_path):
+    """The output lacks it as well, and PyTorch would draw it at random; a saved head is there."""
+    base, options = tmp_path / "base", {"target_modules": ["q_proj"]}
+    made = make_case(Case(llama, options), tmp_path / "a")
+    saved = make_case(Case(llama, options | {"modules_to_save": ["lm_head"]}), tmp_path / "saved")
+    save_base(made.base, base)
+    tensors = load_file(base / "model.safetensors")
+    left = {name: tensor for name, tensor in tensors.items() if name != lost}
+    save_file(left, base / "model.safetensors", {"format": "pt"})
+    told = f"the base's files lack {lost}, and so does the output: transformers draws"
+    for path, silent in ((made.path, lost is None), (saved.path, lost != "model.norm.weight")):
+        code, said = command("merge", base, path, "-o", tmp_path / "out", "--force")
+        assert code == 0, said
+        assert (told in said) is not silent
+        assert (lost in load_file(tmp_path / "out" / "model.safetensors")) is (
+            path == saved.path and lost == "lm_head.weight"
+        )
 
 
 def test_module_paths_of_the_inner_model(tmp_path, merge_into):
