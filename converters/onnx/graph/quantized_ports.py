@@ -37,12 +37,32 @@ def float_input(node: ir.Node, index: int, dtype: ir.DataType) -> ir.Value:
         dtype: Element type of the scale.
     """
     value, scale, zero = node.inputs[index : index + 3]
+    assert value is not None
+    return as_floats(node, value, scale, zero, dtype)
+
+
+def as_floats(
+    node: ir.Node,
+    value: ir.Value,
+    scale: ir.Value | None,
+    zero: ir.Value | None,
+    dtype: ir.DataType,
+) -> ir.Value:
+    """Return the floating-point value of integers that an operator reads.
+
+    Args:
+        node: The operator; what dequantizes goes before it.
+        value: The integers.
+        scale: Of them.
+        zero: Their zero point.
+        dtype: Element type of the scale.
+    """
     source = quantized_from(value)
     if source is not None:
         return source
     rewrite = Rewrite(node)
     y = rewrite.add("x", "DequantizeLinear", [value, scale, zero], [dtype])[0]
-    y.shape = value.shape if value is not None else None
+    y.shape = value.shape
     rewrite.put_before()
     return y
 

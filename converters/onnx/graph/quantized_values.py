@@ -9,11 +9,8 @@ cut off and adds before it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import onnx_ir as ir
 
-from converters.onnx.graph.constant_value import Constant
 from converters.onnx.graph.constants import constant
 
 _DYNAMIC = "DynamicQuantizeLinear"  # its range is that of the numbers it is given
@@ -78,48 +75,3 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     """Return the one node that reads a value that is no output of the graph, else ``None``."""
     readers = value.consumers()
     return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
-
-
-@dataclass(frozen=True)
-class ScaledProduct:
-    """An integer product as a float.
-
-    Attributes:
-        y: The value.
-        scale: Of the constant factor.
-        biased: Something was added in integers.
-    """
-
-    y: ir.Value
-    scale: Constant
-    biased: bool
-
-
-def scaled_product(node: ir.Node) -> ScaledProduct | None:
-    """Return what an integer product is as a float.
-
-    ``node -> Cast -> Mul(x_scale * weight_scale)`` is what quantizers write; ONNX Runtime's first
-    ones added a bias in integers before the ``Cast``.
-    """
-    cast = only_reader(node.outputs[0])
-    biased = cast is not None and cast.op_type == "Add"
-    if cast is not None and biased:
-        if cast.inputs[0] is cast.inputs[1]:
-            return None
-        cast = only_reader(cast.outputs[0])
-    if cast is None or cast.op_type != "Cast":
-        return None
-    scaled = only_reader(cast.outputs[0])
-    if scaled is None or scaled.op_type != "Mul":
-        return None
-    factors = [value for value in scaled.inputs if value is not cast.outputs[0]]
-    both = factors[0].producer() if len(factors) == 1 and factors[0] is not None else None
-    if both is None or both.op_type != "Mul":
-        return None
-    quantize = node.inputs[0].producer() if node.inputs[0] is not None else None
-    own = (*quantize.inputs[1:2], *quantize.outputs[1:2]) if quantize is not None else ()
-    for value in both.inputs:
-        scale = constant(value)
-        if scale is not None and not any(value is known for known in own):
-            return ScaledProduct(scaled.outputs[0], scale, biased)
-    return None

@@ -1,33 +1,43 @@
-"""``ConvInteger`` between ``DynamicQuantizeLinear`` and the scales: what quantizers write.
+"""``ConvInteger`` between what quantizes and the scales: what quantizers write.
 
 ``DynamicQuantizeLinear(x) -> ConvInteger(., W) -> Cast -> Mul(x_scale * w_scale) -> y``, maybe with
-a bias of integers added before the ``Cast``.
+a bias of integers added before the ``Cast``. Where ``QuantizeLinear`` has cut off what is below
+zero, as a folded ``Relu`` would, a slot reads what it left.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 
 from converters.onnx.graph.integer_weight import integer_kernel
-from converters.onnx.graph.quantized_values import quantized_from, scaled_product
+from converters.onnx.graph.quantized_ports import as_floats
+from converters.onnx.graph.quantized_values import quantized_from
+from converters.onnx.graph.scaled_product import scaled_product
 from converters.onnx.graph.site import Site, inputs_of
 from loraport.adapter import ModuleKind
 
 
 def find_site(node: ir.Node) -> Site | None:
     """Return the site, or ``None`` where the operator stands in another chain."""
-    x, w, _, w_zero = inputs_of(node, 4)
-    source, product = quantized_from(x), scaled_product(node)
-    if source is None or product is None:
+    x, w, x_zero, w_zero = inputs_of(node, 4)
+    product = scaled_product(node)
+    if x is None or product is None:
         return None
     kernel = integer_kernel(w, product.scale, w_zero)
     if kernel is None:
         return None
     shape = kernel.shape
     groups = node.attributes.get_int("group", 1)
-    return Site(
+
+    def expose() -> Site:
+        source = as_floats(node, x, product.x_scale, x_zero, kernel.dtype)
+        return replace(site, x=source, expose=None)
+
+    site = Site(
         node=node,
-        x=source,
+        x=quantized_from(x) or x,
         y=product.y,
         in_features=shape[1] * groups,
         out_features=shape[0],
@@ -38,4 +48,6 @@ def find_site(node: ir.Node) -> Site | None:
         kernel=tuple(shape[2:]),
         groups=groups,
         bias_is_fixed=product.biased,
+        expose=expose,
     )
+    return site

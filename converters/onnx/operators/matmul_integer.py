@@ -1,31 +1,41 @@
-"""``MatMulInteger`` between ``DynamicQuantizeLinear`` and the scales: what quantizers write.
+"""``MatMulInteger`` between what quantizes and the scales: what quantizers write.
 
 ``DynamicQuantizeLinear(x) -> MatMulInteger(., B) -> Cast -> Mul(x_scale * b_scale) -> y``, so that
 ``y = x W`` with ``W = (B - b_zero_point) * b_scale``, maybe with a bias of integers added before
-the ``Cast``.
+the ``Cast``. Where ``QuantizeLinear`` has cut off what is below zero, as a folded ``Relu`` would, a
+slot reads what it left.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 
 from converters.onnx.graph.integer_weight import integer_matrix
-from converters.onnx.graph.quantized_values import quantized_from, scaled_product
+from converters.onnx.graph.quantized_ports import as_floats
+from converters.onnx.graph.quantized_values import quantized_from
+from converters.onnx.graph.scaled_product import scaled_product
 from converters.onnx.graph.site import Site, inputs_of
 
 
 def find_site(node: ir.Node) -> Site | None:
     """Return the site, or ``None`` where the operator stands in another chain."""
-    a, b, _, b_zero = inputs_of(node, 4)
-    x, product = quantized_from(a), scaled_product(node)
-    if x is None or product is None:
+    a, b, a_zero, b_zero = inputs_of(node, 4)
+    product = scaled_product(node)
+    if a is None or product is None:
         return None
     weight = integer_matrix(b, product.scale, b_zero)
     if weight is None:
         return None
-    return Site(
+
+    def expose() -> Site:
+        x = as_floats(node, a, product.x_scale, a_zero, weight.dtype)
+        return replace(site, x=x, expose=None)
+
+    site = Site(
         node=node,
-        x=x,
+        x=quantized_from(a) or a,
         y=product.y,
         in_features=weight.shape[0],
         out_features=weight.shape[1],
@@ -33,4 +43,6 @@ def find_site(node: ir.Node) -> Site | None:
         weight=weight.floats,
         quantized=True,
         bias_is_fixed=product.biased,
+        expose=expose,
     )
+    return site

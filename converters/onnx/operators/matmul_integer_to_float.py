@@ -6,23 +6,31 @@ ContribOperators documentation.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
 from converters.onnx.graph.integer_weight import integer_matrix
+from converters.onnx.graph.quantized_ports import as_floats
 from converters.onnx.graph.quantized_values import quantized_from
 from converters.onnx.graph.site import Site, inputs_of
 
 
 def find_site(node: ir.Node) -> Site | None:
-    """Return the site, or ``None`` where the weight is no constant or nothing was quantized."""
-    a, b, _, b_scale, _, b_zero, bias = inputs_of(node, 7)
-    x, weight = quantized_from(a), integer_matrix(b, constant(b_scale), b_zero)
-    if x is None or weight is None:
+    """Return the site, or ``None`` where the weight is no constant."""
+    a, b, a_scale, b_scale, a_zero, b_zero, bias = inputs_of(node, 7)
+    weight = integer_matrix(b, constant(b_scale), b_zero)
+    if a is None or weight is None or constant(a) is not None:
         return None
-    return Site(
+
+    def expose() -> Site:
+        x = as_floats(node, a, a_scale, a_zero, weight.dtype)
+        return replace(site, x=x, expose=None)
+
+    site = Site(
         node=node,
-        x=x,
+        x=quantized_from(a) or a,
         y=node.outputs[0],
         in_features=weight.shape[0],
         out_features=weight.shape[1],
@@ -30,4 +38,6 @@ def find_site(node: ir.Node) -> Site | None:
         weight=weight.floats,
         quantized=True,
         added=6 if bias is not None else None,
+        expose=expose,
     )
+    return site

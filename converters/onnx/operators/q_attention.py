@@ -19,6 +19,7 @@ from converters.onnx.graph.attention_core import (
 )
 from converters.onnx.graph.constants import constant
 from converters.onnx.graph.integer_weight import integer_matrix
+from converters.onnx.graph.quantized_ports import as_floats
 from converters.onnx.graph.quantized_values import quantized_from
 from converters.onnx.graph.rewriting import Rewrite
 from converters.onnx.graph.site import Site, inputs_of
@@ -27,14 +28,15 @@ from converters.onnx.graph.site import Site, inputs_of
 def find_site(node: ir.Node) -> Site | None:
     """Return the site, or ``None`` where the weight is no constant or the rest is unusual."""
     x, weight, bias, x_scale, b_scale, mask, x_zero, b_zero, past = inputs_of(node, 9)
-    source, found = quantized_from(x), integer_matrix(weight, constant(b_scale), b_zero)
-    if source is None or found is None:
+    found = integer_matrix(weight, constant(b_scale), b_zero)
+    if x is None or found is None:
         return None
     sizes = hidden_sizes(node, found.shape[1])
     if sum(sizes) != found.shape[1] or not can_be_taken_apart(node, mask):
         return None
 
     def expose() -> Site:
+        source = as_floats(node, x, x_scale, x_zero, found.dtype)
         rewrite = Rewrite(node)
         integers = [x, weight, x_zero, b_zero]
         while integers[-1] is None:
@@ -47,11 +49,11 @@ def find_site(node: ir.Node) -> Site | None:
         take_apart(rewrite, node, y, sizes, inputs, found.dtype)
         projection = product.producer()
         assert projection is not None
-        return replace(site, node=projection, y=y, expose=None)
+        return replace(site, node=projection, x=source, y=y, expose=None)
 
     site = Site(
         node=node,
-        x=source,
+        x=quantized_from(x) or x,
         y=node.outputs[0],
         in_features=found.shape[0],
         out_features=found.shape[1],

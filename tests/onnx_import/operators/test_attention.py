@@ -166,8 +166,8 @@ def test_values_may_be_wider_than_keys(slotted, adapter):
 
 @pytest.mark.parametrize("past", [False, True])
 @pytest.mark.parametrize("per_column", [False, True])
-@pytest.mark.parametrize("static", [False, True])
-def test_q_attention(slotted, adapter, past, per_column, static):
+@pytest.mark.parametrize("zero", [None, 120, 0], ids=["dynamic", "static", "cut off"])
+def test_q_attention(slotted, adapter, past, per_column, zero):
     inputs, _, bias = data(MASKS["keys"], past)
     random = np.random.default_rng(2)
     columns = 3 * D if per_column else 1
@@ -180,8 +180,8 @@ def test_q_attention(slotted, adapter, past, per_column, static):
     }
     if not per_column:
         constants |= {name: constants[name].reshape(()) for name in ("ws", "wz")}
-    if static:
-        constants |= {"xs": np.array(0.025, np.float32), "xz": np.array(120, np.uint8)}
+    if zero is not None:
+        constants |= {"xs": np.array(0.025, np.float32), "xz": np.array(zero, np.uint8)}
         before = [helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"])]
     else:
         before = [helper.make_node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"])]
@@ -203,13 +203,14 @@ def test_q_attention(slotted, adapter, past, per_column, static):
     tensors = adapter(slot, size=0.5)
     a, b = (tensors[f"{slot.name}.{role}"].astype(np.float64) for role in ("lora_A", "lora_B"))
     x = inputs["x"]
-    if static:
-        rounded = (np.clip(np.round(x / 0.025) + 120, 0, 255) - 120) * np.float32(0.025)
+    if zero is not None:
+        rounded = (np.clip(np.round(x / 0.025) + zero, 0, 255) - zero) * np.float32(0.025)
     else:
         scale = (max(x.max(), 0) - min(x.min(), 0)) / 255
         rounded = np.round(x / scale) * scale
-    # The adapter sees the activation before it is rounded.
-    qkv = rounded @ weight + x.astype(np.float64) @ a @ b + bias
+    # The adapter sees the activation before it is rounded, but not what was cut off with that.
+    seen = rounded if zero == 0 else x.astype(np.float64)
+    qkv = rounded @ weight + seen @ a @ b + bias
     wanted = attention(qkv, inputs["given"], inputs.get("past"))
     for got, right in zip(made.run(**inputs, **tensors), wanted, strict=False):
         # Half a step of the activation now and then falls to the other side.

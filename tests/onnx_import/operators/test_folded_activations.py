@@ -6,6 +6,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from converters.onnx.exporters.storing import sites_of, stored_precision
+from converters.onnx.operators import find_site
 
 IN, HIDDEN, OUT, ROWS = 7, 6, 5, 4
 SCALES = {"x": np.float32(0.05), "h": np.float32(0.05), "y": np.float32(0.05)}
@@ -175,3 +176,71 @@ def test_a_product_that_is_cut_off_inside_its_operator_is_told(slotted, operator
         "where an activation is folded in; quantize in the format QDQ"
     }
     assert sorted(slot.name for slot in slotted(graph(yz), "lora", "conv").slots) != ["other"]
+
+
+def integer_product(operator, zero, scales):
+    """Return ``y = x w`` whose ``x`` is quantized by a constant scale, and the weight."""
+    stored, weight = integers((IN, OUT), 0)
+    kernel = stored.T.reshape(OUT, IN, 1) if operator == "ConvInteger" else stored
+    found = {"xs": SCALES["x"], "w": kernel, "ws": np.float32(0.01)}
+    found |= {"both": found["xs"] * found["ws"]} | ({} if zero is None else {"xz": zero})
+    shift = "" if zero is None else "xz"
+    nodes = [helper.make_node("QuantizeLinear", ["x", "xs", shift], ["xq"])]
+    if operator == "MatMulIntegerToFloat":
+        inputs = ["xq", "w", "xs", "ws", shift]
+        nodes += [helper.make_node(operator, inputs, ["y"], name="fc", domain="com.microsoft")]
+    else:
+        if scales != "one":
+            order = ["xs", "ws"] if scales == "x first" else ["ws", "xs"]
+            nodes += [helper.make_node("Mul", order, ["both.computed"])]
+        both = "both" if scales == "one" else "both.computed"
+        nodes += [
+            helper.make_node(operator, ["xq", "w", shift], ["acc"], name="fc"),
+            helper.make_node("Cast", ["acc"], ["floats"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["floats", both], ["y"]),
+        ]
+    size = [1] if operator == "ConvInteger" else []
+    graph = helper.make_graph(
+        nodes,
+        "integers",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", IN, *size])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", OUT, *size])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in found.items()],
+    )
+    domains = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=domains, ir_version=8), weight
+
+
+@pytest.mark.parametrize("zero", [np.uint8(128), np.uint8(0), None], ids=["middle", "end", "none"])
+@pytest.mark.parametrize(
+    ("operator", "scales"),
+    [
+        ("MatMulInteger", "x first"),
+        ("MatMulInteger", "x last"),
+        ("MatMulInteger", "one"),
+        ("ConvInteger", "one"),
+        ("MatMulIntegerToFloat", "x first"),
+    ],
+)
+def test_a_product_of_integers_reads_what_its_quantizer_left(
+    slotted, adapter, operator, scales, zero
+):
+    """Of a range without numbers below zero the integers, else the numbers they are of."""
+    model, weight = integer_product(operator, zero, scales)
+    made = slotted(model, "conv" if operator == "ConvInteger" else "lora")
+    (slot,) = made.slots
+    x = np.random.default_rng(9).standard_normal((ROWS, IN)).astype(np.float32)
+    fed = x[:, :, None] if operator == "ConvInteger" else x
+    tensors = adapter(slot)
+    a, b = (tensors[f"{slot.name}.{role}"].astype(np.float64) for role in ("lora_A", "lora_B"))
+    delta = a[:, :, 0].T @ b[:, :, 0].T if operator == "ConvInteger" else a @ b
+    left = quantized(x.astype(np.float64), SCALES["x"], int(zero or 0), 0, 255)
+    base = made.run_original(x=fed)[0].reshape(ROWS, OUT)
+    np.testing.assert_allclose(base, left @ weight, atol=1e-5)
+    np.testing.assert_allclose(made.run(x=fed)[0].reshape(ROWS, OUT), base, atol=1e-6)
+    read, other = (left, x) if not zero else (x, left)
+    got = made.run(x=fed, **tensors)[0].reshape(ROWS, OUT)
+    np.testing.assert_allclose(got, base + read @ delta, atol=2e-5)
+    assert np.abs((read - other) @ delta).max() > 1e-3
+    node = ir.from_proto(model).graph.node("fc")
+    np.testing.assert_allclose(find_site(node).weight(), weight, rtol=1e-6)
