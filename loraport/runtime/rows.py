@@ -168,7 +168,8 @@ class Rows:
                 f"adapters per row: expected of {', '.join(self._numbers) or 'none'}, got "
                 f"{', '.join(unknown)}; name them when making the rows"
             )
-        batches = {value.shape[0] for value in inputs.values() if isinstance(value, np.ndarray)}
+        arrays = [value for value in inputs.values() if isinstance(value, np.ndarray)]
+        batches = {array.shape[0] for array in arrays if array.ndim}
         if batches and len(adapters) not in batches:
             raise LoraportError(
                 f"adapters per row: expected one for each of {counted(max(batches), 'row')}, got "

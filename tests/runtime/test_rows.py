@@ -226,6 +226,14 @@ def test_no_adapter_is_resident_yet(runtime, net):
         runtime.rows([]).run({"ids": ids.numpy()}, ["a", None])
 
 
+def test_an_input_without_dimensions_has_no_rows(runtime):
+    rows = runtime.rows([])
+    inputs = {"ids": np.zeros((2, 3), np.int64), "scale": np.array(0.5, np.float32)}
+    assert rows.with_ids(inputs, [None, None])["adapter_ids"].tolist() == [-1, -1]
+    with pytest.raises(LoraportError, match="expected one for each of 2 rows, got 3"):
+        rows.with_ids(inputs, [None] * 3)
+
+
 def test_a_text_is_no_name_per_row(runtime):
     with pytest.raises(LoraportError, match="expected a name per row, got 'ab'"):
         runtime.rows(["a", "b"]).run({"ids": tokens(2).numpy()}, "ab")
