@@ -6,11 +6,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from converters.onnx.exporters import quantizing, storing
 from converters.onnx.importing import ImportOptions, import_model
 from converters.onnx.packing.adding import add_adapters
 from loraport.adapter import Adapter, LoraModule, ModuleKind
 from loraport.bundle.golden import golden_reason, read_golden
-from loraport.bundle.manifest import read_manifest
+from loraport.bundle.manifest import MODEL_FILE, read_manifest
 from loraport.errors import LoraportError
 from loraport.runtime import Runtime
 
@@ -108,3 +109,19 @@ def test_an_input_of_texts_is_told_what_to_do(tmp_path):
     import_model(classifier(tmp_path / "m.onnx", outputs=["y"], words=True), tmp_path / "out")
     with pytest.raises(LoraportError, match=r"words: .*string\), which cannot .*Session\.run, ad"):
         Runtime(tmp_path / "out").run({"words": np.array([list("abaab")])})
+
+
+def test_sequences_that_a_precision_turns_into_halves_are_told(tmp_path, monkeypatch):
+    """ONNX Runtime's converter casts arrays back to float32, and no sequences."""
+
+    def in_this_process(source, out, precision):
+        quantizing._QUANTIZERS[precision](source, out / MODEL_FILE)
+
+    monkeypatch.setattr(storing, "quantize_graph", in_this_process)
+    said = []
+    file = classifier(tmp_path / "m.onnx")
+    import_model(file, tmp_path / "out", ImportOptions(precision="fp16"), progress=said.append)
+    assert "sequences of float16 now, where arrays stay float32: parts" in said
+    kinds = {each.name: each.type for each in Runtime(tmp_path / "out").session.get_outputs()}
+    assert kinds["parts"] == "seq(tensor(float16))"
+    assert kinds["y"] == "tensor(float)"

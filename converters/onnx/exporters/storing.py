@@ -75,6 +75,8 @@ def store_as(file: Path, out: Path, precision: str, progress: Callable[[str], No
             f"{', '.join(optional)}, whose type ONNX Runtime's converter leaves float32; try int8 "
             "or int4"
         )
+    if precision == "fp16" and (halves := _sequences_of_halves(model)):
+        progress(f"sequences of float16 now, where arrays stay float32: {', '.join(halves)}")
     if left := _left(sites, precision):
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         progress(f"not stored as {precision}: {', '.join(left[:_NAMED])}{more}")
@@ -128,6 +130,15 @@ def _optional_floats(model: ir.Model) -> list[str]:
         str(value.name)
         for value in (*model.graph.inputs, *model.graph.outputs)
         if isinstance(value.type, ir.OptionalType) and value.dtype is ir.DataType.FLOAT
+    ]
+
+
+def _sequences_of_halves(model: ir.Model) -> list[str]:
+    """Return the inputs and outputs that are sequences of float16 now."""
+    return [
+        str(value.name)
+        for value in (*model.graph.inputs, *model.graph.outputs)
+        if isinstance(value.type, ir.SequenceType) and value.dtype is ir.DataType.FLOAT16
     ]
 
 
