@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from converters.onnx.exporters.long_rotations import long_rotations_after
 from converters.onnx.exporters.quantizing import require_quantizer
@@ -16,6 +15,7 @@ from converters.onnx.exporters.storing import sites_of, store_as, stored_precisi
 from converters.onnx.first_golden import record_first_golden
 from converters.onnx.graph.data_files import copy_companions, move_weights_out, share_data
 from converters.onnx.graph.example_inputs import example_inputs
+from converters.onnx.graph.inferred_shapes import infer_shapes
 from converters.onnx.graph.provenance import MADE_BY, record_provenance
 from converters.onnx.graph.site import Site
 from converters.onnx.graph.source_graph import external_tensors, read_graph
@@ -217,7 +217,7 @@ def slot_graph(
     from converters.onnx.modules.slottable import tied_modules
 
     if options.slots.per_row:  # rows are told by the names of dimensions
-        ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        infer_shapes(model)
     nodes = list(model.graph.all_nodes())
     sites = sites_of(model)
     served = [site for site in sites if options.slots.serves(site.kind)]

@@ -128,3 +128,36 @@ def test_strengths_of_rows_in_old_opsets(slotted, adapter, opset):
                 whole = whole + strengths[lane % len(strengths)] * change
             np.testing.assert_allclose(got[row], x[row] @ whole, rtol=1e-5, atol=1e-5)
         assert np.abs(got - made.run(x=x)[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("ends", ["y", "s"])
+def test_a_sequence_between_modules_stays_one(slotted, adapter, ends):
+    """onnx-ir notes the type of its elements for it, and ONNX Runtime refused the graph."""
+    nodes = [
+        product("x", "h"),
+        helper.make_node("SequenceConstruct", ["h", "x"], ["s"]),
+        helper.make_node("SequenceAt", ["s", "first"], ["t"]),
+        product("t", "y", "other"),
+    ]
+    constants = {"fc.weight": SQUARE, "other.weight": SQUARE + 1, "first": np.array(0)}
+    model = graph(nodes, {"x": ["batch", IN]}, constants, 2)
+    if ends == "s":
+        sequence = helper.make_tensor_sequence_value_info("s", TensorProto.FLOAT, ["batch", IN])
+        model.graph.output.append(sequence)
+    made = slotted(model, "lora", per_row=True)
+    assert [slot.name for slot in made.slots] == ["fc", "other"]
+    x = RANDOM.standard_normal((3, IN)).astype(np.float32)
+    lanes = {}
+    for slot in made.slots:
+        lanes |= adapter(slot, size=0.5)
+    got = made.run(x=x, adapter_ids=np.array([0, -1, 0]), **lanes)
+    weights = [SQUARE.astype(np.float64), SQUARE.astype(np.float64) + 1]
+    base = x @ weights[0] @ weights[1]
+    for slot, weight in zip(made.slots, weights, strict=True):
+        weight += lanes[slot.input_a].astype(np.float64) @ lanes[slot.input_b]
+    changed = x @ weights[0] @ weights[1]
+    for row, expected in enumerate([changed, base, changed]):
+        np.testing.assert_allclose(got[0][row], expected[row], rtol=1e-5, atol=1e-4)
+    assert np.abs(changed - base).max() > 1
+    if ends == "s":
+        np.testing.assert_allclose(got[1][0][0], x[0] @ weights[0], rtol=1e-5, atol=1e-5)
