@@ -19,6 +19,11 @@ from converters.onnx.exporters.genai_builder import (
     builds,
     why_not_built,
 )
+from converters.onnx.exporters.input_dimensions import (
+    require_dimensions,
+    require_named_tensors,
+    require_varying,
+)
 from converters.onnx.exporters.loading import load_exported
 from converters.onnx.exporters.long_rotations import long_rotations_after
 from converters.onnx.exporters.norm_epsilons import set_norm_epsilons
@@ -48,10 +53,9 @@ from loraport.bundle.golden import record_no_golden
 from loraport.bundle.manifest import MODEL_FILE, REQUIRED_MODEL_FILE, Manifest, write_manifest
 from loraport.bundle.sources import record_base
 from loraport.computed_weights import weights_stored
-from loraport.counts import counted
 from loraport.errors import LoraportError, Problems, first_line
 from loraport.fingerprint import fingerprint
-from loraport.option_checks import as_path, check_parts, check_switches, given_or_default, is_whole
+from loraport.option_checks import as_path, check_parts, check_switches, given_or_default
 from loraport.output import new_directory
 from loraport.parity.tolerances import golden_tolerance, golden_tolerances
 from loraport.runtime import Runtime
@@ -188,55 +192,26 @@ def export_torch_module(
         force: Replace an existing bundle.
 
     Raises:
-        LoraportError: If it does not run with the inputs, torch cannot export it, or it has no
-            linear layer.
+        LoraportError: If it does not run with the inputs, torch cannot export it, it has no
+            linear layer, or it takes one size alone of a dimension that was given a name.
     """
     if not isinstance(module, nn.Module):
         raise LoraportError(f"the module: expected a torch.nn.Module, got {type(module).__name__}")
-    _require_named_tensors(inputs)
+    require_named_tensors(inputs)
+    asked = dynamic is not None
     if dynamic is None:
         dynamic = {name: {0: "batch"} for name in inputs}
     else:
-        _require_dimensions(dynamic, inputs)
+        require_dimensions(dynamic, inputs)
     with new_directory(as_path("the output", out), force=force) as bundle:
         options = ExportOptions(slots=given_or_default(slots, SlotOptions, "slots"))
         with weights_stored(module.eval()):
             _export_attention(module, inputs, bundle, dynamic)
+            if asked:
+                require_varying(bundle / MODEL_FILE, dynamic)
             name = base_name or type(module).__name__
             _slot_and_describe(bundle, module, options, base_name=name)
         write_base_golden(bundle, {name: tensor.numpy() for name, tensor in inputs.items()})
-
-
-def _require_named_tensors(inputs: Mapping[str, torch.Tensor]) -> None:
-    """Refuse inputs that do not say which of the arguments each is, or are no tensors."""
-    expected = "inputs: expected a mapping from the names of forward's arguments to tensors"
-    if not isinstance(inputs, Mapping):
-        raise LoraportError(f'{expected}, such as {{"x": x}}, got {type(inputs).__name__}')
-    for name, value in inputs.items():
-        if not isinstance(value, torch.Tensor):
-            raise LoraportError(f"{expected}, got {name} as {type(value).__name__}")
-
-
-def _require_dimensions(dynamic: object, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Refuse names for dimensions that the inputs do not have; torch would pass some over."""
-    expected = 'names by dimension, such as {0: "batch"}'
-    if not isinstance(dynamic, Mapping):
-        raise LoraportError(f"dynamic: expected, for each input, {expected}, got {dynamic!r}")
-    problems = Problems()
-    for name, dimensions in dynamic.items():
-        if name not in inputs:
-            problems.add(str(name), f"an input ({', '.join(inputs)})", "none of this name")
-        elif not isinstance(dimensions, Mapping):
-            problems.add(name, expected, repr(dimensions))
-        else:
-            rank = inputs[name].ndim
-            for number, label in dimensions.items():
-                if not (is_whole(number) and -rank <= number < rank):
-                    problems.add(name, f"one of its {counted(rank, 'dimension')}", repr(number))
-                if not (isinstance(label, str) and label.isidentifier()):
-                    told = f"a name of letters, digits and _ for dimension {number}"
-                    problems.add(name, told, repr(label))
-    problems.raise_if_any("dynamic does not fit the inputs")
 
 
 def encoder_inputs(base: str, model: nn.Module) -> dict[str, torch.Tensor]:

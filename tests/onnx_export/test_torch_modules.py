@@ -311,6 +311,20 @@ def t5():
     return T5Model(T5Config(**sizes, **more, initializer_factor=2.0)).eval()
 
 
+def test_a_dimension_that_was_named_and_cannot_vary_is_told(tmp_path):
+    """torch exports its one size; who named it would find out where the model runs."""
+    module, inputs = nn.Linear(3, 4), {"input": torch.zeros(2, 3)}
+    dynamic = {"input": {0: "n", -1: "m"}}
+    told = "input: expected a dimension that may vary as 'm', got dimension -1 always 3"
+    with pytest.raises(LoraportError, match=told):
+        export_torch_module(module, inputs, tmp_path / "out", dynamic=dynamic)
+    assert not (tmp_path / "out").exists()
+    export_torch_module(module, inputs, tmp_path / "out", dynamic={"input": {-2: "n"}})
+    x = torch.randn(5, 3)
+    (got,) = Runtime(tmp_path / "out").run({"input": x.numpy()}).values()
+    np.testing.assert_allclose(got, module(x).detach().numpy(), atol=1e-6)
+
+
 def test_attention_that_torch_does_not_export_is_written_plainly(tmp_path):
     """T5 whole; the module itself goes on with the attention it had."""
     torch.manual_seed(0)
