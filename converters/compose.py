@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from converters.low_rank import refactor, require_kept
 from loraport.adapter import Adapter, LoraModule, ModuleKind, require_adapter
@@ -54,6 +54,7 @@ def compose(
             what is no adapter, number of ranks or share of the energy.
     """
     require_kept(rank, energy)
+    weighted = _listed(weighted)
     problems = Problems()
     if not weighted:
         problems.add("adapters", "at least one", "none")
@@ -92,6 +93,18 @@ def compose(
         ),
         errors,
     )
+
+
+def _listed(weighted: Any) -> Sequence[tuple[str, Adapter, float]]:
+    """Return what was given as a list of three values each."""
+    listed = list(weighted) if isinstance(weighted, Iterable) else [weighted]
+    for each in listed:
+        if not isinstance(each, tuple | list) or len(each) != 3:
+            got = type(each).__name__ if isinstance(each, Adapter) else repr(each)
+            raise LoraportError(
+                f"adapters: expected a name, an adapter and a strength of each, got {got}"
+            )
+    return listed
 
 
 def _check(weighted: Sequence[tuple[str, Adapter, float]], problems: Problems) -> None:

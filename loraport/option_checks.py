@@ -56,7 +56,8 @@ def check_share(problems: Problems, name: str, value: Any) -> None:
 def check_switches(problems: Problems, options: object, *names: str) -> None:
     """Check that options are switches: a text like "no" would be taken for yes."""
     for name in names:
-        if (value := getattr(options, name)) not in (True, False):
+        value = getattr(options, name)
+        if getattr(value, "shape", ()) != () or value not in (True, False):  # arrays say neither
             problems.add(name, "True or False", repr(value))
 
 

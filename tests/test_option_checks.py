@@ -37,6 +37,7 @@ def linear(dynamic, out="o"):
     export_torch_module(nn.Linear(3, 4), {"input": zeros(2, 3)}, out, dynamic=dynamic)
 
 
+SUMMED = "adapters: expected a name, an adapter and a strength of each"
 ADAPTERS = (("captain", 1.0),)
 LISTED = 'a list of names, such as ("one", "other")'
 
@@ -67,6 +68,11 @@ def test_texts_are_no_switches(kind, more, names):
         (lambda: SlotOptions(variants=None), f"slots: expected {LISTED}, got None"),
         (lambda: SlotOptions("lora"), f"slots: expected {LISTED}, got 'lora'"),
         (lambda: SlotOptions((1,)), f"slots: expected {LISTED}, got (1,)"),
+        (lambda: SlotOptions(per_row=np.ones(2)), "per_row: expected True or False, got [1.0, 1."),
+        (
+            lambda: ImportOptions(lm_head=np.ones(2)),
+            "lm_head: expected True or False, got array([1., 1.])",
+        ),
         (lambda: SlotOptions(replace="norm"), f"replace: expected {LISTED}, got 'norm'"),
         (lambda: SweepOptions(together="8"), "together: expected a whole number, at least 1, got"),
         (lambda: SweepOptions(halving=None), "halving: expected a whole number, got None"),
@@ -148,6 +154,9 @@ def test_values_of_wrong_types_are_told(make, told):
         (lambda: adapter_of("m"), "the model: expected a torch.nn.Module, got str"),
         (lambda: lora_layers(5), "the model: expected a torch.nn.Module, got int"),
         (lambda: compose([]), "adapters: expected at least one, got none"),
+        (lambda: compose(None), f"{SUMMED}, got None"),
+        (lambda: compose({"a": 5}), f"{SUMMED}, got 'a'"),
+        (lambda: compose([("a", 5)]), f"{SUMMED}, got ('a', 5)"),
         (lambda: compose([("a", "captain", 1.0)]), "a: expected an Adapter, got 'captain'"),
         (lambda: extract(ExtractOptions("a", "b", "8"), print), "--rank: expected a whole number"),
         (lambda: extract(ExtractOptions("a", "b", 0), print), "--rank: expected a whole number"),
@@ -164,6 +173,8 @@ def test_calls_refuse_what_is_of_another_class(call, told):
 
 def test_values_that_are_meant_are_taken():
     assert SlotOptions(["lora", "gain"], replace=["norm"]).variants == ["lora", "gain"]
+    taken = SlotOptions(np.array(["lora", "gain"]), replace={"norm"})
+    assert taken == SlotOptions(["lora", "gain"], replace=("norm",))
     assert ImportOptions(precision="fp32") == ImportOptions()
     trials = Grid(targets=(["q_proj"], ["v_proj"])).trials(LoraOptions())
     assert [trial.lora.targets for trial in trials] == [["q_proj"], ["v_proj"]]

@@ -39,6 +39,7 @@ from loraport.bundle.slots import Slot, SlotInput, SlotMember, SlotTable
 from loraport.errors import LoraportError, Problems
 from loraport.naming import bias_name, packed_slot, slot_gain
 from loraport.option_checks import check_names, check_switches
+from loraport.plain_options import store_plain
 
 # Overridable initializers exist from this IR version on.
 _MINIMUM_IR_VERSION = 4
@@ -66,6 +67,7 @@ class SlotOptions:
     replace: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        store_plain(self)
         problems = Problems()
         check_switches(problems, self, "strength", "per_row")
         check_names(problems, "replace", self.replace)
