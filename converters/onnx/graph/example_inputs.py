@@ -3,6 +3,7 @@
 Types, shapes and names decide: token numbers stay below the vocabulary they are looked up in,
 masks are ones, caches are empty, lengths are the sequence's, everything else is random. What
 searches for a continuation (``BeamSearch``) may write some tokens, in one way, without a penalty.
+A name is of one size wherever it stands, first or behind others.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _WRITTEN = 4
 class _Sizes:
     batch: int
     size: int
+    inner: frozenset[str]  # names of dimensions that stand behind others, and are no batch
 
 
 def example_inputs(model: ir.Model) -> Iterator[dict[str, np.ndarray]]:
@@ -36,9 +38,13 @@ def example_inputs(model: ir.Model) -> Iterator[dict[str, np.ndarray]]:
         model: A graph as it was before slots went in.
     """
     wanted = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+    named = {_name(dim) for value in wanted for dim in (value.shape or ())[1:]}
+    inner = frozenset(name for name in named if name and "batch" not in name)
     for batch, size in _BATCHES_AND_SIZES:
         random = np.random.default_rng(0)
-        yield {value.name or "": _array(value, _Sizes(batch, size), random) for value in wanted}
+        yield {
+            value.name or "": _array(value, _Sizes(batch, size, inner), random) for value in wanted
+        }
 
 
 def _array(value: ir.Value, sizes: _Sizes, random: np.random.Generator) -> np.ndarray:
@@ -68,12 +74,17 @@ def _array(value: ir.Value, sizes: _Sizes, random: np.random.Generator) -> np.nd
 def _dimension(axis: int, entry: object, sizes: _Sizes) -> int:
     if isinstance(entry, int) and entry > 0:
         return entry
-    name = str(getattr(entry, "value", entry) or "").lower()
+    name = _name(entry)
     if "past" in name and "+" not in name:
         return 0
-    if axis == 0 or "batch" in name:
+    if (axis == 0 and name not in sizes.inner) or "batch" in name:
         return sizes.batch
     return sizes.size
+
+
+def _name(entry: object) -> str:
+    """Return what a dimension is called, which is empty where it has no name."""
+    return str(getattr(entry, "value", entry) or "").lower()
 
 
 def _vocabularies(value: ir.Value) -> Iterator[int]:
