@@ -116,7 +116,7 @@ def _note_shapes(target: Path, noted: Iterable[ValueInfoProto]) -> None:
 def _int4(source: Path, target: Path) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    model = _load(source, gemms=True)
+    model = _load(source, gemms=True, shapes=True)
     domains = {_known_by(node): node.domain for node in nodes_of(model.graph.node)}
     quantizer = MatMulNBitsQuantizer(
         model,
@@ -192,17 +192,27 @@ def _name_left(model: ModelProto, types: frozenset[int], *, stacks: bool = False
     return found
 
 
-def _load(source: Path, *, gemms: bool = False) -> ModelProto:
+def _load(source: Path, *, gemms: bool = False, shapes: bool = False) -> ModelProto:
+    """Read a graph with its weights.
+
+    Args:
+        source: Its file.
+        gemms: Store the matrix of each Gemm as that of a product.
+        shapes: Note the shapes that nothing infers behind ONNX Runtime's own operators.
+    """
     import onnx_ir as ir
 
     from converters.onnx.exporters.computed_weights import store_computed_weights
     from converters.onnx.exporters.plain_weights import make_weights_plain
+    from converters.onnx.graph.inferred_shapes import infer_shapes
     from converters.onnx.graph.source_graph import hold_weights, read_graph
 
     # Not by onnx's own reader, which refuses a data file with two names.
     model = read_graph(source)
     hold_weights(model)
     store_computed_weights(model)
+    if shapes:
+        infer_shapes(model)
     proto = ir.to_proto(model)
     make_weights_plain(proto, gemms=gemms)
     return proto

@@ -1,10 +1,14 @@
 """``--per-row`` on graphs: rows are the batch's, or the module has no slot and a reason."""
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import DOMAINS
 
+from converters.onnx.exporters import quantizing
+from converters.onnx.operators import find_site
 from loraport.errors import LoraportError
 
 IN, OUT = 6, 5
@@ -24,6 +28,11 @@ def graph(nodes, inputs, constants, rank):
 
 def product(x, y, name="fc"):
     return helper.make_node("MatMul", [x, f"{name}.weight"], [y], name=f"/{name}/{y}")
+
+
+def weight_of(model, number):
+    """Return what a node multiplies with, in float64."""
+    return find_site(ir.from_proto(model).graph[number]).weight().astype(np.float64)
 
 
 @pytest.mark.parametrize("shape", [[3, 3, IN], [None, None, IN]])
@@ -161,3 +170,31 @@ def test_a_sequence_between_modules_stays_one(slotted, adapter, ends):
     assert np.abs(changed - base).max() > 1
     if ends == "s":
         np.testing.assert_allclose(got[1][0][0], x[0] @ weights[0], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_told_behind_weights_that_are_stored_in_4_bits(slotted, adapter, tmp_path):
+    """Nothing infers shapes behind MatMulNBits; they are noted before."""
+    nodes = [product("x", "h"), helper.make_node("Relu", ["h"], ["r"]), product("r", "y", "other")]
+    constants = {"fc.weight": SQUARE, "other.weight": SQUARE + 1}
+    onnx.save(graph(nodes, {"x": ["batch", 4, IN]}, constants, 3), tmp_path / "m.onnx")
+    quantizing._QUANTIZERS["int4"](tmp_path / "m.onnx", tmp_path / "int4.onnx")
+    model = onnx.load(tmp_path / "int4.onnx")
+    assert [node.op_type for node in model.graph.node] == ["MatMulNBits", "Relu", "MatMulNBits"]
+    made = slotted(model, "lora", per_row=True)
+    assert [slot.name for slot in made.slots] == ["fc", "other"]
+    last = made.slots[1]
+    x = RANDOM.standard_normal((3, 4, IN)).astype(np.float32)
+    hidden = np.maximum(x @ weight_of(model, 0), 0)
+    base = hidden @ weight_of(model, 2)
+    zeros = {name: 0 * array for name, array in adapter(made.slots[0]).items()}
+    tensors = adapter(last)
+    got = made.run(x=x, adapter_ids=np.array([0, -1, 0]), **zeros, **tensors)[0]
+    change = hidden @ tensors[last.input_a].astype(np.float64) @ tensors[last.input_b]
+    plain = made.run(x=x)[0]
+    # Activations are rounded to 8 bits in every product.
+    np.testing.assert_allclose(plain, base, atol=0.03 * np.abs(base).max())
+    for row in (0, 2):
+        bound = 0.03 * np.abs(change[row]).max()
+        np.testing.assert_allclose(got[row] - plain[row], change[row], atol=bound)
+        assert bound > 0.01
+    np.testing.assert_array_equal(got[1], plain[1])
