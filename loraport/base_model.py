@@ -212,7 +212,8 @@ def load_model_as_it_is(
     """Load a base and tell which of its parameters its files do not hold; see `load_model`.
 
     Returns:
-        The model, and those parameters' names; transformers draws them at random.
+        The model, and those parameters' names; transformers draws them at random, here the same
+        each time, so that a bundle made with them can be verified.
     """
     import torch
     import transformers
@@ -228,12 +229,14 @@ def load_model_as_it_is(
             f"{architecture(directory)}{remedy}"
         )
     try:
-        model, loading = (model_class or transformers.AutoModel).from_pretrained(
-            directory,
-            dtype=dtype or torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(0)  # the GPUs' stay as they are
+            model, loading = (model_class or transformers.AutoModel).from_pretrained(
+                directory,
+                dtype=dtype or torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
     # A torn file, a quantization whose package is not here: each raises in a way of its own.
     except Exception as error:
         reason = _own_code(error) or str(error)

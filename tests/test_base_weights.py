@@ -135,3 +135,20 @@ def test_an_export_says_which_class_it_takes_where_none_is_named(tmp_path):
     assert said[0].endswith(
         "names no class (architectures): exported as LlamaModel, without a head"
     )
+
+
+def test_what_a_base_lacks_is_the_same_each_time(tmp_path):
+    """Else a bundle made with it belongs to another base as soon as it is verified."""
+    base, name = save_base(tmp_path / "base", bert()), "classifier.weight"
+    file = base / "model.safetensors"
+    weights = load_file(file)
+    whole = weights.pop(name)
+    save_file(weights, file, {"format": "pt"})
+    torch.manual_seed(1)
+    first = load_model(str(base)).get_parameter(name)
+    drawn = torch.rand(4)
+    assert torch.equal(load_model(str(base)).get_parameter(name), first)
+    assert first.std() > 0
+    assert not torch.equal(first, whole)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(4), drawn)
