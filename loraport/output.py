@@ -67,8 +67,8 @@ def refuse_existing(path: Path, *, force: bool, inputs: Iterable[Path | str | No
         )
     if path.is_symlink() and not force:
         raise LoraportError(
-            f"{path} is a link to {path.readlink()}; name that itself, choose another output, or "
-            "pass --force, which replaces the link and keeps what it leads to"
+            f"{path} is a link to {os.path.realpath(path)}; name that itself, choose another "
+            "output, or pass --force, which replaces the link and keeps what it leads to"
         )
     if os.path.lexists(path) and not force:
         raise LoraportError(f"{path} already exists; choose another output or pass --force")
