@@ -116,13 +116,14 @@ def _reference_model(
     Returns:
         The model, and what gives the parameters that the adapters were made for.
     """
+    from converters.onnx.exporters.loading import load_exported
     from converters.onnx.modules.graph_weights import load_graph_weights
-    from loraport.base_model import fingerprint_model, load_model
+    from loraport.base_model import fingerprint_model, resolve_base
     from loraport.bundle.manifest import MODEL_FILE
     from loraport.stored_tensors import stored_tensor, stored_tensors
 
     progress(f"loading {base} in PyTorch")
-    model = load_model(base)
+    model = load_exported(resolve_base(base), progress)
     paths = [path for path, _ in model.named_modules() if path in manifest.fingerprint.modules]
     manifest.fingerprint.require_same_base(
         fingerprint_model(model, paths), f"bundle {bundle}", f"base {base}"

@@ -208,6 +208,20 @@ def test_cuda_where_there_is_none(bundle, capsys, command):
     assert out == ""
 
 
+def test_a_verification_with_a_base_that_lacks_weights(bundle, tiny_base, tmp_path, capsys):
+    """Of the one that is missing no slot is, so that no fingerprint tells."""
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(tiny_base, tmp_path / "lacking")
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    code, out, err = call(capsys, "verify", bundle, "--base", base)
+    assert (code, out) == (2, "")
+    assert f"base {base}: expected all of the model's weights in its files" in err
+    assert "got none for 1, model.norm.weight among them" in err
+
+
 def test_a_flipped_byte_is_refused(own_bundle, capsys):
     data = bytearray((own_bundle / "model.onnx.data").read_bytes())
     data[100] ^= 1
