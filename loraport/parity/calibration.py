@@ -3,7 +3,8 @@
 A static int8 graph rounds activations to 8 bits of ranges that were measured beforehand and cuts
 off what lies outside of them, as an adapter's changes may. No slot can help that. Where the
 rounding stands beside the operators (``QuantizeLinear`` and ``DequantizeLinear``), the graph can
-be run without it: what is as far from PyTorch then has another cause.
+be run without it: what is as far from PyTorch then has another cause. Where the integers have no
+numbers below zero, they may be all that is left of a ``Relu``, which the quantizer took out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import numpy as np
-    from onnx import GraphProto
+    from onnx import GraphProto, NodeProto
 
 # Read integers of calibrated ranges and write such; what they compute has no other form.
 _IN_INTEGERS = ("QLinear", "QGemm")
@@ -29,10 +30,10 @@ _IN_INTEGERS = ("QLinear", "QGemm")
 def without_calibrated_ranges(file: Path) -> bytes | None:
     """Return a graph whose activations stay what they are where it would round and cut them off.
 
-    Weights stay rounded.
+    Weights stay rounded, and ranges that begin at zero still cut off what is below.
 
     Args:
-        file: The ``.onnx`` file; its data file is not read.
+        file: The ``.onnx`` file; of its data file at most zero points are read.
 
     Returns:
         The graph serialized, or ``None`` if nothing in it does that.
@@ -42,19 +43,37 @@ def without_calibrated_ranges(file: Path) -> bytes | None:
     model = onnx.load(str(file), load_external_data=False)
     computed = _computed(model.graph)
     quantized = {
-        node.output[0]: node.input[0]
+        node.output[0]: node
         for node in model.graph.node
         if node.op_type == "QuantizeLinear" and node.input[0] in computed
     }
     changed = False
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in quantized:
-            source = quantized[node.input[0]]
-            node.op_type, node.domain = "Identity", ""
+            quantize = quantized[node.input[0]]
+            cut = _begins_at_zero(quantize, model.graph, file.parent)
+            node.op_type, node.domain = "Relu" if cut else "Identity", ""
             del node.input[:], node.attribute[:]
-            node.input.append(source)
+            node.input.append(quantize.input[0])
             changed = True
     return model.SerializeToString() if changed else None
+
+
+def _begins_at_zero(quantize: NodeProto, graph: GraphProto, folder: Path) -> bool:
+    """Tell whether integers stand for no number below zero."""
+    import numpy as np
+    from onnx import TensorProto, numpy_helper
+
+    if len(quantize.input) < 3 or not quantize.input[2]:  # the zero point, which is 0 then
+        kinds = (TensorProto.UNDEFINED, TensorProto.UINT8, TensorProto.UINT16)
+        told = {attribute.name: attribute.i for attribute in quantize.attribute}
+        return told.get("output_dtype", TensorProto.UNDEFINED) in kinds
+    for stored in graph.initializer:
+        if stored.name == quantize.input[2]:
+            zero = numpy_helper.to_array(stored, str(folder))
+            whole = np.issubdtype(zero.dtype, np.integer)
+            return bool(whole and (zero == np.iinfo(zero.dtype).min).all())
+    return False
 
 
 def _computed(graph: GraphProto) -> set[str]:

@@ -110,17 +110,17 @@ def test_operators_on_integers_are_named(calibrated, tmp_path):
     assert "calibrated ranges may be the cause: QGemm, QLinear" in failed[PARITY]["detail"]
 
 
-def test_activations_stay_what_they_are_and_weights_rounded(tmp_path):
-    random = np.random.default_rng(0)
-    weight = random.standard_normal((7, 5)).astype(np.float32)
+def quantized_product(weight, zero, out):
+    """Save ``x W`` with all three quantized, the product by a zero point of its own; if any."""
     constants = {"W": weight, "scale": np.float32(0.05), "zero": np.int8(0)}
-    pairs = [("x", "x_dq"), ("W", "W_dq"), ("xW", "y")]
+    constants |= {} if zero is None else {"own": zero}
+    triples = [("x", "x_dq", "zero"), ("W", "W_dq", "zero"), ("xW", "y", "own")]
     nodes = [
-        node
-        for source, out in pairs
-        for node in (
-            helper.make_node("QuantizeLinear", [source, "scale", "zero"], [f"{out}_q"]),
-            helper.make_node("DequantizeLinear", [f"{out}_q", "scale", "zero"], [out]),
+        helper.make_node(operator, [value, "scale", *({point} & constants.keys())], [made])
+        for source, name, point in triples
+        for operator, value, made in (
+            ("QuantizeLinear", source, f"{name}_q"),
+            ("DequantizeLinear", f"{name}_q", name),
         )
     ]
     nodes.insert(4, helper.make_node("MatMul", ["x_dq", "W_dq"], ["xW"]))
@@ -131,14 +131,28 @@ def test_activations_stay_what_they_are_and_weights_rounded(tmp_path):
     stored = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], stored)
     model = helper.make_model(graph, opset_imports=DOMAINS[:1], ir_version=10)
-    onnx.save(model, tmp_path / "model.onnx")
+    onnx.save(model, out)
+
+
+# A range from zero on is all that is left of a Relu which the quantizer took out.
+@pytest.mark.parametrize(
+    ("zero", "cut"),
+    [(np.int8(0), False), (np.int8(-128), True), (np.uint8(0), True), (None, True)],
+)
+def test_activations_stay_what_they_are_and_weights_rounded(tmp_path, zero, cut):
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((7, 5)).astype(np.float32)
+    quantized_product(weight, zero, tmp_path / "model.onnx")
     x = 9 * random.standard_normal((4, 7)).astype(np.float32)
     rounded = 0.05 * np.rint(weight.astype(np.float64) / 0.05)
     free = without_calibrated_ranges(tmp_path / "model.onnx")
-    np.testing.assert_allclose(session(free).run(None, {"x": x})[0], x @ rounded, atol=1e-4)
+    got = session(free).run(None, {"x": x})[0]
+    expected = np.maximum(x @ rounded, 0) if cut else x @ rounded
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert bool(np.abs(got - x @ rounded).max() > 1) is cut
     assert np.abs(x @ rounded - x @ weight).max() > 0.1
-    cut = session(str(tmp_path / "model.onnx")).run(None, {"x": x})[0]
-    assert np.abs(cut).max() < 6.5 < np.abs(x @ rounded).max()
+    ranged = session(str(tmp_path / "model.onnx")).run(None, {"x": x})[0]
+    assert np.abs(ranged).max() < (13 if cut else 6.5) < np.abs(expected).max()
 
 
 def test_the_reference_has_the_rounded_embeddings_too(calibrated, made_bert, tmp_path):
