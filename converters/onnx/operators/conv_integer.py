@@ -30,14 +30,15 @@ def find_site(node: ir.Node) -> Site | None:
         return None
     shape = kernel.shape
     groups = node.attributes.get_int("group", 1)
+    source = quantized_from(x)
 
     def expose() -> Site:
-        source = as_floats(node, x, product.x_scale, x_zero, kernel.dtype)
-        return replace(site, x=source, expose=None)
+        left = as_floats(node, x, product.x_scale, x_zero, kernel.dtype)
+        return replace(site, x=left, expose=None)
 
     site = Site(
         node=node,
-        x=quantized_from(x) or x,
+        x=x if source is None else source,
         y=product.y,
         in_features=shape[1] * groups,
         out_features=shape[0],
@@ -48,6 +49,6 @@ def find_site(node: ir.Node) -> Site | None:
         kernel=tuple(shape[2:]),
         groups=groups,
         bias_is_fixed=product.biased,
-        expose=expose,
+        expose=expose if source is None else None,
     )
     return site

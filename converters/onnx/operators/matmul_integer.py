@@ -28,6 +28,7 @@ def find_site(node: ir.Node) -> Site | None:
     weight = integer_matrix(b, product.scale, b_zero)
     if weight is None:
         return None
+    source = quantized_from(a)
 
     def expose() -> Site:
         x = as_floats(node, a, product.x_scale, a_zero, weight.dtype)
@@ -35,7 +36,7 @@ def find_site(node: ir.Node) -> Site | None:
 
     site = Site(
         node=node,
-        x=quantized_from(a) or a,
+        x=a if source is None else source,
         y=product.y,
         in_features=weight.shape[0],
         out_features=weight.shape[1],
@@ -43,6 +44,6 @@ def find_site(node: ir.Node) -> Site | None:
         weight=weight.floats,
         quantized=True,
         bias_is_fixed=product.biased,
-        expose=expose,
+        expose=expose if source is None else None,
     )
     return site

@@ -23,6 +23,7 @@ def find_site(node: ir.Node) -> Site | None:
     weight = integer_matrix(b, constant(b_scale), b_zero)
     if a is None or weight is None or constant(a) is not None:
         return None
+    source = quantized_from(a)
 
     def expose() -> Site:
         x = as_floats(node, a, a_scale, a_zero, weight.dtype)
@@ -30,7 +31,7 @@ def find_site(node: ir.Node) -> Site | None:
 
     site = Site(
         node=node,
-        x=quantized_from(a) or a,
+        x=a if source is None else source,
         y=node.outputs[0],
         in_features=weight.shape[0],
         out_features=weight.shape[1],
@@ -38,6 +39,6 @@ def find_site(node: ir.Node) -> Site | None:
         weight=weight.floats,
         quantized=True,
         added=6 if bias is not None else None,
-        expose=expose,
+        expose=expose if source is None else None,
     )
     return site
