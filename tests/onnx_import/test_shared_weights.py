@@ -7,6 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import DOMAINS, session
+from onnxruntime import quantization
 
 from converters.onnx import add_adapters
 from converters.onnx.exporters.storing import sites_of
@@ -297,3 +298,34 @@ def test_a_weight_is_compared_with_embeddings_of_its_shape_alone(monkeypatch):
     tied = graph_names.tied_sites(named)
     assert [set(group) for group in tied] == [{"table", "head"}]
     assert compared == [(7, 7)]
+
+
+def test_what_is_called_like_a_head_of_integers_is_not_replaced_for_it(tmp_path):
+    """``QLinearMatMul`` holds the head's own rounded copy. Control: the layer is replaced."""
+    random = np.random.default_rng(0)
+    table, inner = (random.standard_normal(s).astype(np.float32) / 8 for s in ((96, 64), (64, 64)))
+    onnx.save(tied_model("lm_head.weight", table, inner, copied=True), tmp_path / "m.onnx")
+
+    class Calibration(quantization.CalibrationDataReader):
+        batches = iter([{"tokens": np.arange(96)[None]}])
+
+        def get_next(self):
+            return next(self.batches, None)
+
+    quantization.quantize_static(
+        tmp_path / "m.onnx",
+        tmp_path / "q.onnx",
+        Calibration(),
+        quant_format=quantization.QuantFormat.QOperator,
+        weight_type=quantization.QuantType.QInt8,
+        nodes_to_exclude=["/wte/Gather", "/fc/MatMul"],
+    )
+
+    def replaceable(name):
+        slots = SlotOptions(replace=(name,))
+        import_model(tmp_path / "q.onnx", tmp_path / name, ImportOptions(slots=slots))
+        return [each.parameter for each in read_manifest(tmp_path / name).slots.replacements]
+
+    assert replaceable("fc") == ["fc.weight"]
+    with pytest.raises(LoraportError, match=r"lm_head.*hold it as it is.*; merge"):
+        replaceable("lm_head")

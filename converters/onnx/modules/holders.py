@@ -201,14 +201,18 @@ class GraphHolders:
         self._by_site: dict[str, tuple[ir.Value, NamedSite | None]] = {}
         self._elsewhere: set[str] = set()  # the modules' operators read something else
         for entry in named:
-            if entry.site.expose is not None:
+            inside, name = entry.site.expose is not None, weight_name(entry.path)
+            if entry.site.quantized:
+                root = None
+            elif inside:  # of a larger operator, which may hold other weights
                 continue
-            root, name = _root(entry.site.node), weight_name(entry.path)
-            if root is not None and not entry.site.quantized:
+            else:
+                root = _root(entry.site.node)
+            if root is not None:
                 self._by_site.setdefault(name, (root, entry))
             elif (stored := weight_of(entry.site)) is not None and stored.name != name:
                 self._elsewhere.add(name)
-            if entry.site.bias_input is not None:
+            if entry.site.bias_input is not None and not inside:
                 bias = entry.site.node.inputs[entry.site.bias_input]
                 if bias is not None and bias.const_value is not None:
                     self._by_site.setdefault(bias_name(entry.path), (bias, None))
