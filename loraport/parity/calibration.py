@@ -9,6 +9,7 @@ numbers below zero, they may be all that is left of a ``Relu``, which the quanti
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import numpy as np
-    from onnx import GraphProto, NodeProto
+    from onnx import GraphProto, NodeProto, TensorProto
 
 # Read integers of calibrated ranges and write such; what they compute has no other form.
 _IN_INTEGERS = ("QLinear", "QGemm")
@@ -62,7 +63,7 @@ def without_calibrated_ranges(file: Path) -> bytes | None:
 def _begins_at_zero(quantize: NodeProto, graph: GraphProto, folder: Path) -> bool:
     """Tell whether integers stand for no number below zero."""
     import numpy as np
-    from onnx import TensorProto, numpy_helper
+    from onnx import TensorProto
 
     if len(quantize.input) < 3 or not quantize.input[2]:  # the zero point, which is 0 then
         kinds = (TensorProto.UNDEFINED, TensorProto.UINT8, TensorProto.UINT16)
@@ -70,10 +71,26 @@ def _begins_at_zero(quantize: NodeProto, graph: GraphProto, folder: Path) -> boo
         return told.get("output_dtype", TensorProto.UNDEFINED) in kinds
     for stored in graph.initializer:
         if stored.name == quantize.input[2]:
-            zero = numpy_helper.to_array(stored, str(folder))
+            zero = _array(stored, folder)
             whole = np.issubdtype(zero.dtype, np.integer)
             return bool(whole and (zero == np.iinfo(zero.dtype).min).all())
     return False
+
+
+def _array(stored: TensorProto, folder: Path) -> np.ndarray:
+    """Return a tensor's values; onnx's own reader refuses a data file that has two names."""
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    if stored.data_location != stored.EXTERNAL:
+        return numpy_helper.to_array(stored)
+    told = {entry.key: entry.value for entry in stored.external_data}
+    return np.fromfile(
+        folder / told["location"],
+        helper.tensor_dtype_to_np_dtype(stored.data_type),
+        math.prod(stored.dims),
+        offset=int(told.get("offset", 0)),
+    )
 
 
 def _computed(graph: GraphProto) -> set[str]:

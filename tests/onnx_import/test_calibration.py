@@ -155,6 +155,18 @@ def test_activations_stay_what_they_are_and_weights_rounded(tmp_path, zero, cut)
     assert np.abs(ranged).max() < (13 if cut else 6.5) < np.abs(expected).max()
 
 
+@pytest.mark.parametrize(("zero", "left"), [(np.int8(0), "Identity"), (np.int8(-128), "Relu")])
+def test_zero_points_are_read_from_data_that_has_two_names(tmp_path, zero, left):
+    """As a bundle's data file has, which it shares with the model that it was made from."""
+    quantized_product(np.ones((7, 5), np.float32), zero, tmp_path / "plain.onnx")
+    plain = onnx.load(tmp_path / "plain.onnx")
+    where = {"save_as_external_data": True, "location": "data", "size_threshold": 0}
+    onnx.save(plain, tmp_path / "model.onnx", **where)
+    (tmp_path / "again").hardlink_to(tmp_path / "data")
+    free = onnx.load_from_string(without_calibrated_ranges(tmp_path / "model.onnx"))
+    assert [node.op_type for node in free.graph.node if node.output[0] == "y"] == [left]
+
+
 def test_the_reference_has_the_rounded_embeddings_too(calibrated, made_bert, tmp_path):
     bundle = exported(calibrated, "QDQ", tmp_path / "out")
     model = made_bert.fresh_base().eval()
