@@ -16,6 +16,8 @@ from loraport.base_model import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_NAMED = 5
+
 
 def load_exported(directory: Path, progress: Callable[[str], None]) -> PreTrainedModel:
     """Load a base; of one that is no decoder, say which weights transformers drew at random.
@@ -38,8 +40,9 @@ def load_exported(directory: Path, progress: Callable[[str], None]) -> PreTraine
             f"{type(model).__name__}, without a head"
         )
     if missing:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         progress(
-            f"the base's files lack {', '.join(missing)}: drawn at random, so outputs that depend "
-            "on them mean nothing unless an adapter stores them (--replace)"
+            f"the base's files lack {', '.join(missing[:_NAMED])}{more}: drawn at random, so "
+            "outputs that depend on them mean nothing unless an adapter stores them (--replace)"
         )
     return model

@@ -9,11 +9,13 @@ already, as the activation would that may be folded into it; nothing can be adde
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 
 from converters.onnx.graph.quantized_values import holds_one_sign, only_reader, quantized_from
 from converters.onnx.graph.rewriting import Rewrite
-from converters.onnx.graph.site import inputs_of
+from converters.onnx.graph.site import Site, inputs_of
 
 _INTEGERS = (ir.DataType.INT8, ir.DataType.UINT8)
 _SCALES_OF_OUTPUTS = {"QLinearMatMul": 6, "QLinearConv": 6, "QGemm": 7}  # zero points follow
@@ -39,6 +41,30 @@ def float_input(node: ir.Node, index: int, dtype: ir.DataType) -> ir.Value:
     value, scale, zero = node.inputs[index : index + 3]
     assert value is not None
     return as_floats(node, value, scale, zero, dtype)
+
+
+def reading_floats(
+    site: Site, value: ir.Value, scale: ir.Value | None, zero: ir.Value | None
+) -> Site:
+    """Return a site whose ``x`` is the floating-point value of integers that its operator reads.
+
+    What dequantizes them goes in with a slot, where they are more than rounded.
+
+    Args:
+        site: The site; its ``x`` may be anything.
+        value: The integers.
+        scale: Of them.
+        zero: Their zero point.
+    """
+    source = quantized_from(value)
+    if source is not None:
+        return replace(site, x=source)
+
+    def expose() -> Site:
+        x = as_floats(site.node, value, scale, zero, site.dtype)
+        return replace(site, x=x)
+
+    return replace(site, x=value, expose=expose)
 
 
 def as_floats(

@@ -201,13 +201,11 @@ class GraphHolders:
         self._by_site: dict[str, tuple[ir.Value, NamedSite | None]] = {}
         self._elsewhere: set[str] = set()  # the modules' operators read something else
         for entry in named:
-            inside, name = entry.site.expose is not None, weight_name(entry.path)
-            if entry.site.quantized:
-                root = None
-            elif inside:  # of a larger operator, which may hold other weights
+            inside = entry.site.expose is not None
+            if inside and not entry.site.quantized:  # a larger operator may hold other weights
                 continue
-            else:
-                root = _root(entry.site.node)
+            name = weight_name(entry.path)
+            root = None if entry.site.quantized else _root(entry.site.node)
             if root is not None:
                 self._by_site.setdefault(name, (root, entry))
             elif (stored := weight_of(entry.site)) is not None and stored.name != name:

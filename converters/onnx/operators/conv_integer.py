@@ -7,13 +7,10 @@ zero, as a folded ``Relu`` would, a slot reads what it left.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import onnx_ir as ir
 
 from converters.onnx.graph.integer_weight import integer_kernel
-from converters.onnx.graph.quantized_ports import as_floats
-from converters.onnx.graph.quantized_values import quantized_from
+from converters.onnx.graph.quantized_ports import reading_floats
 from converters.onnx.graph.scaled_product import scaled_product
 from converters.onnx.graph.site import Site, inputs_of
 from loraport.adapter import ModuleKind
@@ -30,15 +27,9 @@ def find_site(node: ir.Node) -> Site | None:
         return None
     shape = kernel.shape
     groups = node.attributes.get_int("group", 1)
-    source = quantized_from(x)
-
-    def expose() -> Site:
-        left = as_floats(node, x, product.x_scale, x_zero, kernel.dtype)
-        return replace(site, x=left, expose=None)
-
     site = Site(
         node=node,
-        x=x if source is None else source,
+        x=x,
         y=product.y,
         in_features=shape[1] * groups,
         out_features=shape[0],
@@ -49,6 +40,5 @@ def find_site(node: ir.Node) -> Site | None:
         kernel=tuple(shape[2:]),
         groups=groups,
         bias_is_fixed=product.biased,
-        expose=expose if source is None else None,
     )
-    return site
+    return reading_floats(site, x, product.x_scale, x_zero)

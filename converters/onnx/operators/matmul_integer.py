@@ -8,13 +8,10 @@ slot reads what it left.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import onnx_ir as ir
 
 from converters.onnx.graph.integer_weight import integer_matrix
-from converters.onnx.graph.quantized_ports import as_floats
-from converters.onnx.graph.quantized_values import quantized_from
+from converters.onnx.graph.quantized_ports import reading_floats
 from converters.onnx.graph.scaled_product import scaled_product
 from converters.onnx.graph.site import Site, inputs_of
 
@@ -28,15 +25,9 @@ def find_site(node: ir.Node) -> Site | None:
     weight = integer_matrix(b, product.scale, b_zero)
     if weight is None:
         return None
-    source = quantized_from(a)
-
-    def expose() -> Site:
-        x = as_floats(node, a, product.x_scale, a_zero, weight.dtype)
-        return replace(site, x=x, expose=None)
-
     site = Site(
         node=node,
-        x=a if source is None else source,
+        x=a,
         y=product.y,
         in_features=weight.shape[0],
         out_features=weight.shape[1],
@@ -44,6 +35,5 @@ def find_site(node: ir.Node) -> Site | None:
         weight=weight.floats,
         quantized=True,
         bias_is_fixed=product.biased,
-        expose=expose if source is None else None,
     )
-    return site
+    return reading_floats(site, a, product.x_scale, a_zero)

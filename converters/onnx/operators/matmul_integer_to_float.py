@@ -6,14 +6,11 @@ ContribOperators documentation.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
 from converters.onnx.graph.integer_weight import integer_matrix
-from converters.onnx.graph.quantized_ports import as_floats
-from converters.onnx.graph.quantized_values import quantized_from
+from converters.onnx.graph.quantized_ports import reading_floats
 from converters.onnx.graph.site import Site, inputs_of
 
 
@@ -23,15 +20,9 @@ def find_site(node: ir.Node) -> Site | None:
     weight = integer_matrix(b, constant(b_scale), b_zero)
     if a is None or weight is None or constant(a) is not None:
         return None
-    source = quantized_from(a)
-
-    def expose() -> Site:
-        x = as_floats(node, a, a_scale, a_zero, weight.dtype)
-        return replace(site, x=x, expose=None)
-
     site = Site(
         node=node,
-        x=a if source is None else source,
+        x=a,
         y=node.outputs[0],
         in_features=weight.shape[0],
         out_features=weight.shape[1],
@@ -39,6 +30,5 @@ def find_site(node: ir.Node) -> Site | None:
         weight=weight.floats,
         quantized=True,
         added=6 if bias is not None else None,
-        expose=expose if source is None else None,
     )
-    return site
+    return reading_floats(site, a, a_scale, a_zero)
