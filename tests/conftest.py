@@ -3,6 +3,7 @@
 import copy
 import fcntl
 import functools
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,8 @@ import onnxruntime
 import pytest
 import torch
 from tiny_llm import ALL_LINEAR, LONG_PHI3, SOME_RANKS, save_adapter, save_base
+
+import loraport.bundle
 
 # Models this small only lose time to threads that wait for one another.
 torch.set_num_threads(1)
@@ -66,6 +69,27 @@ def session_threads():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnxruntime, "SessionOptions", OneThread)
         patch.setattr(onnxruntime.InferenceSession, "__init__", open_on_one_thread)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def manifests_as_described():
+    """Hold every manifest that a test writes against its JSON Schema."""
+    import jsonschema
+
+    from loraport.bundle.manifest import Manifest
+
+    described = Path(loraport.bundle.__file__).parent / "manifest.schema.json"
+    validator = jsonschema.Draft202012Validator(json.loads(described.read_text("utf-8")))
+    written = Manifest.to_json
+
+    def to_json(manifest):
+        text = written(manifest)
+        validator.validate(json.loads(text))
+        return text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Manifest, "to_json", to_json)
         yield
 
 

@@ -44,11 +44,11 @@ from converters.onnx.slots.inserting import (
 from converters.onnx.trial_run import TrialRuns, may_end_the_process
 from loraport.adapter import ModuleKind
 from loraport.bundle.base_values import write_base_values
+from loraport.bundle.content_hash import file_sha256
 from loraport.bundle.manifest import (
     MODEL_FILE,
     REQUIRED_MODEL_FILE,
     Manifest,
-    file_sha256,
     write_manifest,
 )
 from loraport.errors import LoraportError, Problems

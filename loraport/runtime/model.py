@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from loraport.bundle.base_values import BaseValues
+from loraport.bundle.content_hash import ContentHash
 from loraport.bundle.manifest import MODEL_FILE, Manifest, check_files, read_manifest
 from loraport.errors import LoraportError
 from loraport.option_checks import as_path, is_finite
@@ -39,8 +40,8 @@ class Runtime:
         bundle: The bundle's directory.
         provider: ``"cpu"`` or ``"cuda"``.
         threads: Threads inside operators; ONNX Runtime's choice unless told.
-        check: Compare every file with its hash first, and of adapters that are added later what
-            is used of them.
+        check: Compare every file with its sha256 first, and of adapters that are added later what
+            is used of them with its xxh3-128.
         float32_activations: Let quantized kernels compute in full precision.
         cuda_graphs: On CUDA, capture a decoder's step of one token once for each adapter and
             repeat it: text comes several times as fast where the GPU waits for the host. Runs
@@ -68,7 +69,7 @@ class Runtime:
         if check:
             check_files(self.manifest, self.directory)
         self._check = check
-        self._unread: dict[str, str] = {}  # path → hash, of adapters that were added since
+        self._unread: dict[str, ContentHash] = {}  # by path, of adapters that were added since
         self.provider = provider
         self._empty = empty_slots(self.manifest.slots, provider)  # the session points at it
         self.session = open_session(
@@ -119,7 +120,7 @@ class Runtime:
         with self._lock:
             self.manifest = manifest
             if self._check:
-                self._unread |= {path: sha for path, sha in new.items() if path in later}
+                self._unread |= {path: manifest.quickest_hash(path) for path in new.keys() & later}
             for name, entry in known.adapters.items():
                 if manifest.adapters.get(name) != entry or entry.tensors in new:
                     self._forget(name)
@@ -223,8 +224,8 @@ class Runtime:
     def _read(self, name: str) -> Mapping[str, Any]:
         if name not in self._packed:
             path = self.manifest.require_adapter(name).tensors
-            sha256 = self._unread.get(path)
-            self._packed[name] = read_packed(self.directory / path, self.manifest.slots, sha256)
+            expected = self._unread.get(path)
+            self._packed[name] = read_packed(self.directory / path, self.manifest.slots, expected)
             self._unread.pop(path, None)
         return self._packed[name]
 

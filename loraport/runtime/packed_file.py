@@ -7,7 +7,6 @@ is of the bytes that are used, and taken of each part while the next is read.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from threading import Lock
 
 import numpy as np
 
+from loraport.bundle.content_hash import ContentHash, Digest
 from loraport.checkpoint import NUMPY_DTYPES, TensorInfo, read_open_header
 from loraport.errors import LoraportError, Problems
 
@@ -25,7 +25,7 @@ _LEAST_PART = 8 << 20  # less is not worth a thread
 _HASHED_PART = 1 << 20  # stays in a core's cache until it is hashed
 
 
-def read_whole(file: Path, sha256: str | None = None) -> dict[str, np.ndarray]:
+def read_whole(file: Path, expected: ContentHash | None = None) -> dict[str, np.ndarray]:
     """Return all tensors of a ``.safetensors`` file, in its order.
 
     The file is read, not mapped: it may be replaced or cut short while a session uses them. It is
@@ -33,13 +33,13 @@ def read_whole(file: Path, sha256: str | None = None) -> dict[str, np.ndarray]:
 
     Args:
         file: The file.
-        sha256: What its content must hash to, if that is known.
+        expected: What its content must hash to, if that is known.
 
     Raises:
         LoraportError: If the file is damaged, cannot be read, is another one than the hash says,
             or holds dtypes unknown to numpy.
     """
-    digest = None if sha256 is None else hashlib.sha256()
+    digest = None if expected is None else expected.digest()
     try:
         with file.open("rb") as stream:
             infos, _ = read_open_header(stream, file)
@@ -53,10 +53,9 @@ def read_whole(file: Path, sha256: str | None = None) -> dict[str, np.ndarray]:
         raise LoraportError(f"{file}: {error}") from error
     except OSError as error:
         raise LoraportError(f"{file}: cannot be read: {error.strerror or error}") from error
-    if digest is not None and digest.hexdigest() != sha256:
+    if expected is not None and digest is not None and digest.hexdigest() != expected.digits:
         raise LoraportError(
-            f"{file}: expected sha256 {str(sha256)[:12]}, got {digest.hexdigest()[:12]}; copy it "
-            "again"
+            f"{file}: expected {expected}, got {digest.hexdigest()[:12]}; copy it again"
         )
     return {
         name: info.array(content[info.start : info.start + info.nbytes])
@@ -65,7 +64,7 @@ def read_whole(file: Path, sha256: str | None = None) -> dict[str, np.ndarray]:
 
 
 def _read(
-    stream: BufferedReader, infos: Collection[TensorInfo], digest: hashlib._Hash | None
+    stream: BufferedReader, infos: Collection[TensorInfo], digest: Digest | None
 ) -> np.ndarray:
     """Read a file, its tensors from an aligned address on, several parts of it at once."""
     start = min((info.start for info in infos), default=0)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from loraport.adapter import ModuleKind
+from loraport.bundle.content_hash import ContentHash
 from loraport.bundle.slots import Slot, SlotTable
 from loraport.errors import LoraportError, Problems
 from loraport.naming import weight_name
@@ -34,19 +35,21 @@ class ResidentAdapter:
     owners: tuple[Any, ...] = ()
 
 
-def read_packed(file: Path, table: SlotTable, sha256: str | None = None) -> dict[str, np.ndarray]:
+def read_packed(
+    file: Path, table: SlotTable, expected: ContentHash | None = None
+) -> dict[str, np.ndarray]:
     """Read a packed adapter and check it against the slot table.
 
     Args:
         file: ``.safetensors`` with tensors named like the slots' inputs.
         table: The slot table.
-        sha256: What the file's content must hash to; not compared unless given.
+        expected: What the file's content must hash to; not compared unless given.
 
     Raises:
         LoraportError: Naming every tensor that has no slot or does not fit it, or the file if it
             is damaged.
     """
-    tensors = read_whole(file, sha256)
+    tensors = read_whole(file, expected)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = Problems()
     known = set(table.inputs())

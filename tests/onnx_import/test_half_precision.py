@@ -97,3 +97,19 @@ def test_a_session_in_halves_holds_its_weights_in_float32_too(
     import_model(tmp_path / "m.onnx", tmp_path / "out", options, progress=said.append)
     assert any("GB of memory are free" in text for text in said) is told
     assert bool(read_manifest(tmp_path / "out").golden) is not told
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [(TensorProto.FLOAT16, "fp16"), (TensorProto.BFLOAT16, "bf16"), (TensorProto.FLOAT, "fp32")],
+)
+def test_a_graph_of_halves_is_called_by_its_own(kind, precision, tmp_path):
+    """Bounds and PyTorch's reference go by it: bfloat16's eight bits are not float16's eleven."""
+    ends = [helper.make_tensor_value_info(n, kind, ["rows", 8]) for n in "xy"]
+    weight = helper.make_tensor("fc.weight", kind, [8, 8], WEIGHT[:, :1].repeat(8, 1).ravel())
+    node = helper.make_node("MatMul", ["x", "fc.weight"], ["y"])
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+    import_model(tmp_path / "m.onnx", tmp_path / "out", ImportOptions())
+    assert read_manifest(tmp_path / "out").precision == precision

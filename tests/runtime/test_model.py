@@ -185,17 +185,33 @@ class TestSwaps:
             add_adapters(own_bundle, {name: read_adapter(adapter_b)})
         flip_byte(own_bundle / "adapters" / "late.safetensors")
         runtime.refresh()
+        damaged = r"adapters/late\.safetensors: expected xxh3-128"
         for _ in range(2):
-            with pytest.raises(LoraportError, match=r"adapters/late\.safetensors: expected sha256"):
+            with pytest.raises(LoraportError, match=damaged):
                 logits(runtime, prompts[0], "late")
         runtime.refresh()
-        with pytest.raises(LoraportError, match=r"adapters/late\.safetensors: expected sha256"):
+        with pytest.raises(LoraportError, match=damaged):
             logits(runtime, prompts[0], "late")
         got, b = (logits(runtime, prompts[0], name) for name in ("sound", "b"))
         assert np.array_equal(got, b)
         # The control: a runtime that is told not to check takes it.
         unchecked = logits(Runtime(own_bundle, threads=1, check=False), prompts[0], "late")
         assert not np.array_equal(unchecked, b)
+
+    def test_where_a_manifest_has_sha256_alone_that_is_compared(
+        self, own_bundle, adapter_b, prompts
+    ):
+        """As manifests have that were written before."""
+        runtime = Runtime(own_bundle, threads=1)
+        for name in ("late", "sound"):
+            add_adapters(own_bundle, {name: read_adapter(adapter_b)})
+        write_manifest(replace(read_manifest(own_bundle), xxh3={}), own_bundle)
+        flip_byte(own_bundle / "adapters" / "late.safetensors")
+        runtime.refresh()
+        with pytest.raises(LoraportError, match=r"adapters/late\.safetensors: expected sha256"):
+            logits(runtime, prompts[0], "late")
+        got, b = (logits(runtime, prompts[0], name) for name in ("sound", "b"))
+        assert np.array_equal(got, b)
 
     def test_an_adapter_in_use_stays_until_what_replaces_it_is_known_to_be_sound(
         self, own_bundle, adapter_b, prompts

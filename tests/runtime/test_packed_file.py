@@ -1,6 +1,5 @@
 """Packed adapters read in one stretch, against safetensors' own reader."""
 
-import hashlib
 import os
 
 import numpy as np
@@ -8,12 +7,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loraport.bundle.content_hash import SHA256, XXH3, ContentHash, file_sha256, file_xxh3
 from loraport.errors import LoraportError
 from loraport.runtime import packed_file
 from loraport.runtime.packed_file import read_whole
 from loraport.runtime.values import torch_of
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+
+
+@pytest.fixture(params=[SHA256, XXH3])
+def hash_of(request):
+    """Take a file's hash by one algorithm."""
+    taken = {SHA256: file_sha256, XXH3: file_xxh3}[request.param]
+    return lambda path: ContentHash(request.param, taken(path))
 
 
 @pytest.fixture
@@ -43,13 +50,13 @@ def test_tensors_are_those_of_safetensors(file):
     assert not same(got["1.torch.float32"][::-1].copy(), expected["1.torch.float32"])
 
 
-def test_parts_read_at_once_are_put_together(file, monkeypatch):
+def test_parts_read_at_once_are_put_together(file, hash_of, monkeypatch):
     monkeypatch.setattr(packed_file, "_LEAST_PART", 7)
     monkeypatch.setattr(packed_file, "_HASHED_PART", 11)
     monkeypatch.setattr(packed_file.os, "cpu_count", lambda: 3)
     expected = load_file(file)
-    for sha256 in (None, hashlib.sha256(file.read_bytes()).hexdigest()):
-        got = read_whole(file, sha256)
+    for content_hash in (None, hash_of(file)):
+        got = read_whole(file, content_hash)
         assert all(same(got[name], tensor) for name, tensor in expected.items())
 
 
@@ -66,22 +73,33 @@ def test_tensors_begin_where_vector_instructions_like_it(file):
 
 
 @pytest.mark.parametrize("position", [30, -1], ids=["header", "tensors"])
-def test_a_file_that_is_not_the_one_the_hash_says(file, position):
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    read_whole(file, sha256)
+def test_a_file_that_is_not_the_one_the_hash_says(file, position, hash_of):
+    right = hash_of(file)
+    read_whole(file, right)
     content = bytearray(file.read_bytes())
     content[position] ^= 1
     file.write_bytes(content)
-    with pytest.raises(LoraportError, match=rf"expected sha256 {sha256[:12]}|safetensors header"):
-        read_whole(file, sha256)
+    with pytest.raises(LoraportError, match=rf"expected {right}, got|safetensors header"):
+        read_whole(file, right)
 
 
-def test_a_file_without_tensors_is_hashed_too(tmp_path):
+def test_a_file_without_tensors_is_hashed_too(tmp_path, hash_of):
     save_file({}, tmp_path / "none", {"note": "a"})
-    sha256 = hashlib.sha256((tmp_path / "none").read_bytes()).hexdigest()
-    assert read_whole(tmp_path / "none", sha256) == {}
-    with pytest.raises(LoraportError, match="expected sha256 000"):
-        read_whole(tmp_path / "none", "0" * 64)
+    right = hash_of(tmp_path / "none")
+    assert read_whole(tmp_path / "none", right) == {}
+    wrong = ContentHash(right.algorithm, "0" * len(right.digits))
+    with pytest.raises(LoraportError, match=f"expected {right.algorithm} 000"):
+        read_whole(tmp_path / "none", wrong)
+
+
+def test_hashes_are_those_of_the_algorithms(tmp_path):
+    """The vectors that come with sha256 (FIPS 180-4) and xxHash's own of nothing."""
+    (tmp_path / "abc").write_bytes(b"abc")
+    (tmp_path / "empty").write_bytes(b"")
+    assert file_sha256(tmp_path / "abc") == (
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
+    assert file_xxh3(tmp_path / "empty") == "99aa06d3014798d86001c324468d497f"
 
 
 def test_dtypes_that_numpy_lacks_are_named(tmp_path):
@@ -114,7 +132,7 @@ def test_a_file_that_shrinks_while_it_is_read(file, after_the_header):
 
 @pytest.mark.parametrize("hashed", [False, True])
 def test_a_file_that_is_replaced_while_it_is_read_is_the_one_that_was_opened(
-    file, after_the_header, hashed
+    file, after_the_header, hashed, hash_of
 ):
     """The other has the same numbers in other tensors, of which the first header would cut."""
     expected, content = load_file(file), file.read_bytes()
@@ -122,13 +140,14 @@ def test_a_file_that_is_replaced_while_it_is_read_is_the_one_that_was_opened(
     save_file({f"longer.{name}": tensor for name, tensor in expected.items()}, other)
     replacing = other.read_bytes()
     assert len(replacing) > len(content)
+    right = hash_of(file)
     after_the_header(lambda path: os.replace(other, path))
-    got = read_whole(file, hashlib.sha256(content).hexdigest() if hashed else None)
+    got = read_whole(file, right if hashed else None)
     assert file.read_bytes() == replacing
     assert all(same(got[name], tensor) for name, tensor in expected.items())
     save_file(expected, other)
-    with pytest.raises(LoraportError, match="expected sha256"):
-        read_whole(file, hashlib.sha256(content).hexdigest())
+    with pytest.raises(LoraportError, match=f"expected {right}"):
+        read_whole(file, right)
 
 
 def test_where_nothing_reads_at_a_position(file, monkeypatch):

@@ -19,7 +19,7 @@ from loraport.errors import LoraportError
 _BITS = 8  # of quantized weights whose operator does not say
 # Operators whose numbers are of 4 bits where they do not say how wide they are.
 _NARROW = ("GatherBlockQuantized", "MatMulBnb4", "MatMulNBits")
-_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_HALVES = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 # What searches for a continuation, with a decoder inside.
 _FLOAT32_ALONE = ("BeamSearch", "GreedySearch", "Sampling", "WhisperBeamSearch")
 _NAMED = 5
@@ -91,14 +91,14 @@ def sites_of(model: ir.Model) -> list[Site]:
 def stored_precision(sites: Iterable[Site]) -> str:
     """Return how weights are stored, by the coarsest of them."""
     found = {_stored(site) for site in sites}
-    return next((each for each in ("int4", "int8", "fp16") if each in found), "fp32")
+    return next((each for each in ("int4", "int8", "bf16", "fp16") if each in found), "fp32")
 
 
 def _stored(site: Site) -> str:
     if site.quantized:
         bits = 4 if site.node.op_type in _NARROW or _reads_narrow(site) else _BITS
         return "int4" if site.node.attributes.get_int("bits", bits) <= 4 else "int8"
-    return "fp16" if site.dtype in _HALVES else "fp32"
+    return _HALVES.get(site.dtype, "fp32")
 
 
 def _told(site: Site) -> str:
