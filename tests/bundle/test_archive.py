@@ -263,5 +263,7 @@ def test_without_takes_out_an_adapter_with_its_files(tmp_path):
     manifest = read_manifest(bundle)
     left = manifest.without(["a"])
     assert list(left.adapters) == ["b"]
-    assert not any("adapters/a." in path for path in left.files)
-    assert replace(left, adapters={}, files={}) == replace(manifest, adapters={}, files={})
+    assert not any("adapters/a." in path for path in (*left.files, *left.xxh3))
+    assert left.xxh3 == {"adapters/b.safetensors": manifest.xxh3["adapters/b.safetensors"]}
+    nothing = {"adapters": {}, "files": {}, "xxh3": {}}
+    assert replace(left, **nothing) == replace(manifest, **nothing)
