@@ -32,12 +32,10 @@ def find_site(node: ir.Node) -> Site | None:
     if node.attributes.get_int("transA", 0):
         return None
     transposed = bool(node.attributes.get_int("transB", 0))
-    alpha = node.attributes.get_float("alpha", 1.0)
     rows, columns = reversed(weight.shape) if transposed else weight.shape
 
     def stored_as_in_out() -> np.ndarray:
-        array = weight.floats(axis=0).T if transposed else weight.floats()
-        return array if alpha == 1.0 else array * np.asarray(alpha, array.dtype)
+        return weight.floats(axis=0).T if transposed else weight.floats()
 
     def expose() -> Site:
         x, y = float_input(node, 0, weight.dtype), node.outputs[0]
@@ -53,6 +51,7 @@ def find_site(node: ir.Node) -> Site | None:
         out_features=columns,
         dtype=weight.dtype,
         weight=stored_as_in_out,
+        alpha=node.attributes.get_float("alpha", 1.0),
         quantized=True,
         bias_is_fixed=bias is not None,
         expose=expose,

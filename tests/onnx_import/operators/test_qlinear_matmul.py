@@ -1,8 +1,11 @@
 """QLinearMatMul and QGemm: integers in and out, an adapter in floating point between."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
+from converters.onnx.operators import find_site
 
 IN, OUT, ROWS = 7, 5, 4
 XS, XZ, YS, YZ = np.float32(0.02), np.uint8(128), np.float32(0.1), np.uint8(120)
@@ -132,3 +135,28 @@ def test_a_gain_that_no_slot_can_have_is_told(slotted, bias):
     assert slot.gain is not bias
     reason = "this operator adds a bias that no gain may scale and that cannot be taken out of it"
     assert made.unslotted == ({"mm.lora_gain": reason} if bias else {})
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_qgemm_scales_its_product_by_scales_what_an_adapter_adds(
+    slotted, adapter, transposed
+):
+    """As ``Gemm``'s alpha does, which the quantizer leaves in the operator."""
+    found, weight = constants(True, transposed)
+    found["c"] = np.full(OUT, 7, np.int32)
+    inputs = ["xq", "xs", "xz", "w", "ws", "wz", "c"]
+    node = helper.make_node(
+        "QGemm", inputs, ["y"], name="mm", domain="com.microsoft", alpha=0.25, transB=transposed
+    )
+    quantize = helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"])
+    model = graph([quantize, node], found)
+    made = slotted(model)
+    (slot,) = made.slots
+    x = np.random.default_rng(1).standard_normal((ROWS, IN)).astype(np.float32)
+    tensors = adapter(slot)
+    a, b = (tensors[f"{slot.name}.{role}"].astype(np.float64) for role in ("lora_A", "lora_B"))
+    change = made.run(x=x, **tensors)[0] - made.run_original(x=x)[0]
+    np.testing.assert_allclose(change, 0.25 * x @ a @ b, atol=1e-5)
+    assert np.abs(change).max() > 0.1
+    site = find_site(next(n for n in ir.from_proto(model).graph if n.op_type == "QGemm"))
+    np.testing.assert_allclose(site.weight(), weight, rtol=1e-6)
