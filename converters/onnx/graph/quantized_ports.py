@@ -4,7 +4,7 @@ The integers stay what they are: an input is dequantized beside the operator, an
 dequantized, changed and quantized again with the same scale. Without a change that gives the
 same integers; with one the output's calibrated range still holds, so what an adapter adds beyond
 it is cut off. An operator whose integers hold numbers of one sign alone has cut off its product
-already, as the activation would that may be folded into it; nothing can be added before.
+already, as the activation would that may be folded into it: see `product_in_floats`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,11 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from converters.onnx.graph.quantized_values import holds_one_sign, only_reader, quantized_from
+from converters.onnx.graph.quantized_values import only_reader, quantized_from
 from converters.onnx.graph.rewriting import Rewrite
-from converters.onnx.graph.site import Site, inputs_of
+from converters.onnx.graph.site import Site
 
 _INTEGERS = (ir.DataType.INT8, ir.DataType.UINT8)
-_SCALES_OF_OUTPUTS = {"QLinearMatMul": 6, "QLinearConv": 6, "QGemm": 7}  # zero points follow
-
-
-def cuts_its_product_off(node: ir.Node) -> bool:
-    """Tell whether an operator gives integers that stand for numbers of one sign alone."""
-    index = _SCALES_OF_OUTPUTS.get(node.op_type)
-    if index is None:
-        return False
-    scale, zero = inputs_of(node, index + 2)[index:]
-    return scale is not None and holds_one_sign(zero, node.outputs[0].dtype or ir.DataType.UINT8)
 
 
 def float_input(node: ir.Node, index: int, dtype: ir.DataType) -> ir.Value:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
-from converters.onnx.graph.quantized_ports import cuts_its_product_off
+from converters.onnx.graph.product_in_floats import cuts_its_product_off
 from converters.onnx.modules.weight_origins import MULTIPLYING, WeightOrigins, only_multiplies
 from converters.onnx.operators import einsum, gather
 

@@ -13,12 +13,10 @@ import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
 from converters.onnx.graph.integer_weight import integer_matrix
-from converters.onnx.graph.quantized_ports import (
-    cuts_its_product_off,
-    float_input,
-    float_output,
-)
+from converters.onnx.graph.product_in_floats import cuts_its_product_off, has_floats, in_floats
+from converters.onnx.graph.quantized_ports import float_input, float_output
 from converters.onnx.graph.site import Site, inputs_of
+from converters.onnx.operators import gemm
 
 
 def find_site(node: ir.Node) -> Site | None:
@@ -27,7 +25,8 @@ def find_site(node: ir.Node) -> Site | None:
     weight = integer_matrix(b, constant(b_scale), b_zero)
     if a is None or weight is None:
         return None
-    if cuts_its_product_off(node):
+    cut_off = cuts_its_product_off(node)
+    if cut_off and not has_floats(node):
         return None
     if node.attributes.get_int("transA", 0):
         return None
@@ -38,6 +37,8 @@ def find_site(node: ir.Node) -> Site | None:
         return weight.floats(axis=0).T if transposed else weight.floats()
 
     def expose() -> Site:
+        if cut_off:
+            return in_floats(node, gemm.find_site, axis=0 if transposed else 1)
         x, y = float_input(node, 0, weight.dtype), node.outputs[0]
         if y_scale is not None:
             y = float_output(node, y_scale, y_zero, weight.dtype)
@@ -53,7 +54,7 @@ def find_site(node: ir.Node) -> Site | None:
         weight=stored_as_in_out,
         alpha=node.attributes.get_float("alpha", 1.0),
         quantized=True,
-        bias_is_fixed=bias is not None,
+        bias_is_fixed=bias is not None and not cut_off,
         expose=expose,
     )
     return site

@@ -11,12 +11,10 @@ import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
 from converters.onnx.graph.integer_weight import integer_kernel
-from converters.onnx.graph.quantized_ports import (
-    cuts_its_product_off,
-    float_input,
-    float_output,
-)
+from converters.onnx.graph.product_in_floats import cuts_its_product_off, has_floats, in_floats
+from converters.onnx.graph.quantized_ports import float_input, float_output
 from converters.onnx.graph.site import Site, inputs_of
+from converters.onnx.operators import conv
 from loraport.adapter import ModuleKind
 
 
@@ -26,7 +24,8 @@ def find_site(node: ir.Node) -> Site | None:
     kernel = integer_kernel(w, constant(w_scale), w_zero)
     if a is None or kernel is None or y_scale is None:
         return None
-    if cuts_its_product_off(node):
+    cut_off = cuts_its_product_off(node)
+    if cut_off and not has_floats(node):
         return None
     if node.attributes.get_int("channels_last", 0):
         return None
@@ -34,6 +33,8 @@ def find_site(node: ir.Node) -> Site | None:
     groups = node.attributes.get_int("group", 1)
 
     def expose() -> Site:
+        if cut_off:
+            return in_floats(node, conv.find_site, axis=0, without=("channels_last",))
         x = float_input(node, 0, kernel.dtype)
         y = float_output(node, y_scale, y_zero, kernel.dtype)
         return replace(site, x=x, y=y, expose=None)
@@ -50,7 +51,7 @@ def find_site(node: ir.Node) -> Site | None:
         kind=ModuleKind.CONV,
         kernel=tuple(shape[2:]),
         groups=groups,
-        bias_is_fixed=bias is not None,
+        bias_is_fixed=bias is not None and not cut_off,
         expose=expose,
     )
     return site

@@ -12,12 +12,10 @@ import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
 from converters.onnx.graph.integer_weight import integer_matrix
-from converters.onnx.graph.quantized_ports import (
-    cuts_its_product_off,
-    float_input,
-    float_output,
-)
+from converters.onnx.graph.product_in_floats import cuts_its_product_off, has_floats, in_floats
+from converters.onnx.graph.quantized_ports import float_input, float_output
 from converters.onnx.graph.site import Site, inputs_of
+from converters.onnx.operators import matmul
 
 
 def find_site(node: ir.Node) -> Site | None:
@@ -26,10 +24,13 @@ def find_site(node: ir.Node) -> Site | None:
     weight = integer_matrix(b, constant(b_scale), b_zero)
     if a is None or weight is None or y_scale is None or constant(a) is not None:
         return None
-    if cuts_its_product_off(node):
+    cut_off = cuts_its_product_off(node)
+    if cut_off and not has_floats(node):
         return None
 
     def expose() -> Site:
+        if cut_off:
+            return in_floats(node, matmul.find_site)
         x = float_input(node, 0, weight.dtype)
         y = float_output(node, y_scale, y_zero, weight.dtype)
         return replace(site, x=x, y=y, expose=None)

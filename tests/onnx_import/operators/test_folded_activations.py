@@ -129,53 +129,120 @@ def test_weights_of_4_bits_behind_it_are_held_to_the_8_bits_of_activations():
     assert stored_precision(sites) == "int8"
 
 
+ALPHA = 0.5  # of QGemm, whose bias it multiplies, too
+
+
+def in_integers(operator, kind, opset=17):
+    """Return ``x -> fc1 (a Relu is folded in) -> fc2 -> y`` of integers, both weights, fc1's bias.
+
+    fc1's weight has a scale for each output.
+    """
+    zeros = dict(zip("xhy", TYPES[kind][:3], strict=True))
+    found = {f"{name}.scale": SCALES[name] for name in "xhy"}
+    found |= {f"{name}.zero": zero for name, zero in zeros.items()}
+    weights, bias = {}, 0.0
+    nodes = [helper.make_node("QuantizeLinear", ["x", "x.scale", "x.zero"], ["x.q"])]
+    for name, shape, before, after in (("fc1", (IN, HIDDEN), *"xh"), ("fc2", (HIDDEN, OUT), *"hy")):
+        stored, weights[name] = integers(shape, len(nodes))
+        columns = shape[1] if name == "fc1" else ()
+        factors = np.random.default_rng(3).uniform(0.5, 1.5, columns)
+        found |= {f"{name}.s": np.float32(0.01 * factors), f"{name}.z": np.zeros(columns, np.int8)}
+        weights[name] = stored * found[f"{name}.s"].astype(np.float64)
+        inputs = [f"{before}.q", f"{before}.scale", f"{before}.zero"]
+        inputs += [f"{name}.weight", f"{name}.s", f"{name}.z"]
+        outer = [f"{after}.scale", f"{after}.zero"]
+        attributes = {}
+        if operator == "QLinearConv":
+            stored = stored.T.reshape(*reversed(shape), 1)
+        if operator == "QGemm":
+            stored, attributes = stored.T.copy(), {"domain": "com.microsoft", "transB": 1}
+        if name == "fc1" and operator == "QGemm":
+            attributes["alpha"] = ALPHA
+        if name == "fc1" and operator != "QLinearMatMul":
+            found["bias"] = np.random.default_rng(4).integers(-900, 900, HIDDEN).astype(np.int32)
+            bias = found["bias"] * np.float64(SCALES["x"]) * found["fc1.s"]
+            outer = ["bias", *outer] if operator == "QGemm" else [*outer, "bias"]
+        elif operator == "QGemm":
+            outer = ["", *outer]
+        found[f"{name}.weight"] = stored
+        made = [f"{after}.q"]
+        nodes += [helper.make_node(operator, inputs + outer, made, f"/{name}/q", **attributes)]
+    nodes += [helper.make_node("DequantizeLinear", ["y.q", "y.scale", "y.zero"], ["y"])]
+    dims = ["rows", "in"] if operator != "QLinearConv" else [ROWS, "in", 1]
+    stored_as = helper.np_dtype_to_tensor_dtype(zeros["h"].dtype)
+    graph = helper.make_graph(
+        nodes,
+        "integers",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", IN, *dims[2:]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", OUT, *dims[2:]])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in found.items()],
+        value_info=[helper.make_tensor_value_info("h.q", stored_as, ["rows", HIDDEN, *dims[2:]])],
+    )
+    domains = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=domains, ir_version=8), weights, bias
+
+
 @pytest.mark.parametrize("kind", ["uint8", "int8"])
 @pytest.mark.parametrize("operator", ["QLinearMatMul", "QGemm", "QLinearConv"])
-def test_a_product_that_is_cut_off_inside_its_operator_is_told(slotted, operator, kind):
-    """Behind it, nothing tells what was below zero; with another zero point it has a slot."""
-    xz, hz, yz, *_ = TYPES[kind]
-    shape = (HIDDEN, IN, 1) if operator == "QLinearConv" else (IN, HIDDEN)
-    stored, _ = integers(shape, 0)
-    found = {"xs": SCALES["x"], "xz": xz, "ys": SCALES["h"], "w": stored}
-    found |= {"ws": np.float32(0.01), "wz": np.int8(0)}
-    scales = ["x", "xs", "xz", "w", "ws", "wz", *([""] if operator == "QGemm" else []), "ys", "yz"]
-    node = helper.make_node(
-        operator,
-        scales,
-        ["y"],
-        name="product",
-        domain="com.microsoft" if operator == "QGemm" else "",
-    )
-    element = TensorProto.UINT8 if kind == "uint8" else TensorProto.INT8
-    size = [1] if operator == "QLinearConv" else []
-    other = helper.make_node("MatMul", ["z", "other"], ["v"], name="/other/MatMul")
+@pytest.mark.parametrize("controls", [{}, {"strength": True}, {"per_row": True}, {"gain": True}])
+def test_an_adapter_is_added_before_what_an_operator_of_integers_cuts_off(
+    slotted, adapter, operator, kind, controls
+):
+    model, weights, bias = in_integers(operator, kind)
+    variants = ["conv" if operator == "QLinearConv" else "lora"]
+    variants += ["gain"] if "gain" in controls else []
+    made = slotted(model, *variants, **{k: v for k, v in controls.items() if k != "gain"})
+    assert [slot.name for slot in made.slots] == ["fc1", "fc2"]
+    xz, hz, yz, low, high = map(int, TYPES[kind])
+    x = np.random.default_rng(9).standard_normal((ROWS, IN)).astype(np.float32)
+    fed = x[:, :, None] if operator == "QLinearConv" else x
+    slot = made.slots[0]
+    assert slot.gain == ("gain" in controls)  # the bias is apart from the product
+    tensors = adapter(slot, size=0.7)
+    a, b = (tensors[f"fc1.{role}"].astype(np.float64) for role in ("lora_A", "lora_B"))
+    delta = a[:, :, 0].T @ b[:, :, 0].T if operator == "QLinearConv" else a @ b
+    alpha = ALPHA if operator == "QGemm" else 1.0
+    gains = np.linspace(0.5, 1.5, HIDDEN) if slot.gain else np.ones(HIDDEN)
+    own = np.ones((ROWS, 1))
 
-    def graph(zero):
-        constants = found | {"yz": zero, "other": np.ones((2, 3), np.float32)}
-        made = helper.make_graph(
-            [node, other],
-            "integers",
-            [
-                helper.make_tensor_value_info("x", element, ["rows", IN, *size]),
-                helper.make_tensor_value_info("z", TensorProto.FLOAT, ["rows", 2]),
-            ],
-            [
-                helper.make_tensor_value_info("y", element, ["rows", HIDDEN, *size]),
-                helper.make_tensor_value_info("v", TensorProto.FLOAT, ["rows", 3]),
-            ],
-            [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
-        )
-        domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-        return helper.make_model(made, opset_imports=domains, ir_version=10)
+    def wanted(relu=True):
+        rounded = quantized(x.astype(np.float64), SCALES["x"], xz, low, high)
+        hidden = alpha * (rounded @ (weights["fc1"] * gains) + bias + own * (x @ delta))
+        if relu:
+            hidden = quantized(hidden, SCALES["h"], hz, low, high)
+        return quantized(hidden @ weights["fc2"], SCALES["y"], yz, low, high)
 
-    told = slotted(graph(hz), "lora", "conv")
-    assert [slot.name for slot in told.slots] == ["other"]
+    base = made.run_original(x=fed)[0]
+    # Products in floats and in integers may lie on two sides of what is between two steps.
+    np.testing.assert_allclose(made.run(x=fed)[0], base, atol=1.01 * SCALES["y"])
+    if slot.gain:
+        tensors["fc1.lora_gain"] = gains.astype(np.float32)
+    if "strength" in controls:
+        tensors["lora_strength"], own = np.array([0.5], np.float32), np.full((ROWS, 1), 0.5)
+    if "per_row" in controls:
+        own = np.array([[0.0], [1], [0], [1]])
+        tensors["adapter_ids"] = own[:, 0].astype(np.int64) - 1
+    got = made.run(x=fed, **tensors)[0].reshape(ROWS, OUT)
+    # A step of h moves fc2's product by less than a step of y.
+    np.testing.assert_allclose(got, wanted(), atol=1.01 * SCALES["y"])
+    assert np.abs(wanted() - base.reshape(ROWS, OUT)).max() > 4 * SCALES["y"]
+    assert np.abs(wanted() - wanted(relu=False)).max() > 4 * SCALES["y"]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int8"])
+@pytest.mark.parametrize("operator", ["QLinearMatMul", "QGemm", "QLinearConv"])
+def test_an_operator_of_integers_whose_floats_no_operator_can_dequantize_is_told(
+    slotted, operator, kind
+):
+    """Before opset 13 nothing dequantizes by a scale for each output."""
+    model, *_ = in_integers(operator, kind, opset=12)
+    told = slotted(model, "lora", "conv")
+    assert [slot.name for slot in told.slots] == ["fc2"]
     domain = "com.microsoft." if operator == "QGemm" else ""
     assert told.unslotted == {
-        "product": f"{domain}{operator}: its integers have no numbers below or above zero, as "
+        "/fc1/q": f"{domain}{operator}: its integers have no numbers below or above zero, as "
         "where an activation is folded in; quantize in the format QDQ"
     }
-    assert sorted(slot.name for slot in slotted(graph(yz), "lora", "conv").slots) != ["other"]
 
 
 def integer_product(operator, zero, scales):

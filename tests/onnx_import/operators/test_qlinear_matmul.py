@@ -138,9 +138,7 @@ def test_a_gain_that_no_slot_can_have_is_told(slotted, bias):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_what_qgemm_scales_its_product_by_scales_what_an_adapter_adds(
-    slotted, adapter, transposed
-):
+def test_what_qgemm_scales_its_product_by_scales_what_an_adapter_adds(slotted, adapter, transposed):
     """As ``Gemm``'s alpha does, which the quantizer leaves in the operator."""
     found, weight = constants(True, transposed)
     found["c"] = np.full(OUT, 7, np.int32)
