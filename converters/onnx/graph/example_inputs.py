@@ -29,6 +29,7 @@ class _Sizes:
     batch: int
     size: int
     inner: frozenset[str]  # names of dimensions that stand behind others, and are no batch
+    layers_first: bool = False  # a number that stands first is no batch, but what is behind it
 
 
 def example_inputs(model: ir.Model) -> Iterator[dict[str, np.ndarray]]:
@@ -40,17 +41,27 @@ def example_inputs(model: ir.Model) -> Iterator[dict[str, np.ndarray]]:
     wanted = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
     named = {_name(dim) for value in wanted for dim in (value.shape or ())[1:]}
     inner = frozenset(name for name in named if name and "batch" not in name)
-    for batch, size in _BATCHES_AND_SIZES:
-        random = np.random.default_rng(0)
-        yield {
-            value.name or "": _array(value, _Sizes(batch, size, inner), random) for value in wanted
-        }
+    states = any(_may_be_state(value) for value in wanted)
+    for layers_first in (False, True) if states else (False,):
+        for batch, size in _BATCHES_AND_SIZES:
+            random = np.random.default_rng(0)
+            sizes = _Sizes(batch, size, inner, layers_first)
+            yield {value.name or "": _array(value, sizes, random) for value in wanted}
+
+
+def _may_be_state(value: ir.Value) -> bool:
+    """Tell whether a value may be a recurrent layer's: ``[layers, batch, features]``, no names."""
+    dimensions = list(value.shape) if value.shape is not None else []
+    numbers = [isinstance(entry, int) for entry in dimensions]
+    return numbers == [True, False, True] and not _name(dimensions[1])
 
 
 def _array(value: ir.Value, sizes: _Sizes, random: np.random.Generator) -> np.ndarray:
     name = (value.name or "").lower()
     dimensions = value.shape if value.shape is not None else ()
     shape = [_dimension(axis, entry, sizes) for axis, entry in enumerate(dimensions)]
+    if sizes.layers_first and _may_be_state(value):
+        shape[1] = sizes.batch
     dtype = (value.dtype or ir.DataType.FLOAT).numpy()
     if "mask" in name or "penalty" in name or name.startswith("num_") or dtype == np.bool_:
         return np.ones(shape, dtype)
