@@ -89,6 +89,19 @@ def test_texts_are_no_switches(kind, more, names):
         (lambda: Grid(rank=8), "rank: expected a list of values, such as (1, 2), got 8"),
         (lambda: Grid(targets="q_proj"), "targets: expected a list of values, such as (1, 2), got"),
         (lambda: ExportOptions(provider="tpu"), "provider: expected cpu or cuda, got 'tpu'"),
+        (
+            lambda: ExportOptions(provider=np.array(["cpu", "cuda"])),
+            "provider: expected cpu or cuda, got array(['cpu', 'cuda']",
+        ),
+        (
+            lambda: ExportOptions(np.array(["int8", "fp32"])),
+            "precision: expected a text, such as \"int8\", got array(['int8', 'fp32']",
+        ),
+        (
+            lambda: ImportOptions(precision=np.array(["int8", "fp32"])),
+            "precision: expected a text, such as \"int8\", got array(['int8', 'fp32']",
+        ),
+        (lambda: ImportOptions(precision=8), 'precision: expected a text, such as "int8", got 8'),
         (lambda: ExportOptions(slots=("lora",)), "slots: expected SlotOptions, got ('lora',)"),
         (lambda: ImportOptions(inputs=[1]), "inputs: expected Mapping, got [1]"),
         (lambda: MergeOptions("b", 5), "adapters: expected a path and a strength of each, got 5"),

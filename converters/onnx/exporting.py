@@ -28,6 +28,7 @@ from converters.onnx.exporters.loading import load_exported
 from converters.onnx.exporters.long_rotations import long_rotations_after
 from converters.onnx.exporters.norm_epsilons import set_norm_epsilons
 from converters.onnx.exporters.olmo_norms import set_olmo_norms
+from converters.onnx.exporters.quantizing import PRECISION_TEXT
 from converters.onnx.exporters.quantizing import PRECISIONS as QUANTIZED
 from converters.onnx.exporters.rotations import require_rotations
 from converters.onnx.exporters.storing import store_as
@@ -55,7 +56,13 @@ from loraport.bundle.sources import record_base
 from loraport.computed_weights import weights_stored
 from loraport.errors import LoraportError, Problems, first_line
 from loraport.fingerprint import fingerprint
-from loraport.option_checks import as_path, check_parts, check_switches, given_or_default
+from loraport.option_checks import (
+    as_path,
+    check_parts,
+    check_switches,
+    check_text,
+    given_or_default,
+)
 from loraport.output import new_directory
 from loraport.parity.tolerances import golden_tolerance, golden_tolerances
 from loraport.runtime import Runtime
@@ -86,7 +93,8 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         problems = Problems()
-        if self.provider not in tuple(PRECISIONS):
+        check_text(problems, "precision", self.precision, PRECISION_TEXT)
+        if not isinstance(self.provider, str) or self.provider not in PRECISIONS:
             problems.add("provider", " or ".join(PRECISIONS), repr(self.provider))
         check_switches(problems, self, "lm_head")
         check_parts(problems, self, slots=SlotOptions)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from converters.onnx.exporters.long_rotations import long_rotations_after
-from converters.onnx.exporters.quantizing import require_quantizer
+from converters.onnx.exporters.quantizing import PRECISION_TEXT, require_quantizer
 from converters.onnx.exporters.storing import sites_of, store_as, stored_precision
 from converters.onnx.first_golden import record_first_golden
 from converters.onnx.graph.data_files import copy_companions, move_weights_out, share_data
@@ -53,7 +53,13 @@ from loraport.bundle.manifest import (
 )
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint
-from loraport.option_checks import as_path, check_parts, check_switches, given_or_default
+from loraport.option_checks import (
+    as_path,
+    check_parts,
+    check_switches,
+    check_text,
+    given_or_default,
+)
 from loraport.output import new_directory
 from loraport.parity.tolerances import golden_tolerance, golden_tolerances
 
@@ -96,6 +102,8 @@ class ImportOptions:
         problems = Problems()
         check_parts(problems, self, slots=SlotOptions, inputs=Mapping)
         check_switches(problems, self, "lm_head", "copy_data")
+        if self.precision is not None:
+            check_text(problems, "precision", self.precision, PRECISION_TEXT)
         problems.raise_if_any("import options cannot be used")
         if self.base is not None:
             object.__setattr__(self, "base", str(self.base))

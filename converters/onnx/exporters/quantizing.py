@@ -27,6 +27,8 @@ from loraport.errors import LoraportError, last_words
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto
 
+PRECISION_TEXT = 'a text, such as "int8"'
+
 _DATA_FILE = f"{MODEL_FILE}.data"
 _BLOCK = 32
 _PRODUCTS = ("MatMul", "Gemm", "Attention")
