@@ -216,8 +216,10 @@ def test_what_is_not_stored_so_is_told(tmp_path):
     other = np.random.default_rng(3).standard_normal((OUT, IN)).astype(np.float32)
     nodes = [*gemm(), *(helper.make_node("Gemm", ["x", f"m{n}.weight"], [f"z{n}"], name=f"m{n}",
                                          transB=1, alpha=0.5) for n in range(7))]  # fmt: skip
+    again = helper.make_node("Gemm", ["x", "m0.weight"], ["z7"], name="again", transB=1, alpha=0.5)
+    nodes.append(again)  # a module that is called twice is told once
     weights = {"layer.weight": WEIGHT} | {f"m{n}.weight": other + n for n in range(7)}
-    outputs = ("y", *(f"z{n}" for n in range(7)))
+    outputs = ("y", *(f"z{n}" for n in range(8)))
     onnx.save(model_of(nodes, outputs=outputs, weights=weights), tmp_path / "m.onnx")
     said = []
     options = ImportOptions(precision="int4")

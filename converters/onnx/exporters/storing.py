@@ -143,9 +143,10 @@ def _sequences_of_halves(model: ir.Model) -> list[str]:
 
 
 def _left(sites: Sequence[Site], precision: str) -> list[str]:
-    """Return the modules whose weights are stored otherwise, with their operators."""
-    return [
-        f"{entry.path} ({_told(entry.site)})"
+    """Return the modules whose weights are stored otherwise, each once, with their operators."""
+    found = {
+        f"{entry.path} ({_told(entry.site)})": None
         for entry in name_sites(sites)
         if _stored(entry.site) != precision
-    ]
+    }
+    return list(found)
