@@ -350,6 +350,7 @@ def test_weights_that_are_dequantized_are_of_the_bits_that_are_stored(bits, roun
         exact = Runtime(tmp_path / "out", threads=1, float32_activations=True)
         wanted = array.astype(np.float64) @ (weight * scale.astype(np.float64))
         np.testing.assert_allclose(exact.run({"x": array})["y"], wanted, atol=1e-4)
-        other = {4: "int8", 8: "int4"}[bits]
-        with pytest.raises(LoraportError, match="which it leaves as they are"):
-            import_model(tmp_path / "m.onnx", tmp_path / "no", ImportOptions(precision=other))
+        told = f"weights of floats, got some that are stored as int{bits} already; leave --prec"
+        for other in {"int4", "int8", "fp16"} - {f"int{bits}"}:
+            with pytest.raises(LoraportError, match=told):
+                import_model(tmp_path / "m.onnx", tmp_path / "no", ImportOptions(precision=other))

@@ -56,8 +56,9 @@ def store_as(file: Path, out: Path, precision: str, progress: Callable[[str], No
     model.graph.sort()  # the one for fp16 puts casts of inputs last
     sites = sites_of(model)  # without any there is no bundle, for reasons that are told later
     if sites and stored_precision(sites) != precision:
+        _require_floats(file, sites, precision)
         operators = ", ".join(sorted({_told(site) for site in sites}))
-        other = any(site.quantized or site.dtype is ir.DataType.FLOAT for site in sites)
+        other = any(site.dtype is ir.DataType.FLOAT for site in sites)
         remedy = "try another precision" if other else "export the model in float32 first"
         raise LoraportError(
             f"{file}: --precision {precision}: expected operators whose weights ONNX Runtime's "
@@ -81,6 +82,21 @@ def store_as(file: Path, out: Path, precision: str, progress: Callable[[str], No
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         progress(f"not stored as {precision}: {', '.join(left[:_NAMED])}{more}")
     return model
+
+
+def _require_floats(file: Path, sites: Iterable[Site], precision: str) -> None:
+    """Refuse a graph whose weights were rounded to integers before, to others than are asked for.
+
+    Raises:
+        LoraportError: Naming what they are.
+    """
+    found = sorted({_stored(site) for site in sites if site.quantized} - {precision})
+    if found:
+        raise LoraportError(
+            f"{file}: --precision {precision}: expected weights of floats, got some that are "
+            f"stored as {' and '.join(found)} already; leave --precision out, or give the model "
+            "from before it was quantized"
+        )
 
 
 def sites_of(model: ir.Model) -> list[Site]:
