@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from converters.onnx.graph.constants import constant
+
 _GIVE_OTHERS = (
     "Optional",
     "SequenceConstruct",
@@ -26,20 +28,100 @@ _READ_OTHERS = (  # as their first input
 )
 
 
+_MICROSOFT = "com.microsoft"
+# Operators of ONNX Runtime, of whose shapes onnx knows nothing. Their first output is like their
+# first input, ...
+_ALIKE = (
+    "BiasAdd",
+    "BiasGelu",
+    "FastGelu",
+    "Gelu",
+    "QuickGelu",
+    "RotaryEmbedding",
+    "SimplifiedLayerNormalization",
+    "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+)
+# ... or but for its last dimension.
+_PRODUCTS = (
+    "Attention",
+    "DynamicQuantizeMatMul",
+    "FusedGemm",
+    "FusedMatMul",
+    "GroupQueryAttention",
+    "MatMulBnb4",
+    "MatMulNBits",
+    "MultiHeadAttention",
+)
+_TURNED = ("transA", "transBatchA", "transBatchB")
+
+
 def infer_shapes(model: ir.Model) -> None:
     """Note the shapes of a graph's values, in place, and the types of tensors.
 
     onnx-ir notes the type of their elements for sequences and optional values, also where it was
     known; those keep what they had.
     """
-    values = [value for node in model.graph.all_nodes() for value in node.outputs]
-    before = [(value, value.type, value.shape) for value in values]
-    ShapeInferencePass(check_type=False, strict_mode=False)(model)
-    for value, kind, shape in before:
-        if kind is not None:
-            value.type = kind
-        elif _is_no_tensor(value):
-            value.type, value.shape = kind, shape
+    copy = model.clone()
+    matrices: dict[int, ir.Value] = {}
+    for node in list(copy.graph.all_nodes()):
+        _stand_in(node, matrices)
+    copy.graph.inputs.extend(matrices.values())
+    ShapeInferencePass(check_type=False, strict_mode=False)(copy)
+    for value, inferred in zip(_outputs(model), _outputs(copy), strict=True):
+        if value.type is None and _is_no_tensor(value):
+            continue
+        value.shape = inferred.shape
+        value.type = value.type or inferred.type
+
+
+def _outputs(model: ir.Model) -> list[ir.Value]:
+    return [value for node in model.graph.all_nodes() for value in node.outputs]
+
+
+def _stand_in(node: ir.Node, matrices: dict[int, ir.Value]) -> None:
+    """Put a standard operator whose output has the same shape in the place of ONNX Runtime's.
+
+    Args:
+        node: Any operator, changed in place.
+        matrices: Columns → a matrix of so many, 0 for any; those that are needed are added.
+    """
+    simplified = node.op_type == "SimplifiedLayerNormalization"  # in the standard domain
+    if node.domain != _MICROSOFT and not simplified:
+        return
+    if node.op_type in _ALIKE:
+        operator = "Identity"
+        node.resize_inputs(1)
+    elif node.op_type in _PRODUCTS and not _is_turned(node):
+        operator = "MatMul"
+        node.resize_inputs(2)
+        if not _is_product_of_any(node):
+            columns = node.attributes.get_int("N", 0)
+            if columns not in matrices:
+                kind, shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, columns or None])
+                matrices[columns] = ir.Value(name=f"matrix/{columns}", type=kind, shape=shape)
+            node.replace_input_with(1, matrices[columns])
+    else:
+        return
+    node.op_type, node.domain = operator, ""
+    node.attributes.clear()
+
+
+def _is_turned(node: ir.Node) -> bool:
+    """Tell whether an operator does not read its first input as it lies."""
+    if node.op_type == "MultiHeadAttention":  # queries, keys and values may be packed
+        return len(node.inputs) == 1 or node.inputs[1] is None
+    if any(node.attributes.get_int(name, 0) for name in _TURNED):
+        return True
+    if node.op_type != "FusedMatMul" or _is_product_of_any(node):
+        return False
+    matrix = constant(node.inputs[1])
+    return matrix is None or len(matrix.shape) != 2
+
+
+def _is_product_of_any(node: ir.Node) -> bool:
+    """Tell whether an operator multiplies two values as they lie, stacks of matrices, too."""
+    return node.op_type == "FusedMatMul" and not node.attributes.get_int("transB", 0)
 
 
 def _is_no_tensor(value: ir.Value) -> bool:

@@ -198,3 +198,39 @@ def test_rows_are_told_behind_weights_that_are_stored_in_4_bits(slotted, adapter
         np.testing.assert_allclose(got[row] - plain[row], change[row], atol=bound)
         assert bound > 0.01
     np.testing.assert_array_equal(got[1], plain[1])
+
+
+@pytest.mark.parametrize("between", ["Relu", "FastGelu", "SkipLayerNormalization"])
+def test_rows_are_told_behind_products_that_were_in_4_bits_before(slotted, adapter, between):
+    """Whose graph notes no shapes inside, as TorchScript's exporter leaves it."""
+    own = {"name": "/fc/MatMulNBits", "domain": "com.microsoft", "bits": 4, "block_size": 16}
+    own |= {"K": 16, "N": 16, "accuracy_level": 1}
+    domain = "" if between == "Relu" else "com.microsoft"
+    given = ["h", "x", "ones"] if between == "SkipLayerNormalization" else ["h"]
+    nodes = [
+        helper.make_node("MatMulNBits", ["x", "fc.weight", "fc.scales"], ["h"], **own),
+        helper.make_node(between, given, ["r"], domain=domain),
+        helper.make_node("Reshape", ["r", "heads"], ["split"]),
+        helper.make_node("Reshape", ["split", "whole"], ["joined"]),
+        product("joined", "y", "other"),
+    ]
+    random = np.random.default_rng(0)
+    constants = {
+        "fc.weight": random.integers(0, 256, (16, 1, 8), np.uint8),
+        "fc.scales": np.full(16, 0.1, np.float32),
+        "ones": np.ones(16, np.float32),
+        "heads": np.array([0, 0, 4, 4]),
+        "whole": np.array([0, 0, 16]),
+        "other.weight": random.standard_normal((16, OUT)).astype(np.float32),
+    }
+    made = slotted(graph(nodes, {"x": ["batch", 3, 16]}, constants, 3), "lora", per_row=True)
+    assert [slot.name for slot in made.slots] == ["fc", "other"]
+    assert not made.unslotted
+    x = random.standard_normal((3, 3, 16)).astype(np.float32)
+    lanes = adapter(made.slots[0]) | adapter(made.slots[1], seed=6)
+    plain = made.run_original(x=x)[0]
+    got = made.run(x=x, adapter_ids=np.array([0, -1, 0]), **lanes)[0]
+    np.testing.assert_allclose(got[1], plain[1], atol=1e-5)
+    alone = slotted(made.original, "lora").run(x=x, **lanes)[0]
+    np.testing.assert_allclose(got[[0, 2]], alone[[0, 2]], atol=1e-4)
+    assert np.abs(got[0] - plain[0]).max() > 1
