@@ -4,11 +4,13 @@ import peft
 import peft_cases
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft, write_peft
 from loraport.training import LoopOptions, LoraOptions, adapter_of, attach, detach, load_into
+from loraport.training.lora.lora_layer import LoraLayer
 
 # PEFT asks transformers in a way that is going out of use.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -135,23 +137,91 @@ def test_a_misfit_is_told_whole_and_changes_nothing(llama):
     assert layers
 
 
-def test_fused_experts_are_refused_for_what_they_are(tmp_path):
-    """Their paths are in the model: they are no modules, and the adapter fits it."""
+def gpt_oss():
+    """Experts that are stored ``[in, out]``, of as many inputs as outputs."""
+    config = transformers.GptOssConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        layer_types=["full_attention"] * 2,
+    )
+    return transformers.GptOssForCausalLM(config)
 
+
+PARAMETER_CASES = {
+    **{
+        name: peft_cases.CASES[name]
+        for name in (
+            "experts",
+            "experts_rslora",
+            "parameters_beside_modules",
+            "parameter_of_conv1d",
+            "parameters_by_name_alone",
+        )
+    },
+    "stored in, out": peft_cases.Case(
+        gpt_oss,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "router.weight"],
+            "r": 3,
+            "alpha_pattern": {"experts.down_proj": 5},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETER_CASES)
+def test_parameters_that_peft_adapts_are_put_in_and_taken_out(name, tmp_path):
+    """Fused experts, routers, and weights of one matrix."""
+    made = peft_cases.make_case(PARAMETER_CASES[name], tmp_path / "adapter")
+    before = dict(made.base.named_parameters())
+    base, theirs = peft_cases.logits(made.base), peft_cases.logits(made.peft_model)
+    adapter = read_peft(made.path)
+    layers = load_into(made.base, adapter)
+    assert all(isinstance(made.base.get_submodule(path), LoraLayer) for path in layers)
+    torch.testing.assert_close(peft_cases.logits(made.base), theirs, rtol=1e-5, atol=1e-5)
+    assert (theirs - base).abs().max() > 0.1
+    detach(made.base)
+    after = dict(made.base.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(after[each] is parameter for each, parameter in before.items())
+    assert torch.equal(peft_cases.logits(made.base), base)
+
+
+def test_parameters_that_an_adapter_does_not_fit_are_told(tmp_path):
     class Experts(nn.Module):
-        def __init__(self):
+        def __init__(self, *shape):
             super().__init__()
-            self.experts = nn.Parameter(torch.randn(3, 7, 5))
+            self.experts = nn.Parameter(torch.randn(shape))
 
-    model, fresh = (nn.ModuleDict({"mlp": Experts(), "gate": nn.Linear(5, 3)}) for _ in range(2))
+    model = nn.ModuleDict({"mlp": Experts(3, 7, 5), "gate": nn.Linear(5, 3)})
     config = peft.LoraConfig(r=2, target_modules=["gate"], target_parameters=["mlp.experts"])
     peft.get_peft_model(model, config).save_pretrained(tmp_path)
-    with pytest.raises(LoraportError) as raised:
-        load_into(fresh, read_peft(tmp_path))
-    assert str(raised.value).splitlines()[1:] == [
-        "  - mlp.experts: expected LoRA on a module, got LoRA on a bare parameter, such as fused "
-        "experts (target_parameters); merge the adapter and load the merged model"
-    ]
+    for shape, got in (
+        ((4, 7, 5), "[4, 7, 5]"),
+        ((3, 7, 6), "[3, 7, 6]"),
+        ((3, 5, 7), "[3, 5, 7]"),  # PEFT looks at the module's is_transposed alone
+        ((21, 5), "[21, 5]"),
+    ):
+        other = nn.ModuleDict({"mlp": Experts(*shape), "gate": nn.Linear(5, 3)})
+        with pytest.raises(LoraportError) as raised:
+            load_into(other, read_peft(tmp_path))
+        assert str(raised.value).splitlines()[1:] == [
+            f"  - mlp.experts: expected [3, 7, 5], got {got}"
+        ]
+    with pytest.raises(LoraportError, match=r"mlp\.experts: expected a parameter of the model"):
+        load_into(
+            nn.ModuleDict({"mlp": nn.Identity(), "gate": nn.Linear(5, 3)}), read_peft(tmp_path)
+        )
 
 
 def test_an_adapter_for_another_base_is_refused(llama):

@@ -21,7 +21,9 @@ def load_into(model: nn.Module, adapter: Adapter) -> dict[str, LoraLayer]:
     """Make a model compute what it does with an adapter; `detach` undoes it.
 
     Plain LoRA layers are trainable afterwards, as after `attach`. What a variant adds to the
-    canonical form (a gain, a bias) and whole-tensor replacements are fixed.
+    canonical form (a gain, a bias) and whole-tensor replacements are fixed, and so is LoRA on
+    parameters (PEFT's ``target_parameters``, fused experts above all), which is added to them:
+    each is in memory twice until `detach`.
 
     Args:
         model: The base, in any dtype and on any device; changed in place.
@@ -38,7 +40,12 @@ def load_into(model: nn.Module, adapter: Adapter) -> dict[str, LoraLayer]:
     refuse_attached(model)
     problems = Problems()
     layers: dict[str, LoraLayer] = {}
+    bare: dict[str, LoraModule] = {}
     for path, module in adapter.modules.items():
+        if module.kind is ModuleKind.EXPERTS:
+            bare[path] = module
+            _check_parameter(model, path, module, problems)
+            continue
         layer = _layer(model, path, module, problems)
         if layer is not None:
             layers[path] = layer
@@ -56,15 +63,14 @@ def load_into(model: nn.Module, adapter: Adapter) -> dict[str, LoraLayer]:
     # After the replacements, since a variant may look at the weight it refines.
     for path, layer in layers.items():
         _refine(layer, adapter.modules[path])
+    for parameter, module in bare.items():
+        adapted = Replacement(_adapted(model, parameter, module))
+        _replace(model, parameter, adapted, before)
     insert(model, layers.values())
     return layers
 
 
 def _layer(model: nn.Module, path: str, module: LoraModule, problems: Problems) -> LoraLayer | None:
-    if module.kind is ModuleKind.EXPERTS:
-        got = "LoRA on a bare parameter, such as fused experts (target_parameters)"
-        problems.add(path, "LoRA on a module", got, "merge the adapter and load the merged model")
-        return None
     try:
         base = model.get_submodule(path)
     except AttributeError:
@@ -85,6 +91,43 @@ def _layer(model: nn.Module, path: str, module: LoraModule, problems: Problems) 
         with torch.no_grad():
             parameter.copy_(tensor)
     return layer
+
+
+def _check_parameter(model: nn.Module, name: str, module: LoraModule, problems: Problems) -> None:
+    try:
+        parameter = stored_tensor(model, name)
+    except AttributeError:
+        remedy = "the adapter is for another architecture, or the path has a prefix too many"
+        problems.add(name, "a parameter of the model", "no such parameter", remedy)
+        return
+    expected = list(_parameter_update(model, name, module, parameter.to("meta")).shape)
+    if not parameter.is_floating_point():
+        problems.add(name, "a parameter of floats", str(parameter.dtype), "load it unquantized")
+    elif list(parameter.shape) != expected:
+        problems.add(name, str(expected), str(list(parameter.shape)))
+
+
+def _parameter_update(
+    model: nn.Module, name: str, module: LoraModule, parameter: torch.Tensor
+) -> torch.Tensor:
+    """Return what LoRA adds to a parameter, ``[out, in]``, or as much for each expert.
+
+    Experts are ``[in, out]`` where their module says so (``is_transposed``), as PEFT has it.
+    """
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    a = module.lora_A.to(parameter.device, dtype)  # [experts * r, in]
+    b = module.lora_B.to(parameter.device, dtype)  # [out, r * experts]
+    if module.experts == 1 and parameter.dim() == 2:
+        return module.scaling * (b @ a)
+    a = a.reshape(module.experts, module.rank, -1)
+    b = b.reshape(len(b), module.rank, module.experts)
+    turned = getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False)
+    return module.scaling * torch.einsum("ore,eri->eio" if turned else "ore,eri->eoi", b, a)
+
+
+def _adapted(model: nn.Module, name: str, module: LoraModule) -> torch.Tensor:
+    parameter = stored_tensor(model, name).detach()
+    return _parameter_update(model, name, module, parameter).add_(parameter)
 
 
 def _refine(layer: LoraLayer, module: LoraModule) -> None:
