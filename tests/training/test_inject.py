@@ -197,6 +197,29 @@ def test_parameters_that_peft_adapts_are_put_in_and_taken_out(name, tmp_path):
     assert torch.equal(peft_cases.logits(made.base), base)
 
 
+@pytest.mark.parametrize("name", ["experts", "tokens", "batch_norms", "bias_all"])
+def test_what_was_loaded_and_is_not_trained_stays_in_the_adapter(name, tmp_path):
+    made = peft_cases.make(name, tmp_path / "adapter")
+    loaded = read_peft(made.path)
+    layers = load_into(made.base, loaded)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lora_B.add_(0.5)
+    adapter = adapter_of(made.base)
+    detach(made.base)
+    assert adapter.modules.keys() == loaded.modules.keys()
+    for path, module in loaded.modules.items():
+        added = 0.5 if path in layers else 0.0
+        assert torch.equal(adapter.modules[path].lora_B, module.lora_B + added)
+        assert torch.equal(adapter.modules[path].lora_A, module.lora_A)
+    assert adapter.replacements.keys() == loaded.replacements.keys()
+    assert loaded.replacements or len(layers) < len(loaded.modules)
+    for parameter, replacement in loaded.replacements.items():
+        assert torch.equal(adapter.replacements[parameter].tensor, replacement.tensor)
+        assert adapter.replacements[parameter].rows == replacement.rows
+    assert adapter.counters == loaded.counters
+
+
 def test_parameters_that_an_adapter_does_not_fit_are_told(tmp_path):
     class Experts(nn.Module):
         def __init__(self, *shape):

@@ -31,10 +31,12 @@ class BeforeAttach:
     Attributes:
         trainable: Names of the parameters that were trainable.
         replaced: Module path and name of a parameter or buffer → what stood there.
+        loaded: What a loaded adapter has beside LoRA layers, which `adapter_of` writes as it was.
     """
 
     trainable: frozenset[str]
     replaced: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    loaded: Adapter = field(default_factory=lambda: Adapter({}))
 
 
 def attach(model: nn.Module, options: LoraOptions | None = None) -> dict[str, LoraLayer]:
@@ -175,6 +177,8 @@ def adapter_of(
 ) -> Adapter:
     """Return the adapter that a model's LoRA layers hold, as copies on the CPU.
 
+    What `load_into` fixed beside them (LoRA on parameters, replacements) is part of it.
+
     Args:
         model: A model with LoRA layers.
         base_model: Name or path of the base, to be written down.
@@ -195,8 +199,13 @@ def adapter_of(
             )
     if base_fingerprint is None:
         base_fingerprint = fingerprint_model(model, list(layers))
+    before: BeforeAttach | None = getattr(model, _MARK, None)
+    loaded = Adapter({}) if before is None else before.loaded
+    trained = {path: lora_module(layer) for path, layer in layers.items()}
     return Adapter(
-        modules={path: lora_module(layer) for path, layer in layers.items()},
+        modules={**trained, **loaded.modules},
+        replacements=loaded.replacements,
+        counters=loaded.counters,
         base_model=None if base_model is None else str(base_model),
         base_fingerprint=base_fingerprint,
         training=dict(training or {}),

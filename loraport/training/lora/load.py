@@ -58,6 +58,7 @@ def load_into(model: nn.Module, adapter: Adapter) -> dict[str, LoraLayer]:
             fingerprint_model(model, paths), "the adapter", "the model"
         )
     before = freeze(model)
+    before.loaded = replace(adapter, modules=bare)
     for parameter, replacement in adapter.replacements.items():
         _replace(model, parameter, replacement, before)
     # After the replacements, since a variant may look at the weight it refines.
