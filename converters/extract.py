@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from converters.stored_parameters import (
     rounded_weights,
     stored_parameters,
 )
-from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
+from loraport.adapter import BATCH_COUNTER, Adapter, LoraModule, ModuleKind, Replacement
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint, hash_weight
 
@@ -30,6 +30,8 @@ _UNKNOWN = (
     "transformers does not know this model: every matrix is taken for a linear layer's weight "
     "[out, in]; embeddings and weights stored [in, out] need the model's config.json beside them"
 )
+# What is stored of modules that are stored whole; a bias alone is stored by itself.
+_WHOLE = frozenset({"weight", "running_mean", "running_var"})
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,10 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
     Differences of weights are factored by a truncated SVD in float64, each expert's by itself;
     biases, norms and every other one-dimensional parameter that differs are stored whole, and so
     are convolutions with groups, and embeddings and heads of another vocabulary. What is tied is
-    said of each parameter that shares the tensor. Routers beside changed experts are parameters
-    as these are, which is how PEFT adapts them. A fine-tune in fewer bits than its base is
-    compared with the base rounded to them: it was trained from that, or saved so.
+    said of each parameter that shares the tensor. Routers are parameters as experts are, which is
+    how PEFT adapts them, and of a module that is stored whole nothing is left out. A fine-tune in
+    fewer bits than its base is compared with the base rounded to them: it was trained from that,
+    or saved so.
 
     Args:
         options: What to extract.
@@ -144,23 +147,17 @@ def extract(options: ExtractOptions, progress: Callable[[int, int], None]) -> Ex
                 mirrored = looked_up[0] != looked_up[1]
                 modules[other] = _mirrored(modules[path]) if mirrored else modules[path]
                 errors[other] = factors.error
+        _complete(replacements, after, files)
+        counters = _counters(replacements, tuned, tuned_layout, files)
     if not modules and not replacements:
         raise LoraportError(f"{options.tuned} does not differ from {options.base}")
-    if any(module.kind is ModuleKind.EXPERTS for module in modules.values()):
-        # Only PEFT's layout holds the adapter, and PEFT adapts no routers but as parameters.
-        bare = {name.removesuffix(".weight"): name for name in layout.bare}
-        modules = {
-            bare.get(path, path): replace(module, kind=ModuleKind.EXPERTS)
-            if path in bare
-            else module
-            for path, module in modules.items()
-        }
-        errors = {bare.get(path, path): error for path, error in errors.items()}
+    modules, errors = _routers_as_parameters(modules, errors, layout)
     adapter = Adapter(
         modules=modules,
         replacements=replacements,
         base_model=options.base,
         base_fingerprint=BaseFingerprint(hashes) if hashes else None,
+        counters=counters,
     )
     notes = [] if layout.known else [_UNKNOWN]
     if base.quantized is not None:
@@ -208,6 +205,47 @@ def _module(
         ),
         factors,
     )
+
+
+def _routers_as_parameters(
+    modules: Mapping[str, LoraModule], errors: Mapping[str, float], layout: BaseLayout
+) -> tuple[dict[str, LoraModule], dict[str, float]]:
+    """Name the weights of routers as parameters: PEFT adapts no routers as modules."""
+    bare = {name.removesuffix(".weight"): name for name in layout.bare}
+    kinds = {
+        path: replace(m, kind=ModuleKind.EXPERTS) for path, m in modules.items() if path in bare
+    }
+    named = {bare.get(path, path): kinds.get(path, module) for path, module in modules.items()}
+    return named, {bare.get(path, path): error for path, error in errors.items()}
+
+
+def _complete(
+    replacements: dict[str, Replacement], tuned: Mapping[str, StoredParameter], files: OpenFiles
+) -> None:
+    """Add what did not change of modules that are stored whole: PEFT loads all of one or none."""
+    parts = ((owner, leaf) for owner, _, leaf in (name.rpartition(".") for name in replacements))
+    whole = {owner for owner, leaf in parts if leaf in _WHOLE}
+    for name, stored in tuned.items():
+        if name not in replacements and name.rpartition(".")[0] in whole:
+            replacements[name] = Replacement(stored.read(files))
+
+
+def _counters(
+    replacements: Collection[str], tuned: BaseCheckpoint, layout: BaseLayout, files: OpenFiles
+) -> dict[str, torch.Tensor]:
+    """Return how many batches the batch norms that are stored whole have seen."""
+    import torch
+
+    found = {}
+    for name in replacements:
+        owner, _, leaf = name.rpartition(".")
+        counter = f"{owner}.{BATCH_COUNTER}" if owner else BATCH_COUNTER
+        if leaf == "running_mean" and counter in layout.pieces:
+            stored = tuned.sources()[layout.pieces[counter][0].tensor].stored
+            if stored is not None and stored.dtype == "I64" and stored.shape == ():
+                raw = files.read(stored.file, stored.start, torch.int64.itemsize)
+                found[counter] = raw.view(torch.int64).clone().reshape(())
+    return found
 
 
 def _rounded_to(before: StoredParameter, after: StoredParameter) -> set[str]:

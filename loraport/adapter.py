@@ -15,6 +15,8 @@ from loraport.scaling import lora_scaling
 if TYPE_CHECKING:
     import torch
 
+BATCH_COUNTER = "num_batches_tracked"  # of a batch norm: an integer, of which no output depends
+
 
 class ModuleKind(StrEnum):
     """What kind of module an adapter's tensors belong to; decides their shapes."""

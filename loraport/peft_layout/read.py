@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
+from loraport.adapter import BATCH_COUNTER, Adapter, LoraModule, ModuleKind, Replacement
 from loraport.checkpoint import Checkpoint
 from loraport.counts import counted
 from loraport.errors import LoraportError, Problems
@@ -23,7 +23,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
 FINGERPRINT_KEY = "loraport.base_fingerprint"
-_COUNTER = "num_batches_tracked"  # of a batch norm among the modules to save
 _ATTENTION_OUTPUT = ".base_layer.out_proj"  # inside PEFT's wrapper of an attention of torch's
 
 
@@ -132,7 +131,7 @@ def _wrappers(
 
 def _is_counter(parsed: PeftKey, tensor: torch.Tensor) -> bool:
     name = parsed.parameter.rpartition(".")[2]
-    return name == _COUNTER and tensor.dim() == 0 and not tensor.is_floating_point()
+    return name == BATCH_COUNTER and tensor.dim() == 0 and not tensor.is_floating_point()
 
 
 def _is_own_copy(parameter: str, tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> bool:

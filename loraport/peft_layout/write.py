@@ -22,6 +22,11 @@ from loraport.scaling import alpha_for
 if TYPE_CHECKING:
     import torch
 
+# What modules hold that PEFT can save. It saves all that is in a module, or nothing: a vector of
+# one with other modules inside is loaded by its name alone, as biases are.
+_OF_WHOLE_MODULES = frozenset({"weight", "bias", "running_mean", "running_var"})
+_NO_MODULES = "dummy-target-modules"  # PEFT's word for none, which it refuses otherwise
+
 
 def write_peft(adapter: Adapter, path: Path | str, *, force: bool = False) -> None:
     """Write an adapter directory that PEFT 0.21 and loraport load.
@@ -90,7 +95,7 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Ten
         tensors[peft_parameter_key(keyed, adapted=adapted)] = replacement.tensor
         if leaf == "bias" and f"{path}.weight" not in adapter.replacements:
             biases = True
-        elif not adapted and path not in depths:
+        elif not adapted and path not in depths and leaf in _OF_WHOLE_MODULES:
             saved.append(path)
     for buffer, count in adapter.counters.items():
         tensors[peft_parameter_key(inside_wrappers(buffer, depths))] = count
@@ -107,7 +112,9 @@ def peft_contents(adapter: Adapter) -> tuple[dict[str, Any], dict[str, torch.Ten
         "rank_pattern": {key: int(value) for key, value in rank_pattern.items()},
         "alpha_pattern": {key: _whole(value) for key, value in alpha_pattern.items()},
         "lora_dropout": adapter.training.get("lora_dropout", 0.0),
-        "target_modules": _targets([path for path in modules if path not in bare]),
+        "target_modules": _targets([path for path in modules if path not in bare])
+        if modules
+        else _NO_MODULES,
         "target_parameters": sorted(bare) or None,
         "modules_to_save": sorted(set(saved)) or None,
         "trainable_token_indices": _by_name(token_indices) or None,

@@ -12,6 +12,7 @@ from merge_bases import save_base
 from peft_cases import (
     TINY,
     ConvNet,
+    NormNet,
     bert,
     gpt2,
     llama,
@@ -27,6 +28,8 @@ from converters.extract import ExtractOptions, extract
 from loraport.cli import cli
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft, write_peft
+from loraport.stored_tensors import stored_tensors
+from loraport.training import load_into
 
 
 def tune(base, rank=3, seed=0):
@@ -248,6 +251,50 @@ def test_experts_are_factored_one_by_one(make_model, fused, tmp_path):
     assert CliRunner().invoke(cli, command).exit_code == 0
     merged = type(base).from_pretrained(out).eval()
     assert torch.allclose(logits(merged), expected, rtol=0, atol=1e-4 * expected.abs().max())
+
+
+# What a fine-tune changed, of which PEFT could load nothing: modules of which it saves all
+# parameters or none, vectors of modules with others inside, no LoRA at all, routers alone.
+CHANGED = {
+    "biases": (bert, ("bias",)),
+    "norms": (llama, ("norm.weight",)),
+    "norms without their biases": (gpt2, ("ln_1.weight", "c_fc.weight")),
+    "norms of batches": (NormNet, ("norm.weight", "seen.running_mean", "head.weight")),
+    "sinks": (gpt_oss, ("sinks",)),
+    "sinks beside projections": (gpt_oss, ("sinks", "q_proj.weight")),
+    "biases of experts": (gpt_oss, ("gate_up_proj_bias", "q_proj.weight")),
+    "biases beside experts": (gpt_oss, ("gate_up_proj_bias", "down_proj")),
+    "routers": (gpt_oss, ("router.weight", "router.bias")),
+    "routers beside projections": (mixtral, ("gate.weight", "q_proj.weight")),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_peft_loads_what_a_part_of_a_model_learned(name, tmp_path):
+    make_model, changed = CHANGED[name]
+    torch.manual_seed(0)
+    base = make_model().eval()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter_name, parameter in stored_tensors(tuned).items():
+            if not parameter_name.endswith(changed):
+                continue
+            if parameter.dim() < 2 or parameter_name.endswith("_bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.5)
+                continue
+            *more, rows, columns = parameter.shape
+            parameter.add_(torch.randn(*more, rows, 1) @ torch.randn(*more, 1, columns) * 0.1)
+    save_base(base, tmp_path / "base")
+    save_base(tuned, tmp_path / "tuned")
+    options = ExtractOptions(str(tmp_path / "base"), str(tmp_path / "tuned"), rank=1)
+    write_peft(extract(options, lambda *_: None).adapter, tmp_path / "adapter")
+    expected = logits(tuned)
+    scale = expected.abs().max()
+    got = logits(load_with_peft(copy.deepcopy(base), tmp_path / "adapter"))
+    assert torch.allclose(got, expected, rtol=0, atol=1e-4 * scale)
+    assert (logits(base) - expected).abs().max() > 1e-2 * scale
+    load_into(base, read_peft(tmp_path / "adapter"))
+    assert torch.allclose(logits(base), expected, rtol=0, atol=1e-4 * scale)
 
 
 def test_experts_with_ranks_of_their_own(tmp_path):
