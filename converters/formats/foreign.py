@@ -10,6 +10,7 @@ from loraport.errors import LoraportError
 
 _OWN_TOOL = "merge it with the tool that made it"
 _BY_DIFFUSERS = "load it with diffusers, and save it with save_lora_weights"
+_WRAPPED, _LORA = ".base_layer.", ".lora_"
 # Pattern of a tensor's name → what the file is, and what to do. The first that fits counts.
 _KINDS: tuple[tuple[str, str, str], ...] = (
     (r"(.+\.)?lokr_\w+", "an adapter of LyCORIS's kind LoKr, which is no product A B", _OWN_TOOL),
@@ -45,7 +46,7 @@ def foreign_adapter(path: Path) -> tuple[str, str] | None:
         tensors, _ = read_header(path)
     except LoraportError:
         return None
-    if any(".base_layer." in name for name in tensors):
+    if any(_WRAPPED in name and _LORA not in name for name in tensors):
         return None  # a whole model with an adapter inside
     for pattern, kind, remedy in _KINDS:
         shown = next((name for name in tensors if re.fullmatch(pattern, name)), None)

@@ -58,6 +58,7 @@ _FOREIGN = {
     "lora_transformer_single_transformer_blocks_0_attn_to_k.lora_down.weight": "OneTrainer's",
     "lycoris_transformer_blocks_0_attn_to_q.lora_down.weight": "a LyCORIS file",
     "base_model.model.fc.lora_A.weight": "without its configuration",
+    "base_model.model.mlp.experts.base_layer.lora_A.weight": "without its configuration",
     "blocks.0.attn.lora_A.weight": "named in a way of its own",
 }
 
