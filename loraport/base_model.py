@@ -24,7 +24,7 @@ from loraport.safetensors_file import safetensors_header
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from loraport.gguf_model import GgufModel
 
@@ -33,11 +33,6 @@ _COUNTS = re.compile(r"(num_|n_)(\w+_)?(layers?|experts?|blocks?|heads?|stages?)
 _MOST = 100_000  # of layers, heads and the like; none has a hundredth as many
 # Of transformers' language models those that also look ahead.
 _BOTH_WAYS = ("XLMWithLMHeadModel", "XLNetLMHeadModel")
-# Their first token has the position after the padding token's number.
-_POSITIONS_AFTER_PADDING = (
-    *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"),
-    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
-)
 _FEWEST_WORDS = 2  # T5's empty tokenizer has one: the space
 _GGUF_READING = 2  # one more whenever a file is read otherwise than before
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -161,35 +156,6 @@ def _decoder_class(directory: Path) -> str:
     return f'; if it is one, write "architectures": ["{name}"] into its config.json' if name else ""
 
 
-def context_length(directory: Path) -> int | None:
-    """Return how many tokens a base takes at most, by whatever name; ``None`` where it sets none.
-
-    Raises:
-        LoraportError: If the configuration is missing or damaged.
-    """
-    from transformers import AutoConfig
-
-    plain = read_model_config(directory)
-    try:
-        return context_of(AutoConfig.from_pretrained(directory, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, TypeError):
-        # Of a kind that transformers does not have, only the plain name is known.
-        return _positive(plain.get("max_position_embeddings"))
-
-
-def context_of(config: PretrainedConfig) -> int | None:
-    """Return how many tokens a model of a configuration takes at most; see `context_length`."""
-    text = config.get_text_config()
-    length = _positive(getattr(text, "max_position_embeddings", None))
-    if length is not None and text.model_type in _POSITIONS_AFTER_PADDING:
-        return _positive(length - 1 - (text.pad_token_id or 0))
-    return length
-
-
-def _positive(length: object) -> int | None:
-    return length if isinstance(length, int) and length > 0 else None
-
-
 def load_model(
     base: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> PreTrainedModel:
@@ -221,13 +187,7 @@ def load_model_as_it_is(
     # Local weights load in moments; the library's bar would only clutter the log.
     transformers.utils.logging.disable_progress_bar()
     directory = resolve_base(base)
-    model_class = getattr(transformers, architecture(directory), None)
-    remedy = _decoder_class(directory)
-    if model_class is None and remedy and is_causal_lm(directory):
-        raise LoraportError(
-            f"base {base}: expected a class of transformers among config.json's architectures, got "
-            f"{architecture(directory)}{remedy}"
-        )
+    model_class = _model_class(base, directory)
     try:
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(0)  # the GPUs' stay as they are
@@ -242,6 +202,20 @@ def load_model_as_it_is(
         reason = _own_code(error) or str(error)
         raise LoraportError(f"base {base}: cannot be loaded: {reason}") from error
     return model.to(device).eval(), tuple(sorted(loading["missing_keys"]))
+
+
+def _model_class(base: str, directory: Path) -> type[PreTrainedModel] | None:
+    import transformers
+
+    model_class: type[PreTrainedModel] | None
+    model_class = getattr(transformers, architecture(directory), None)
+    remedy = _decoder_class(directory)
+    if model_class is None and remedy and is_causal_lm(directory):
+        raise LoraportError(
+            f"base {base}: expected a class of transformers among config.json's architectures, got "
+            f"{architecture(directory)}{remedy}"
+        )
+    return model_class
 
 
 def _own_code(error: Exception) -> str | None:
@@ -281,6 +255,21 @@ def model_without_weights(directory: Path) -> PreTrainedModel | None:
     return model
 
 
+def require_causal_lm(base: str) -> Path:
+    """Return the directory of a base whose configuration names a decoder language model.
+
+    Raises:
+        LoraportError: If it is something else, or names no class of transformers.
+    """
+    directory = resolve_base(base)
+    if not is_causal_lm(directory):
+        found = read_model_config(directory).get("architectures")
+        remedy = "" if found else _decoder_class(directory)
+        raise LoraportError(f"base {base}: expected a decoder language model, got {found}{remedy}")
+    _model_class(base, directory)
+    return directory
+
+
 def load_causal_lm(
     base: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> PreTrainedModel:
@@ -290,11 +279,7 @@ def load_causal_lm(
         LoraportError: If it is something else, or its files lack weights, which transformers would
             draw at random.
     """
-    directory = resolve_base(base)
-    if not is_causal_lm(directory):
-        found = read_model_config(directory).get("architectures")
-        remedy = "" if found else _decoder_class(directory)
-        raise LoraportError(f"base {base}: expected a decoder language model, got {found}{remedy}")
+    directory = require_causal_lm(base)
     model, missing = load_model_as_it_is(str(directory), dtype=dtype, device=device)
     if missing:
         raise LoraportError(

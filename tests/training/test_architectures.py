@@ -11,12 +11,11 @@ from peft import PeftModel
 from tiny_llm import save_base
 
 from loraport.base_model import (
-    context_length,
-    context_of,
     is_causal_lm,
     load_causal_lm,
     load_model,
 )
+from loraport.context_length import context_length, context_of
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft
 from loraport.peft_layout.misread import misread_by_peft

@@ -171,6 +171,27 @@ def test_what_training_refuses_on_a_cpu_is_refused(base_directory, chat_data, fl
     assert reason in str(found.exception)
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"architectures": ["BertForMaskedLM"]}, "expected a decoder language model, got"),
+        ({"architectures": None}, 'write "architectures": ["LlamaForCausalLM"]'),
+        ({"architectures": ["LLaMAForCausalLM"]}, 'write "architectures": ["LlamaForCausalLM"]'),
+        ({"model_type": "foo"}, "a kind of model that transformers has, got 'foo'"),
+        ({"hidden_size": "x"}, "train a few steps instead"),
+    ],
+)
+def test_of_a_base_that_training_refuses_nothing_is_predicted(
+    base_directory, tmp_path, changed, reason
+):
+    """In the words of the training, where it has any."""
+    config = json.loads((base_directory / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changed}))
+    with pytest.raises(LoraportError) as refused:
+        dry_run(str(tmp_path), FRUGAL)
+    assert reason in str(refused.value)
+
+
 def test_rows_are_no_longer_than_the_bases_context(base_directory, monkeypatch):
     """Of 256 tokens, as `read_data` cuts them."""
     monkeypatch.setattr("loraport.training.memory.dry_run.available_memory", lambda _: 0)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from loraport.base_model import context_length, resolve_base
+from loraport.base_model import resolve_base
+from loraport.context_length import context_length
 from loraport.counts import counted
 from loraport.errors import LoraportError
 from loraport.training.data.batches import Row

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loraport.base_model import model_without_weights, read_model_config, resolve_base
+from loraport.base_model import model_without_weights, read_model_config, require_causal_lm
 from loraport.errors import LoraportError
 from loraport.free_memory import free_memory
 from loraport.training.base.bitsandbytes_library import require_pageable
@@ -92,11 +92,19 @@ def dry_run(base: str, options: TrainOptions) -> DryRun:
         options: How to train.
 
     Raises:
-        LoraportError: If the base's shapes cannot be told from its configuration, or training
-            would refuse an option on the device.
+        LoraportError: If the base is none that is trained, its shapes cannot be told from its
+            configuration, or training would refuse an option on the device.
     """
-    directory = resolve_base(base)
+    from transformers import CONFIG_MAPPING
+
+    directory = require_causal_lm(base)
     model = model_without_weights(directory)
+    kind = read_model_config(directory).get("model_type")
+    if model is None and kind not in CONFIG_MAPPING:
+        raise LoraportError(
+            f"--dry-run: {base}: expected a kind of model that transformers has, got {kind!r} as "
+            "config.json's model_type; install a transformers that has it, or convert the base"
+        )
     if model is None or output_head(model) is None:
         raise LoraportError(
             f"--dry-run: {base}: expected a language model that transformers makes from its "
