@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,46 @@ def test_alone_without_torchrun(monkeypatch):
     assert processes.sums(1.5, 2.0) == [1.5, 2.0]
     assert processes.from_first(lambda: "x") == "x"
     assert processes.from_all(3) == [3]
+
+
+@pytest.mark.parametrize("rank", ["0", "2", "x"], ids=["port taken", "no such rank", "no number"])
+def test_processes_that_cannot_meet_say_so(rank, monkeypatch):
+    """torch's own error ended it with a traceback, or it waited for ever."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        told = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(LoraportError) as raised, joined("cpu"):
+            pass
+    got = ", ".join(f"{name}={value}" for name, value in told.items())
+    assert str(raised.value).startswith("the processes of this run cannot meet: ")
+    assert f"got {got}; start them with torchrun, with another --master-port" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("torchs", "ours"),
+    [
+        (
+            "[gloo/transport/tcp/pair.cc:547] Connection closed by peer",
+            "ended or cannot be reached",
+        ),
+        ("Timed out waiting 1800000ms for recv operation", "did not answer in time"),
+    ],
+)
+def test_what_torch_says_of_another_process_is_said_in_our_words(torchs, ours, monkeypatch):
+    def fail(_):
+        raise RuntimeError(torchs)
+
+    monkeypatch.setattr("loraport.training.distributed.processes.dist.all_reduce", fail)
+    with pytest.raises(LoraportError) as raised:
+        Processes(0, 2).wait()
+    assert str(raised.value) == (
+        f"another process of this run {ours}; look at what it said (torchrun tells which one "
+        "failed first), then continue with --resume"
+    )
 
 
 def test_where_the_first_is_killed_another_tells_what_it_found(monkeypatch):

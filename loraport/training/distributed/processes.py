@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-from loraport.errors import LoraportError, first_line
+from loraport.errors import LoraportError
 
 T = TypeVar("T")
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -125,10 +125,12 @@ def _reached(exchange: Callable[[], Any]) -> None:
     try:
         exchange()
     except RuntimeError as error:
-        first = first_line(error)
+        # torch's own words name sockets and lines of its code, and this process's peer alone.
+        late = any(word in str(error).lower() for word in ("timed out", "timeout"))
+        what = "did not answer in time" if late else "ended or cannot be reached"
         raise LoraportError(
-            f"another process of this run ended or cannot be reached: {first}; "
-            "look at what it said, then continue with --resume"
+            f"another process of this run {what}; look at what it said (torchrun tells which one "
+            "failed first), then continue with --resume"
         ) from error
 
 
@@ -159,14 +161,14 @@ def joined(device: str) -> Iterator[Processes]:
         device: ``"auto"`` or a torch device; each process takes a GPU of its own.
 
     Raises:
-        LoraportError: If there are more processes on this machine than GPUs, or one GPU is named
-            for all of them.
+        LoraportError: If there are more processes on this machine than GPUs, one GPU is named for
+            all of them, or they cannot meet.
     """
     alone = not all(name in os.environ for name in _ENVIRONMENT)
-    if alone or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
+    if alone or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
         yield processes_now()
         return
-    store, rank, size = next(rendezvous("env://"))
+    store, rank, size = _met()
     done = threading.Event()
     threading.Thread(target=_end_with_the_others, args=(store, done), daemon=True).start()
     try:
@@ -186,6 +188,23 @@ def joined(device: str) -> Iterator[Processes]:
     finally:
         done.set()
     dist.destroy_process_group()
+
+
+def _met() -> tuple[Any, int, int]:
+    """Return the store that the processes meet at, this one's number and how many there are."""
+    told = {name: os.environ[name] for name in _ENVIRONMENT}
+    try:
+        if not 0 <= int(told["RANK"]) < int(told["WORLD_SIZE"]):
+            raise ValueError("no such process")
+        store, rank, size = next(rendezvous("env://"))
+    except (RuntimeError, ValueError, OSError) as error:
+        got = ", ".join(f"{name}={value}" for name, value in told.items())
+        raise LoraportError(
+            "the processes of this run cannot meet: expected each RANK below WORLD_SIZE and a free "
+            f"MASTER_PORT on the machine MASTER_ADDR, where the first one listens, got {got}; "
+            "start them with torchrun, with another --master-port where this one is taken"
+        ) from error
+    return store, rank, size
 
 
 def _take_gpu(device: str) -> bool:
