@@ -130,11 +130,14 @@ def _record(
     inputs: Inputs,
     found: Mapping[str, Mapping[str, np.ndarray]],
 ) -> Manifest:
+    import numpy as np
     from safetensors.numpy import save_file
 
     for name, case in cases.items():
         arrays = {f"{INPUT}{key}": array for key, array in inputs.items()}
         arrays |= {f"{OUTPUT}{key}": array for key, array in found[name].items()}
+        # What does not lie by rows, as Fortran's arrays, would be written as if it did.
+        arrays = {key: np.asarray(array, order="C") for key, array in arrays.items()}
         with new_file(bundle / case.file, force=True) as partial:
             save_file(arrays, partial)
     manifest = replace(manifest, golden={**manifest.golden, **cases})
