@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import count
+
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
@@ -60,9 +63,11 @@ def infer_shapes(model: ir.Model) -> None:
     """Note the shapes of a graph's values, in place, and the types of tensors.
 
     onnx-ir notes the type of their elements for sequences and optional values, also where it was
-    known; those keep what they had.
+    known; those keep what they had. onnx knows the numbers that are shapes by their names alone,
+    through all branches: those of one name have names of their own for it.
     """
     copy = model.clone()
+    _tell_apart(copy.graph)
     matrices: dict[int, ir.Value] = {}
     for node in list(copy.graph.all_nodes()):
         _stand_in(node, matrices)
@@ -129,3 +134,30 @@ def _is_no_tensor(value: ir.Value) -> bool:
     if producer is not None and producer.op_type in _GIVE_OTHERS:
         return True
     return any(node.op_type in _READ_OTHERS and index == 0 for node, index in value.uses())
+
+
+def _tell_apart(graph: ir.Graph) -> None:
+    """Give values in subgraphs that have another's name one of their own, in place."""
+    outside = [*graph.inputs, *graph.initializers.values(), *_made_in(graph)]
+    inner = [value for subgraph in graph.subgraphs() for value in _inside(subgraph)]
+    known = {value.name for value in (*outside, *inner)}
+    seen = {value.name for value in outside}
+    for value in inner:
+        name = value.name
+        if name and name in seen:
+            value.name = next(new for n in count() if (new := f"{name}/alike_{n}") not in known)
+            known.add(value.name)
+        seen.add(name)
+
+
+def _made_in(graph: ir.Graph) -> Iterator[ir.Value]:
+    for node in graph:
+        yield from node.outputs
+
+
+def _inside(subgraph: ir.Graph) -> Iterator[ir.Value]:
+    """Yield a subgraph's own values, each once."""
+    yield from subgraph.inputs
+    inputs = {id(value) for value in subgraph.inputs}
+    yield from (v for v in list(subgraph.initializers.values()) if id(v) not in inputs)
+    yield from _made_in(subgraph)
