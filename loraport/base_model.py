@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from loraport.bitsandbytes_weights import dequantized_weight
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint, fingerprint
+from loraport.loading_faults import own_code, require_shapes
 from loraport.output import cached_directory
 from loraport.safetensors_file import safetensors_header
 
@@ -195,12 +196,14 @@ def load_model_as_it_is(
                 directory,
                 dtype=dtype or torch.float32,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, by name
                 trust_remote_code=False,
             )
     # A torn file, a quantization whose package is not here: each raises in a way of its own.
     except Exception as error:
-        reason = _own_code(error) or str(error)
+        reason = own_code(error) or str(error)
         raise LoraportError(f"base {base}: cannot be loaded: {reason}") from error
+    require_shapes(base, loading["mismatched_keys"])
     return model.to(device).eval(), tuple(sorted(loading["missing_keys"]))
 
 
@@ -216,17 +219,6 @@ def _model_class(base: str, directory: Path) -> type[PreTrainedModel] | None:
             f"{architecture(directory)}{remedy}"
         )
     return model_class
-
-
-def _own_code(error: Exception) -> str | None:
-    """Say that code which a base brings is not run, where transformers asks for leave to run it."""
-    if "trust_remote_code" not in str(error):
-        return None
-    return (
-        "expected a kind that transformers has, got one that is Python code in the base's own "
-        "directory (auto_map), which loraport never runs; convert the base to a kind that "
-        "transformers has"
-    )
 
 
 def model_without_weights(directory: Path) -> PreTrainedModel | None:
@@ -309,7 +301,7 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
         )
         words = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
     except Exception as error:  # the library that reads its files raises plain ones, too
-        reason = _own_code(error) or str(error)
+        reason = own_code(error) or str(error)
         raise LoraportError(f"base {base}: its tokenizer cannot be loaded: {reason}") from error
     if len(words) < _FEWEST_WORDS:
         raise LoraportError(
