@@ -24,7 +24,7 @@ from converters.onnx.exporters.input_dimensions import (
     require_named_tensors,
     require_varying,
 )
-from converters.onnx.exporters.loading import load_exported
+from converters.onnx.exporters.loading import load_exported, require_weights
 from converters.onnx.exporters.long_rotations import long_rotations_after
 from converters.onnx.exporters.norm_epsilons import set_norm_epsilons
 from converters.onnx.exporters.olmo_norms import set_olmo_norms
@@ -150,6 +150,8 @@ def export_base(
         )
     with new_directory(out, force=force) as bundle:
         if decoder:
+            require_weights(directory)
+            load_tokenizer(str(directory))  # what it lacks is told before the minutes of a build
             progress(f"building the {options.precision} graph with ONNX Runtime GenAI")
             build_with_genai(
                 directory, bundle, precision=options.precision, provider=options.provider

@@ -1,9 +1,12 @@
 """Decoders of several architectures: every linear module has a slot, parity holds."""
 
+import json
+
 import pytest
 import torch
 import transformers
 from peft_cases import Case
+from safetensors.torch import load_file, save_file
 from tiny_llm import PHI3, SIZES, save_adapter, save_base
 
 from converters.formats.registry import read_adapter
@@ -111,6 +114,50 @@ def test_a_decoder_that_the_builder_does_not_know_is_torchs(name, tmp_path, monk
     assert ("takes whole texts, without a cache" in said[-1]) == (name == "Bloom")
     assert ("does not know BloomForCausalLM" in said[-1]) == (name == "Bloom")
     assert ("with ONNX Runtime GenAI" in said[-1]) == (name == "Llama")
+
+
+@pytest.mark.parametrize(
+    ("lost", "tied", "told"),
+    [
+        ("lm_head.weight", False, "got none for 1, lm_head.weight among them"),
+        ("lm_head.weight", True, "built"),
+        ("shape", False, "model.norm.weight: expected shape [32], as config.json says, got [5]"),
+        ("shard", False, "model-00002-of-00003.safetensors: expected the shard in"),
+        ("torn", False, "torn.safetensors: expected a readable safetensors header"),
+        ("tokenizer", False, "its tokenizer cannot be loaded"),
+        ("index", False, "built"),  # names a tensor that no file holds, and no model needs
+        ("nothing", False, "built"),
+    ],
+)
+def test_what_a_decoder_lacks_is_told_before_it_is_built(lost, tied, told, tmp_path, monkeypatch):
+    """A build takes minutes, and draws weights that are missing at random. Controls: two whole."""
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied)
+    )
+    base = save_base(tmp_path / "base", model)
+    file, index = base / "model.safetensors", base / "model.safetensors.index.json"
+    tensors = load_file(file)
+    tensors.pop(lost, None)
+    if lost == "shape":
+        tensors["model.norm.weight"] = torch.ones(5)
+    save_file(tensors, file, {"format": "pt"})
+    if lost in ("shard", "torn", "index"):
+        shard = "model-00002-of-00003.safetensors" if lost == "shard" else "torn.safetensors"
+        if lost != "shard":
+            (base / shard).write_bytes(file.read_bytes()[: -1 if lost == "torn" else None])
+        file.unlink()
+        names = [*tensors, "old.inv_freq"] if lost == "index" else [*tensors]
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)}))
+    if lost == "tokenizer":
+        (base / "tokenizer.json").unlink()
+
+    def build(*_, **__):
+        raise LoraportError("built")
+
+    monkeypatch.setattr(exporting, "build_with_genai", build)
+    with pytest.raises(LoraportError) as refused:
+        export_base(base, tmp_path / "bundle")
+    assert told in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.merge.layout import BaseLayout, base_layout
 from loraport.base_model import (
     architecture,
     is_causal_lm,
     load_causal_lm,
     load_model_as_it_is,
 )
+from loraport.checkpoint import Checkpoint
+from loraport.errors import LoraportError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,3 +49,45 @@ def load_exported(directory: Path, progress: Callable[[str], None]) -> PreTraine
             "outputs that depend on them mean nothing unless an adapter stores them (--replace)"
         )
     return model
+
+
+def require_weights(directory: Path) -> None:
+    """Refuse a decoder whose files lack weights, by what their headers say.
+
+    What builds a graph may take minutes, and draws them at random. Where the headers leave a doubt,
+    the model is loaded, which tells.
+
+    Args:
+        directory: Model directory in the Hugging Face layout.
+
+    Raises:
+        LoraportError: If weights are missing, have another shape, or lie in damaged files.
+    """
+    if not any(directory.glob("*.safetensors*")):
+        return  # pickled ones, which have no headers
+    named = None
+    try:
+        if _whole(directory):
+            return
+    except LoraportError as error:
+        named = error
+    try:
+        load_causal_lm(str(directory))
+    except LoraportError as error:
+        raise named or error from error
+
+
+def _whole(directory: Path) -> bool:
+    """Tell whether the files hold a tensor of the right shape for each of a model's parameters."""
+    checkpoint = Checkpoint(directory)
+    shapes = {name: checkpoint.info(name).shape for name in checkpoint}
+    layout = base_layout(directory, shapes)
+    return not layout.missing and _fitting(layout, shapes)
+
+
+def _fitting(layout: BaseLayout, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return all(
+        shapes[pieces[0].tensor] == layout.shapes.get(name, shapes[pieces[0].tensor])
+        for name, pieces in layout.pieces.items()
+        if len(pieces) == 1 and pieces[0].whole
+    )
