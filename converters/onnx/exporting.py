@@ -160,8 +160,10 @@ def export_base(
         else:
             progress("exporting the graph with torch.onnx.export" + _without_cache(directory))
             model = load_exported(directory, progress)
-            if getattr(model.config, "use_cache", False):
-                model.config.use_cache = False  # the graph has one step; a cache is no tensor
+            # The graph has one step; a cache is no tensor. What also sees has a part for text.
+            for config in (model.config, model.config.get_text_config()):
+                if getattr(config, "use_cache", False):
+                    config.use_cache = False
             inputs = encoder_inputs(base, model)
             dynamic = {name: {0: "batch", 1: "sequence"} for name in inputs}
             _export_encoder(model, inputs, bundle, dynamic, options.precision, progress)

@@ -16,6 +16,8 @@ from loraport.errors import LoraportError
 from loraport.parity import verify_bundle
 from loraport.runtime import Runtime
 
+VISION = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
 
 @pytest.fixture(scope="module")
 def encoder_base(tmp_path_factory):
@@ -84,11 +86,29 @@ def t5_encoder():
     return T5EncoderModel(T5Config(**sizes, num_heads=4))
 
 
+def llava():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    text = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 4, "initializer_range": 0.2}
+    seen = CLIPVisionConfig(**VISION, hidden_size=24, intermediate_size=32)
+    return Llava(LlavaConfig(text_config=LlamaConfig(**text), vision_config=seen))
+
+
 @pytest.mark.parametrize(
-    ("make", "targets"), [(gpt2_with_head, ["c_attn", "c_fc"]), (t5_encoder, ["q", "v", "wo"])]
+    ("make", "targets"),
+    [
+        (gpt2_with_head, ["c_attn", "c_fc"]),
+        (t5_encoder, ["q", "v", "wo"]),
+        (llava, r".*language_model.*(q_proj|down_proj)"),
+    ],
 )
 def test_what_torch_does_not_export_as_it_is(make, targets, tmp_path):
-    """GPT-2 returns its cache, and T5's attention in one operator cannot be taken apart."""
+    """GPT-2 returns its cache, and T5's attention in one operator cannot be taken apart.
+
+    A model that also sees returns the cache of its part for text, which has a setting of its own.
+    """
     torch.manual_seed(0)
     model = make().eval()
     save_base(tmp_path / "base", model)
@@ -156,9 +176,6 @@ def test_verify_reads_the_weights_that_a_base_stores_turned(gpt2_classifier, tmp
         if own.shape[0] == own.shape[1]:
             assert (rounded - own.T).norm() > own.norm()
     assert verify_bundle(tmp_path / "out", model, {}).passed
-
-
-VISION = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def vit():
