@@ -9,7 +9,7 @@ from pathlib import Path
 
 from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters, export_base
-from loraport.base_model import load_model
+from loraport.base.loading import load_model
 from loraport.parity import verify_bundle
 from loraport.runtime import Runtime, Sampling, TextGenerator
 from loraport.training import LoopOptions, LoraOptions, TrainOptions, train_language_model

@@ -26,7 +26,8 @@ from typing import Any
 import pytest
 import torch
 
-from loraport.base_model import SMOLLM2, cache_directory, load_model, resolve_base
+from loraport.base.finding import SMOLLM2, cache_directory, resolve_base
+from loraport.base.loading import load_model
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = re.compile("torch|transformers|peft|numpy|onnx.*")

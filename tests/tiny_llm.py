@@ -104,7 +104,7 @@ def save_base(directory: Path, model: torch.nn.Module | None = None, seed: int =
 
 def save_adapter(base: Path, case: Case, out: Path, seed: int = 0) -> Path:
     """Save an adapter of a base, all its tensors away from their start."""
-    from loraport.base_model import load_model
+    from loraport.base.loading import load_model
 
     make_case(case, out, seed, base=load_model(str(base)))
     return out
@@ -114,6 +114,6 @@ def peft_model(base: Path, adapter: Path) -> Any:
     """Return PEFT's model of a base and an adapter."""
     from peft_cases import load_with_peft
 
-    from loraport.base_model import load_model
+    from loraport.base.loading import load_model
 
     return load_with_peft(load_model(str(base)), adapter)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loraport.adapter import Adapter, Replacement
-from loraport.checkpoint import Checkpoint
+from loraport.base.checkpoint import Checkpoint
 
 
 def without_base_copies(adapter: Adapter, directory: Path) -> tuple[Adapter, list[str]]:

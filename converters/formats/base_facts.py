@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraport.base_model import read_model_config
-from loraport.checkpoint import Checkpoint
+from loraport.base.checkpoint import Checkpoint
+from loraport.base.config import read_model_config
 
 
 @dataclass(frozen=True)

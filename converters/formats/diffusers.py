@@ -21,7 +21,7 @@ from converters.formats.features import Feature, cannot_hold
 from converters.formats.format import AdapterFormat, FormatContext
 from converters.formats.original_names import named_as_in_base, original_model
 from loraport.adapter import Adapter, LoraModule
-from loraport.checkpoint import Checkpoint, read_header
+from loraport.base.checkpoint import Checkpoint, read_header
 from loraport.errors import LoraportError, Problems
 from loraport.json_object import parse_json_object
 from loraport.naming import PEFT_PREFIX, Part, parse_peft_key

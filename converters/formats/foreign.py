@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from loraport.checkpoint import read_header
+from loraport.base.checkpoint import read_header
 from loraport.errors import LoraportError
 
 _OWN_TOOL = "merge it with the tool that made it"

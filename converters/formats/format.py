@@ -8,7 +8,7 @@ from pathlib import Path
 
 from converters.formats.features import Feature
 from loraport.adapter import Adapter
-from loraport.base_model import resolve_base
+from loraport.base.finding import resolve_base
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class FormatContext:
     """What a format may need beside its own files.
 
     Attributes:
-        base: How the user names the base model, see `loraport.base_model.resolve_base`.
+        base: How the user names the base model, see `loraport.base.finding.resolve_base`.
         force: Replace an existing output.
         initial_adapter: The adapter as it was before its training, for initialisations that
             change the base (PiSSA, OLoRA, CorDA, LoRA-GA).

@@ -21,7 +21,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     import numpy as np
     import torch
 
-    from loraport.gguf_reader import bounded_reader
+    from loraport.base.gguf.reader import bounded_reader
 
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     try:

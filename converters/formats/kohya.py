@@ -18,7 +18,7 @@ from converters.formats.features import Feature, cannot_hold
 from converters.formats.format import AdapterFormat, FormatContext
 from converters.formats.kohya_names import Target, find_targets, known_modules
 from loraport.adapter import Adapter, LoraModule
-from loraport.checkpoint import Checkpoint, read_header
+from loraport.base.checkpoint import Checkpoint, read_header
 from loraport.counts import counted
 from loraport.errors import LoraportError, Problems
 from loraport.naming.kohya import (

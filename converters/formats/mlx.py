@@ -19,7 +19,7 @@ from converters.formats.features import PLAIN_KINDS, Feature, cannot_hold
 from converters.formats.folding import fold_to, most_common
 from converters.formats.format import AdapterFormat, FormatContext
 from loraport.adapter import Adapter, LoraModule, ModuleKind
-from loraport.checkpoint import Checkpoint
+from loraport.base.checkpoint import Checkpoint
 from loraport.errors import LoraportError, Problems
 from loraport.json_object import read_json_object
 from loraport.naming.mlx import mlx_key, mlx_module, mlx_targets, parse_mlx_key, torch_module

@@ -24,7 +24,7 @@ from converters.formats.format import AdapterFormat, FormatContext
 from converters.formats.onnx_adapter_file import ONNX_TYPES, read_parameters, write_parameters
 from converters.formats.slot_parts import module_of_slot, slot_of_module
 from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
-from loraport.base_weights import StoredWeights
+from loraport.base.weights import StoredWeights
 from loraport.errors import LoraportError, Problems
 from loraport.naming import is_module_path, parse_slot_input, slot_saved
 from loraport.output import new_file, refuse_existing

@@ -24,8 +24,8 @@ from converters.merge.plan import TensorPlan
 from converters.merge.sources import COUNTER, FLOATING, GivenSource, Source
 from converters.merge.targets import NamedAdapter, Said, Tie
 from loraport.adapter import LoraModule, ModuleKind
+from loraport.base.storage import is_transposed
 from loraport.errors import LoraportError, Problems
-from loraport.storage import is_transposed
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from converters.merge.arithmetic import Change
 from loraport.adapter import LoraModule, ModuleKind, Replacement
+from loraport.base.storage import is_transposed
 from loraport.errors import LoraportError
-from loraport.storage import is_transposed
 from loraport.variants import lower
 
 if TYPE_CHECKING:

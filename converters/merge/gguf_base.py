@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from converters.merge.base import BaseCheckpoint
 from converters.merge.sources import OpenFiles, Source
-from loraport.base_model import gguf_model_files, read_model_config
-from loraport.checkpoint import TensorInfo
-from loraport.gguf_model import GgufModel, GgufWeight
+from loraport.base.checkpoint import TensorInfo
+from loraport.base.config import read_model_config
+from loraport.base.finding import gguf_model_files
+from loraport.base.gguf.model import GgufModel, GgufWeight
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.merge.stored_names import Place, StoredNames
-from loraport.base_model import read_model_config
+from loraport.base.config import read_model_config
 from loraport.naming import NameIndex, weight_name
 
 

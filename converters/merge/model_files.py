@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from converters.merge.plan import MergePlan
-from loraport.checkpoint import INDEX_SUFFIX
+from loraport.base.checkpoint import INDEX_SUFFIX
 
 # Weights in other forms, which would be the unmerged ones.
 _WEIGHT_SUFFIXES = (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from converters.merge.quantized import Dequantized, QuantizedCheckpoint
 from converters.merge.sources import OpenFiles
-from loraport.checkpoint import Checkpoint, TensorInfo
+from loraport.base.checkpoint import Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.merge.quantized import DTYPES, Dequantized, QuantizedCheckpoint
 from converters.merge.sources import OpenFiles, StoredSource
-from loraport.checkpoint import Checkpoint, TensorInfo
+from loraport.base.checkpoint import Checkpoint, TensorInfo
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from converters.merge.mxfp4 import mxfp4_weights
 from converters.merge.nf4 import add_nf4_weights
 from converters.merge.quantized import Dequantized, QuantizedCheckpoint, computing_dtype
 from converters.merge.sources import Source, StoredSource
-from loraport.base_model import gguf_file, read_model_config, resolve_base
-from loraport.checkpoint import Checkpoint
+from loraport.base.checkpoint import Checkpoint
+from loraport.base.config import read_model_config
+from loraport.base.finding import gguf_file, resolve_base
 from loraport.errors import LoraportError
 
 
@@ -24,7 +25,7 @@ def open_base(base: str) -> BaseCheckpoint:
     """Open a base for merging.
 
     Args:
-        base: What `loraport.base_model.resolve_base` takes, or a directory or file that holds
+        base: What `loraport.base.finding.resolve_base` takes, or a directory or file that holds
             safetensors alone.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.merge.sources import Source
-from loraport.checkpoint import Checkpoint
+from loraport.base.checkpoint import Checkpoint
 from loraport.errors import Problems
 
 # A torch dtype's name → safetensors'.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converters.merge.sources import OpenFiles
-from loraport.checkpoint import Checkpoint, TensorInfo
+from loraport.base.checkpoint import Checkpoint, TensorInfo
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from converters.merge.buffers import Buffers
-from loraport.checkpoint import TensorInfo
+from loraport.base.checkpoint import TensorInfo
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:

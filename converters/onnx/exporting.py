@@ -43,17 +43,14 @@ from converters.onnx.slots.inserting import (
     require_slot_inputs,
     with_replacements,
 )
-from loraport.base_model import (
-    architecture,
-    load_tokenizer,
-    read_model_config,
-    resolve_base,
-)
+from loraport.base.computed_weights import weights_stored
+from loraport.base.config import architecture, read_model_config
+from loraport.base.finding import resolve_base
+from loraport.base.loading import load_tokenizer
 from loraport.bundle.base_values import write_base_values
 from loraport.bundle.golden import record_no_golden
 from loraport.bundle.manifest import MODEL_FILE, REQUIRED_MODEL_FILE, Manifest, write_manifest
 from loraport.bundle.sources import record_base
-from loraport.computed_weights import weights_stored
 from loraport.errors import LoraportError, Problems, first_line
 from loraport.fingerprint import fingerprint
 from loraport.option_checks import (

@@ -282,7 +282,7 @@ def _listed(nodes: Iterable[ir.Node]) -> str:
 
 def _base_holders(model: ir.Model, base: str) -> Holders:
     """Find parameters by the values that the base has in PyTorch."""
-    from loraport.base_model import load_model
+    from loraport.base.loading import load_model
 
     return BaseHolders.of_module(model.graph, load_model(base))
 
@@ -370,7 +370,7 @@ def _describe(
     files = sorted(f.relative_to(bundle).as_posix() for f in bundle.rglob("*") if f.is_file())
     write_manifest(manifest.with_files(bundle, files), bundle)
     if options.base is not None:
-        from loraport.base_model import resolve_base
+        from loraport.base.finding import resolve_base
         from loraport.bundle.sources import record_base
 
         record_base(bundle, str(resolve_base(options.base).resolve()))

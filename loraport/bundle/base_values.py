@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loraport.checkpoint import Checkpoint
+from loraport.base.checkpoint import Checkpoint
 from loraport.output import new_file
 
 if TYPE_CHECKING:

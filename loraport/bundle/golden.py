@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraport.base.checkpoint import Checkpoint
 from loraport.bundle.manifest import (
     MANIFEST_FILE,
     GoldenCase,
@@ -17,7 +18,6 @@ from loraport.bundle.manifest import (
     read_manifest,
     write_manifest,
 )
-from loraport.checkpoint import Checkpoint
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ def compose(
     from converters.compose import compose as add_up
     from converters.formats.base_copies import without_base_copies
     from converters.formats.registry import read_adapter
-    from loraport.base_model import resolve_base
+    from loraport.base.finding import resolve_base
     from loraport.cli.error_table import show_errors
     from loraport.cli.merge import parse_strength
     from loraport.output import refuse_existing

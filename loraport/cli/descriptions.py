@@ -125,7 +125,7 @@ def _adapter(path: Path, base: str | None) -> Description:
 
 
 def _checkpoint(path: Path) -> Description:
-    from loraport.checkpoint import Checkpoint
+    from loraport.base.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(path)
     infos = {name: checkpoint.info(name) for name in checkpoint}
@@ -136,7 +136,7 @@ def _checkpoint(path: Path) -> Description:
         "dtypes": _listed(info.dtype for info in infos.values()),
     }
     if (path / "config.json").is_file():
-        from loraport.base_model import read_model_config
+        from loraport.base.config import read_model_config
 
         config = read_model_config(path)
         facts["architecture"] = ", ".join(config.get("architectures") or ["?"])
@@ -185,7 +185,7 @@ def _onnx(path: Path) -> Description:
 
 def _gguf_model(path: Path) -> Description | None:
     """Describe a whole model in a GGUF file; ``None`` for an adapter, and for a damaged file."""
-    from loraport.gguf_reader import bounded_reader
+    from loraport.base.gguf.reader import bounded_reader
 
     try:
         reader = bounded_reader(path)

@@ -61,7 +61,8 @@ def eval(  # the command's name
     an adapter that does nothing, and of one that makes other text worse.
     """
     from converters.formats.registry import read_adapter
-    from loraport.base_model import load_causal_lm, load_tokenizer, resolve_base
+    from loraport.base.finding import resolve_base
+    from loraport.base.loading import load_causal_lm, load_tokenizer
     from loraport.evaluation import evaluate
     from loraport.evaluation.evaluate import text_rows
     from loraport.output import refuse_existing

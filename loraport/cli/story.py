@@ -143,7 +143,7 @@ class Story:
     def verify(self) -> None:
         """Prove that the bundle computes what PyTorch computes."""
         from converters.formats.registry import read_adapter
-        from loraport.base_model import load_model
+        from loraport.base.loading import load_model
         from loraport.parity import verify_bundle
 
         _chapter("Proof: ONNX Runtime = PyTorch")

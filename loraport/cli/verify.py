@@ -118,9 +118,10 @@ def _reference_model(
     """
     from converters.onnx.exporters.loading import load_exported
     from converters.onnx.modules.graph_weights import load_graph_weights
-    from loraport.base_model import fingerprint_model, resolve_base
+    from loraport.base.finding import resolve_base
+    from loraport.base.loading import fingerprint_model
+    from loraport.base.stored_tensors import stored_tensor, stored_tensors
     from loraport.bundle.manifest import MODEL_FILE
-    from loraport.stored_tensors import stored_tensor, stored_tensors
 
     progress(f"loading {base} in PyTorch")
     model = load_exported(resolve_base(base), progress)

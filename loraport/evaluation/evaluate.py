@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loraport.adapter import Adapter, require_adapters
-from loraport.context_length import context_of
+from loraport.base.context_length import context_of
 from loraport.errors import LoraportError
 from loraport.evaluation.neutral_text import PARAGRAPHS
 from loraport.evaluation.scores import RowScore, greedy_answer, question_and_answer, score_rows

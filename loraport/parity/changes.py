@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from loraport.adapter import Adapter, Replacement
+from loraport.base.storage import is_transposed, stores_in_out
+from loraport.base.stored_tensors import stored_tensor, stored_tensors
 from loraport.errors import LoraportError, Problems
 from loraport.naming import weight_name
-from loraport.storage import is_transposed, stores_in_out
-from loraport.stored_tensors import stored_tensor, stored_tensors
 from loraport.update import LowRankUpdate
 from loraport.variants import lower
 

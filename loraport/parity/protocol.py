@@ -26,6 +26,7 @@ import numpy as np
 from torch import nn
 
 from loraport.adapter import Adapter
+from loraport.base.stored_tensors import stored_tensor
 from loraport.bundle.manifest import check_files
 from loraport.counts import counted
 from loraport.errors import LoraportError
@@ -42,7 +43,6 @@ from loraport.parity.tolerances import AS_DEPLOYED, Tolerance
 from loraport.runtime import Runtime, Sampling, Selection, generate
 from loraport.runtime.resident import read_packed
 from loraport.runtime.values import torch_of
-from loraport.stored_tensors import stored_tensor
 
 _GREEDY_TOKENS = 12
 _GREEDY_PROMPTS = 3

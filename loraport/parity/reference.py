@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loraport.base.rotation_border import rotation_border
+from loraport.base.storage import stores_in_out
+from loraport.base.stored_tensors import stored_tensor
 from loraport.errors import LoraportError
 from loraport.naming import bias_name, weight_name
 from loraport.parity.changes import Changes, Term, added_bias, changed_value, merged_matrix
-from loraport.rotation_border import rotation_border
-from loraport.storage import stores_in_out
-from loraport.stored_tensors import stored_tensor
 from loraport.update import LowRankUpdate
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from torch import nn
 
 from loraport.adapter import Adapter, require_adapters
-from loraport.attention_windows import attention_windows
-from loraport.base_model import load_tokenizer
+from loraport.base.attention_windows import attention_windows
+from loraport.base.loading import load_tokenizer
+from loraport.base.rotation_border import rotation_border
 from loraport.bundle.golden import base_inputs
 from loraport.bundle.manifest import MODEL_FILE
 from loraport.parity.changes import Original
@@ -22,7 +23,6 @@ from loraport.parity.check import Check
 from loraport.parity.prompts import PROMPTS
 from loraport.parity.protocol import Protocol, Sample
 from loraport.parity.tolerances import Tolerance, tolerance_for
-from loraport.rotation_border import rotation_border
 from loraport.runtime import Runtime
 from loraport.runtime.decoder import GENAI_CONFIG, first_step_inputs, read_decoder
 from loraport.runtime.full_precision import rounds_activations

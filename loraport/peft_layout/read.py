@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraport.adapter import BATCH_COUNTER, Adapter, LoraModule, ModuleKind, Replacement
-from loraport.checkpoint import Checkpoint
+from loraport.base.checkpoint import Checkpoint
 from loraport.counts import counted
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint

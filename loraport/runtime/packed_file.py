@@ -16,8 +16,8 @@ from threading import Lock
 
 import numpy as np
 
+from loraport.base.checkpoint import NUMPY_DTYPES, TensorInfo, read_open_header
 from loraport.bundle.content_hash import ContentHash, Digest
-from loraport.checkpoint import NUMPY_DTYPES, TensorInfo, read_open_header
 from loraport.errors import LoraportError, Problems
 
 _ALIGNMENT = 64  # what vector instructions like, and ONNX Runtime's own allocator gives

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from loraport.base_model import load_tokenizer
+from loraport.base.loading import load_tokenizer
 from loraport.counts import counted
 from loraport.errors import LoraportError
 from loraport.runtime.generation import Sampling, generate

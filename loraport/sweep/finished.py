@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loraport.base_model import fingerprint_model
+from loraport.base.loading import fingerprint_model
 from loraport.errors import LoraportError
 from loraport.peft_layout.read import read_peft
 from loraport.sweep.output import IDENTITY_FILE, RESULTS_FILE

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraport.base_model import load_tokenizer, resolve_base
+from loraport.base.finding import resolve_base
+from loraport.base.loading import load_tokenizer
 from loraport.errors import LoraportError
 from loraport.option_checks import given_or_default
 from loraport.output import refuse_existing
@@ -52,7 +53,7 @@ def run_sweep(
     Candidates are kept in ``OUT.sweep`` beside it until then, as far as they are trained.
 
     Args:
-        base: Any base that `loraport.base_model.resolve_base` finds.
+        base: Any base that `loraport.base.finding.resolve_base` finds.
         data: Training rows, JSONL.
         out: The directory to write.
         options: All options.

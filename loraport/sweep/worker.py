@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from loraport.adapter import Adapter
-from loraport.base_model import fingerprint_model
+from loraport.base.loading import fingerprint_model
 from loraport.errors import LoraportError, Problems
 from loraport.fingerprint import BaseFingerprint, fingerprint
 from loraport.peft_layout.misread import misread_by_peft
@@ -50,7 +50,7 @@ class Setting:
     """What all candidates of a sweep share; goes to other processes as it is.
 
     Attributes:
-        base: As `loraport.base_model.resolve_base` takes it.
+        base: As `loraport.base.finding.resolve_base` takes it.
         train: Training rows.
         validation: Held-out rows.
         pad: Token id to pad with.

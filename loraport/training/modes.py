@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from loraport.computed_weights import norms_by_iteration
+from loraport.base.computed_weights import norms_by_iteration
 
 
 @contextmanager

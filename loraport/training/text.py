@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from loraport.adapter import Adapter
-from loraport.base_model import fingerprint_model, load_tokenizer, read_model_config, resolve_base
+from loraport.base.config import read_model_config
+from loraport.base.finding import resolve_base
+from loraport.base.loading import fingerprint_model, load_tokenizer
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint
 from loraport.option_checks import given_or_default
@@ -119,7 +121,7 @@ def train_language_model(
     Checkpoints and metrics are kept in ``OUT.training`` beside it until then.
 
     Args:
-        base: Any base that `loraport.base_model.resolve_base` finds.
+        base: Any base that `loraport.base.finding.resolve_base` finds.
         data: Training rows, JSONL.
         out: The adapter directory to write: PEFT's layout, ``metrics.jsonl``, ``loss.png`` and
             ``training.json``.

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from loraport.base.storage import stored_as_out_in
 from loraport.errors import LoraportError
-from loraport.storage import stored_as_out_in
 from loraport.update import LowRankUpdate
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from timing import child, print_turns, share_threads  # the sibling
 from converters.onnx import add_adapters, export_base
 from converters.onnx.exporters.genai_builder import build_with_genai
 from loraport.adapter import Adapter, LoraModule, ModuleKind
-from loraport.base_model import resolve_base
+from loraport.base.finding import resolve_base
 from loraport.bundle.manifest import MODEL_FILE
 from loraport.runtime import Lane, Runtime
 from loraport.runtime.decoder import first_step_inputs, read_decoder

@@ -27,7 +27,7 @@ from gpu_sections.side_by_side import side_by_side, worthwhile
 from random_llamas import save_random_base
 
 from converters.onnx.exporters.genai_builder import PRECISIONS
-from loraport.base_model import resolve_base
+from loraport.base.finding import resolve_base
 from loraport.errors import LoraportError
 
 

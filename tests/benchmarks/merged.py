@@ -6,7 +6,7 @@ from pathlib import Path
 from converters.merge import MergeOptions, make_plan, merge
 from converters.onnx.exporters.genai_builder import build_with_genai
 from loraport.adapter import Adapter
-from loraport.base_model import resolve_base
+from loraport.base.finding import resolve_base
 from loraport.peft_layout.write import write_peft
 
 

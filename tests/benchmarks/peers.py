@@ -38,7 +38,8 @@ from timing import child, print_ratios
 from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.exporters.genai_builder import build_with_genai
 from converters.onnx.modules.graph_weights import load_graph_weights
-from loraport.base_model import load_model, resolve_base
+from loraport.base.finding import resolve_base
+from loraport.base.loading import load_model
 from loraport.bundle.manifest import MODEL_FILE
 from loraport.peft_layout.read import read_peft
 from loraport.peft_layout.write import write_peft

@@ -20,7 +20,7 @@ from torch import nn
 
 from converters.onnx import ExportOptions, export_base
 from converters.onnx.modules.graph_weights import load_graph_weights
-from loraport.base_model import load_model, load_tokenizer
+from loraport.base.loading import load_model, load_tokenizer
 from loraport.bundle.manifest import MODEL_FILE, read_manifest
 from loraport.parity.changes import changes_of
 from loraport.parity.prompts import PROMPTS

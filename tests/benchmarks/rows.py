@@ -28,7 +28,7 @@ from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.exporters.genai_builder import build_with_genai
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Adapter
-from loraport.base_model import resolve_base
+from loraport.base.finding import resolve_base
 from loraport.bundle.manifest import MODEL_FILE
 from loraport.parity.tolerances import tolerance_for
 from loraport.runtime import Lane, Runtime

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from random_llamas import SHAPES, random_llama
 
-from loraport.base_model import load_causal_lm
+from loraport.base.loading import load_causal_lm
 from loraport.training import LoopOptions, LoraOptions, attach, train
 from loraport.training.base.frozen_base import checkpoint_activations
 from loraport.training.data.batches import IGNORED, Row, collate

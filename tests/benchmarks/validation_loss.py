@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from train import TARGETS  # the sibling
 from transformers import get_cosine_schedule_with_warmup
 
-from loraport.base_model import load_causal_lm, load_tokenizer
+from loraport.base.loading import load_causal_lm, load_tokenizer
 from loraport.training import LoopOptions, LoraOptions, TrainOptions, attach
 from loraport.training.data.batches import RowBatches
 from loraport.training.data.tokens import read_rows

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llm import save_base
 
 from converters.onnx.packing.adding import write_onnx_adapter
-from loraport.base_model import fingerprint_model, load_model
+from loraport.base.loading import fingerprint_model, load_model
 from loraport.bundle.manifest import check_files, read_manifest, write_manifest
 from loraport.cli import main
 from loraport.errors import LoraportError

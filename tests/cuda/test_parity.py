@@ -13,7 +13,7 @@ from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.exporters.genai_builder import PRECISIONS
 from converters.onnx.modules.graph_weights import load_graph_weights
 from converters.onnx.slots.inserting import SlotOptions
-from loraport.base_model import load_model
+from loraport.base.loading import load_model
 from loraport.bundle.manifest import MODEL_FILE, read_manifest, write_manifest
 from loraport.errors import LoraportError
 from loraport.parity import verify_bundle

@@ -25,10 +25,10 @@ from peft_cases import (
 from safetensors.torch import load_file, save_file
 
 from converters.extract import ExtractOptions, extract
+from loraport.base.stored_tensors import stored_tensors
 from loraport.cli import cli
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft, write_peft
-from loraport.stored_tensors import stored_tensors
 from loraport.training import load_into
 
 

@@ -12,7 +12,7 @@ import pytest
 from peft_cases import CASES, Made, make
 from transformers import PreTrainedModel
 
-from loraport.base_model import cache_directory
+from loraport.base.finding import cache_directory
 
 _NODE_PACKAGES = ("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1")
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from converters.merge import MergeOptions, make_plan
-from loraport.checkpoint import Checkpoint
+from loraport.base.checkpoint import Checkpoint
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint
 from loraport.peft_layout import read_peft, write_peft

@@ -180,7 +180,7 @@ def test_a_deepseek_is_merged_as_peft_computes(tmp_path, merge_into):
         stored[name + "_scale_inv"] = scales
     config = json.loads((tmp_path / "float/config.json").read_text())
     write(tmp_path / "base", stored, FP8 | {"weight_block_size": [8, 8]}, config)
-    from loraport.base_model import load_model
+    from loraport.base.loading import load_model
 
     base = load_model(str(tmp_path / "base"))
     assert all(parameter.dtype == torch.float32 for parameter in base.parameters())

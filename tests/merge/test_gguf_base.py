@@ -16,9 +16,9 @@ from peft_cases import Case, load_with_peft, logits, make_case
 from safetensors.torch import load_file
 
 from converters.merge import MergeOptions, make_plan
-from loraport import gguf_model
-from loraport.base_model import resolve_base
-from loraport.checkpoint import Checkpoint
+from loraport.base.checkpoint import Checkpoint
+from loraport.base.finding import resolve_base
+from loraport.base.gguf import model as gguf_model
 from loraport.cli import cli
 from loraport.errors import LoraportError
 

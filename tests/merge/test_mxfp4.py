@@ -99,7 +99,7 @@ def test_a_gpt_oss_is_merged_as_peft_computes(tmp_path, merge_into):
         stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
     config = gpt_oss().config.to_dict() | {"architectures": ["GptOssForCausalLM"]}
     write(tmp_path / "base", stored, config | {"quantization_config": {"quant_method": "mxfp4"}})
-    from loraport.base_model import load_model
+    from loraport.base.loading import load_model
 
     base = load_model(str(tmp_path / "base"))
     options = {

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from converters.merge import MergeOptions, make_plan
 from converters.merge.opening import open_base
 from converters.merge.sources import open_files
-from loraport.base_model import fingerprint_model
+from loraport.base.loading import fingerprint_model
 from loraport.errors import LoraportError
 from loraport.fingerprint import hash_weight
 

@@ -14,7 +14,7 @@ from converters.onnx import ExportOptions, add_adapters, export_base, exporting
 from converters.onnx.exporters.genai_builder import _BUILT, _HEADS, _ROTATED_PARTS, builds
 from converters.onnx.modules.base_parameters import BaseParameters
 from converters.onnx.slots.inserting import SlotOptions
-from loraport.base_model import load_model
+from loraport.base.loading import load_model
 from loraport.bundle.manifest import read_manifest
 from loraport.errors import LoraportError
 from loraport.parity import verify_bundle

@@ -8,7 +8,7 @@ from tiny_llm import GEMMA, PHI3, SIZES, save_base
 
 from converters.onnx import export_base, exporting
 from converters.onnx.exporters.attention_windows import set_attention_windows
-from loraport.attention_windows import attention_windows
+from loraport.base.attention_windows import attention_windows
 from loraport.bundle.manifest import read_manifest
 from loraport.errors import LoraportError
 from loraport.parity import verification, verify_bundle

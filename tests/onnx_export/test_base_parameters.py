@@ -19,7 +19,7 @@ from converters.onnx.importing import ImportOptions, import_model
 from converters.onnx.modules.base_parameters import BaseParameters
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Replacement
-from loraport.base_model import load_model
+from loraport.base.loading import load_model
 from loraport.bundle.golden import base_inputs
 from loraport.bundle.manifest import read_manifest
 from loraport.errors import LoraportError
@@ -189,7 +189,7 @@ def test_another_base_is_refused(int4, dora, tiny_base, tmp_path):
 def test_a_checkpoint_with_other_names_is_read_as_a_model(int4, tiny_base, monkeypatch):
     manifest = read_manifest(int4)
     path = "model.layers.1.mlp.down_proj"
-    monkeypatch.setattr("loraport.base_weights.NameIndex.candidates", lambda *_: [])
+    monkeypatch.setattr("loraport.base.weights.NameIndex.candidates", lambda *_: [])
     weight = BaseParameters(int4, manifest, str(tiny_base)).weight(path)
     assert torch.equal(weight, load_model(str(tiny_base)).get_submodule(path).weight.detach())
     with pytest.raises(LoraportError, match="expected this parameter in the base"):

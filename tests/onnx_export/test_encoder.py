@@ -10,7 +10,7 @@ from torch import nn
 from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.modules.graph_weights import load_graph_weights
-from loraport.base_model import load_model
+from loraport.base.loading import load_model
 from loraport.bundle.manifest import read_manifest
 from loraport.errors import LoraportError
 from loraport.parity import verify_bundle

@@ -18,7 +18,7 @@ from converters.onnx.modules.graph_weights import load_graph_weights
 from converters.onnx.packing.pack import pack
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Adapter, Replacement
-from loraport.base_model import load_model
+from loraport.base.loading import load_model
 from loraport.bundle.golden import base_inputs, golden_reason
 from loraport.bundle.manifest import read_manifest
 from loraport.cli.verify import _reference_model

@@ -12,7 +12,7 @@ from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters, export_base
 from converters.onnx.exporters.flat_rotations import flatten
 from converters.onnx.exporters.rotations import require_rotations
-from loraport.base_model import load_model
+from loraport.base.loading import load_model
 from loraport.errors import LoraportError
 from loraport.parity import verify_bundle
 

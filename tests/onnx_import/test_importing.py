@@ -65,7 +65,7 @@ def test_every_linear_module_has_its_own_name(imported, made_bert):
 
 
 def test_the_fingerprint_is_the_checkpoints_own(imported, made_bert):
-    from loraport.base_model import fingerprint_model
+    from loraport.base.loading import fingerprint_model
 
     found = read_manifest(imported).fingerprint.modules
     expected = fingerprint_model(made_bert.base, sorted(found)).modules

@@ -16,8 +16,8 @@ from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters
 from converters.onnx.importing import ImportOptions, import_model
 from converters.onnx.modules.base_modules import modules_of, open_base_modules
+from loraport.base.checkpoint import Checkpoint
 from loraport.bundle.manifest import read_manifest
-from loraport.checkpoint import Checkpoint
 from loraport.errors import LoraportError
 from loraport.runtime import Runtime
 
@@ -43,7 +43,7 @@ def reads(monkeypatch):
         raise AssertionError("the whole model is loaded")
 
     monkeypatch.setattr(Checkpoint, "load_part", load_part)
-    monkeypatch.setattr("loraport.base_model.load_model", refuse)
+    monkeypatch.setattr("loraport.base.loading.load_model", refuse)
     return names
 
 

@@ -14,7 +14,7 @@ from tiny_llm import TEXTS, tokenizer
 
 from converters.formats.registry import read_adapter
 from converters.onnx.packing.adding import write_onnx_adapter
-from loraport.base_model import load_model
+from loraport.base.loading import load_model
 from loraport.bundle.golden import record_no_golden
 from loraport.bundle.manifest import read_manifest, write_manifest
 from loraport.bundle.slots import SlotTable

@@ -2,7 +2,7 @@
 
 import pytest
 
-from loraport.base_model import SMOLLM2, resolve_base
+from loraport.base.finding import SMOLLM2, resolve_base
 
 
 @pytest.fixture(scope="session")

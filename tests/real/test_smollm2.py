@@ -9,7 +9,7 @@ from tiny_llm import peft_model
 
 from converters.formats.registry import read_adapter
 from converters.onnx.modules.graph_weights import load_graph_weights
-from loraport.base_model import load_model, load_tokenizer
+from loraport.base.loading import load_model, load_tokenizer
 from loraport.bundle.manifest import read_manifest
 from loraport.parity import verify_bundle
 from loraport.parity.prompts import PROMPTS

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_llm import TEXTS, peft_model, tokenizer
 
-from loraport.base_model import load_model
+from loraport.base.loading import load_model
 from loraport.errors import LoraportError
 from loraport.runtime import Runtime, Sampling, TextGenerator, generate
 from loraport.runtime.decoder import read_decoder

@@ -10,12 +10,12 @@ from tiny_llm import LONG_PHI3, peft_model
 
 from converters.formats.registry import read_adapter
 from converters.onnx.importing import ImportOptions, import_model
-from loraport.base_model import load_model
+from loraport.base.loading import load_model
+from loraport.base.rotation_border import rotation_border
 from loraport.bundle.manifest import Manifest, read_manifest
 from loraport.errors import LoraportError
 from loraport.parity import verification, verify_bundle
 from loraport.parity.reference import next_token_logits
-from loraport.rotation_border import rotation_border
 from loraport.runtime import Runtime, Sampling, generate
 from loraport.runtime.capturing import CapturingSession
 from loraport.runtime.decoder import read_decoder

@@ -15,7 +15,7 @@ from tiny_llm import TEXTS, peft_model, tokenizer
 
 from converters.formats.registry import read_adapter
 from converters.onnx import add_adapters
-from loraport.base_model import load_model
+from loraport.base.loading import load_model
 from loraport.bundle.manifest import read_manifest, write_manifest
 from loraport.errors import LoraportError
 from loraport.runtime import Lane, Runtime

@@ -7,7 +7,7 @@ import torch
 from onnx_graphs import session
 from tiny_llm import TEXTS, peft_model, tokenizer
 
-from loraport.base_model import load_model
+from loraport.base.loading import load_model
 from loraport.bundle.manifest import read_manifest
 from loraport.runtime import Runtime
 from loraport.runtime.decoder import first_step_inputs, read_decoder

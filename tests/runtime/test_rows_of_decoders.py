@@ -10,7 +10,7 @@ from converters.formats.registry import read_adapter
 from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.modules.graph_weights import load_graph_weights
 from converters.onnx.slots.inserting import SlotOptions
-from loraport.base_model import load_model
+from loraport.base.loading import load_model
 from loraport.runtime import Runtime
 from loraport.runtime.decoder import first_step_inputs, read_decoder
 
@@ -81,7 +81,7 @@ def test_rows_of_a_tiny_llama(precision, tiny_base, adapters, tmp_path):
 @pytest.mark.real
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_rows_of_the_real_smollm2(precision, real_directory):
-    from loraport.base_model import SMOLLM2, resolve_base
+    from loraport.base.finding import SMOLLM2, resolve_base
 
     adapters = {name: real_directory / name for name in ("a", "b")}
     prompts = np.random.default_rng(0).integers(100, 40_000, (len(PICKED), 9)).tolist()

@@ -85,7 +85,7 @@ def test_generation_ends_when_the_context_is_full(generate_program, own_bundle):
 
 
 def test_text_goes_in_and_comes_out(cpp_programs, bundle):
-    from loraport.base_model import load_tokenizer
+    from loraport.base.loading import load_tokenizer
 
     tokenizer = load_tokenizer(str(bundle))
     prompt = TEXTS[2] + ' "quoted"\n'

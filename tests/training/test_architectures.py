@@ -10,12 +10,9 @@ from command_line import command
 from peft import PeftModel
 from tiny_llm import save_base
 
-from loraport.base_model import (
-    is_causal_lm,
-    load_causal_lm,
-    load_model,
-)
-from loraport.context_length import context_length, context_of
+from loraport.base.config import is_causal_lm
+from loraport.base.context_length import context_length, context_of
+from loraport.base.loading import load_causal_lm, load_model
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft
 from loraport.peft_layout.misread import misread_by_peft

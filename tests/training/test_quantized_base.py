@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loraport.base_model import fingerprint_model
+from loraport.base.loading import fingerprint_model
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft
 from loraport.training import LoopOptions, LoraOptions, TrainOptions, attach, train_language_model

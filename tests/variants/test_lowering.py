@@ -7,9 +7,9 @@ import torch
 from peft_cases import CASES, make, merge_with_peft
 
 from loraport.adapter import ModuleKind
+from loraport.base.storage import stored_as_out_in
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft
-from loraport.storage import stored_as_out_in
 from loraport.variants import lower
 
 # PEFT merges both of a tied pair into one tensor, which changes the other one too or adds the

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from loraport.attention_windows import attention_windows
+from loraport.base.attention_windows import attention_windows
 from loraport.errors import LoraportError
 
 _WINDOW = "local_window_size"

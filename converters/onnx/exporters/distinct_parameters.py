@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from loraport.stored_tensors import stored_tensor, stored_tensors
+from loraport.base.stored_tensors import stored_tensor, stored_tensors
 
 _DTYPES = (torch.float16, torch.float32, torch.float64)
 

@@ -7,13 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.merge.layout import BaseLayout, base_layout
-from loraport.base_model import (
-    architecture,
-    is_causal_lm,
-    load_causal_lm,
-    load_model_as_it_is,
-)
-from loraport.checkpoint import Checkpoint
+from loraport.base.checkpoint import Checkpoint
+from loraport.base.config import architecture, is_causal_lm
+from loraport.base.loading import load_causal_lm, load_model_as_it_is
 from loraport.errors import LoraportError
 
 if TYPE_CHECKING:

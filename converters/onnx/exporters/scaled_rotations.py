@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from loraport.rotation_border import rotation_border
+from loraport.base.rotation_border import rotation_border
 
 _LONGROPE = "longrope"
 _TABLES = ("linear", "dynamic", "yarn", "llama3")  # the same for every length up to the context's

@@ -22,8 +22,8 @@ from converters.onnx.exporters.input_output_names import name_inputs_and_outputs
 from converters.onnx.exporters.named_arguments import named_arguments
 from converters.onnx.exporters.optimizing import optimize
 from converters.onnx.exporters.routed_experts import batched_experts
+from loraport.base.stored_tensors import stored_tensors
 from loraport.errors import LoraportError, first_line
-from loraport.stored_tensors import stored_tensors
 
 DATA_FILE = "model.onnx.data"
 _EXPORTERS_LOGS = ("torch.onnx", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")

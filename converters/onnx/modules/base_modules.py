@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from converters.merge.layout import BaseLayout
-    from loraport.checkpoint import Checkpoint
+    from loraport.base.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +54,13 @@ def open_base_modules(base: str) -> BaseModules:
     """Return the modules of a base; of a safetensors checkpoint without reading its weights.
 
     Args:
-        base: See `loraport.base_model.resolve_base`.
+        base: See `loraport.base.finding.resolve_base`.
 
     Raises:
         LoraportError: If there is no such base or it cannot be read.
     """
-    from loraport.base_model import load_model, resolve_base
+    from loraport.base.finding import resolve_base
+    from loraport.base.loading import load_model
 
     directory = resolve_base(base)
     stored = any(directory.glob("*.safetensors"))
@@ -70,8 +71,9 @@ def open_base_modules(base: str) -> BaseModules:
 def _of_checkpoint(directory: Path) -> BaseModules | None:
     """Return the modules of a checkpoint, or ``None`` where only a loaded model tells."""
     from converters.merge.layout import base_layout
-    from loraport.base_model import model_without_weights, read_model_config
-    from loraport.checkpoint import Checkpoint
+    from loraport.base.checkpoint import Checkpoint
+    from loraport.base.config import read_model_config
+    from loraport.base.loading import model_without_weights
 
     model = model_without_weights(directory)
     if model is None or read_model_config(directory).get("quantization_config"):

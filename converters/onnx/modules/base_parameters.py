@@ -26,7 +26,7 @@ from converters.onnx.graph.source_graph import read_graph
 from converters.onnx.modules.graph_names import name_sites
 from converters.onnx.operators import find_site
 from loraport.adapter import ModuleKind
-from loraport.base_weights import StoredWeights
+from loraport.base.weights import StoredWeights
 from loraport.bundle.base_values import BaseValues
 from loraport.bundle.manifest import MODEL_FILE, Manifest
 from loraport.bundle.slots import SlotMember

@@ -19,8 +19,8 @@ from converters.onnx.modules.matching import Matcher, Unmatched
 from converters.onnx.modules.slottable import slottable_modules, tied_modules
 from converters.onnx.operators import find_site
 from loraport.adapter import ModuleKind
+from loraport.base.storage import stores_in_out
 from loraport.parity.changes import untie
-from loraport.storage import stores_in_out
 
 
 def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:

@@ -21,9 +21,9 @@ from converters.onnx.modules.gains_plus_one import gains_plus_one
 from converters.onnx.modules.graph_names import NamedSite, weight_of
 from converters.onnx.modules.stored_gains import is_gain
 from loraport.adapter import ModuleKind
+from loraport.base.stored_tensors import stored_tensors
 from loraport.naming import bias_name, is_module_path, weight_name
 from loraport.runtime.decoder import GENAI_CONFIG
-from loraport.stored_tensors import stored_tensors
 
 NOT_AS_IT_IS = (
     "the graph does not hold it as it is: it is quantized, packed with others, split over several "

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from loraport.adapter import ModuleKind
-from loraport.storage import stores_in_out
+from loraport.base.storage import stores_in_out
 
 if TYPE_CHECKING:
-    from loraport.checkpoint import Checkpoint
+    from loraport.base.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from loraport.base_model import load_causal_lm, read_model_config, resolve_base
+from loraport.base.config import read_model_config
+from loraport.base.finding import resolve_base
+from loraport.base.loading import load_causal_lm
 from loraport.errors import LoraportError
 from loraport.training.base.quantized_base import Quantization, quantize_linears
 from loraport.training.devices import Placement
@@ -25,7 +27,7 @@ def load_base(
     """Load a base in the precision that training keeps it in.
 
     Args:
-        base: See `loraport.base_model.resolve_base`.
+        base: See `loraport.base.finding.resolve_base`.
         placement: Where and how to compute.
         device: Where to load it.
         storage: ``"float32"`` for exact weights in any case; others are narrowed by `narrow`.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from loraport.base_model import resolve_base
-from loraport.context_length import context_length
+from loraport.base.context_length import context_length
+from loraport.base.finding import resolve_base
 from loraport.counts import counted
 from loraport.errors import LoraportError
 from loraport.training.data.batches import Row
@@ -58,7 +58,7 @@ def read_data(
     """Read and tokenize the rows of a run; without a validation file, a share is held out.
 
     Args:
-        base: See `loraport.base_model.resolve_base`; its context limits the rows' length.
+        base: See `loraport.base.finding.resolve_base`; its context limits the rows' length.
         data: Training rows, JSONL.
         validation: Held-out rows, JSONL.
         tokenizer: The base's.

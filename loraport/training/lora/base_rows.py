@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from loraport.bitsandbytes_weights import dequantized_weight
+from loraport.base.bitsandbytes_weights import dequantized_weight
 
 _NUMBERS = 1 << 22  # 16 MB in float32
 

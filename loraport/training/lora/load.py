@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement, require_adapter
-from loraport.base_model import fingerprint_model
+from loraport.base.loading import fingerprint_model
+from loraport.base.stored_tensors import stored_tensor
 from loraport.errors import Problems
-from loraport.stored_tensors import stored_tensor
 from loraport.training.lora.inject import BeforeAttach, freeze, insert, refuse_attached
 from loraport.training.lora.layers import lora_layer_for
 from loraport.training.lora.lora_layer import LoraLayer

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loraport.base_model import model_without_weights, read_model_config, require_causal_lm
+from loraport.base.config import read_model_config
+from loraport.base.loading import model_without_weights, require_causal_lm
 from loraport.errors import LoraportError
 from loraport.free_memory import free_memory
 from loraport.training.base.bitsandbytes_library import require_pageable
@@ -88,7 +89,7 @@ def dry_run(base: str, options: TrainOptions) -> DryRun:
     most rows of a batch.
 
     Args:
-        base: See `loraport.base_model.resolve_base`.
+        base: See `loraport.base.finding.resolve_base`.
         options: How to train.
 
     Raises:

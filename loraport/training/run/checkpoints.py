@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from loraport.adapter import Adapter, LoraModule
-from loraport.checkpoint import Checkpoint
+from loraport.base.checkpoint import Checkpoint
 from loraport.errors import LoraportError, Problems
 from loraport.output import new_directory
 from loraport.peft_layout.read import read_peft

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loraport.base_model import fingerprint_model
+from loraport.base.loading import fingerprint_model
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint
 from loraport.option_checks import given_or_default

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from loraport.base_model import model_without_weights, resolve_base
+from loraport.base.finding import resolve_base
+from loraport.base.loading import model_without_weights
 from loraport.errors import LoraportError
 from loraport.training.base.frozen_base import QUANTIZED, checkpointable_layers
 from loraport.training.data.text_data import TextData
@@ -32,7 +33,7 @@ def savers_told(
     """Add to an error of memory that ran out what to change.
 
     Args:
-        base: See `loraport.base_model.resolve_base`.
+        base: See `loraport.base.finding.resolve_base`.
         rows: Of the run.
         options: Of the run.
         kept: Gives what ``--resume`` goes on from by then; nothing true where there is nothing.

@@ -8,7 +8,8 @@ import numpy as np
 from converters.onnx import ExportOptions, add_adapters, export_base
 from converters.onnx.modules.graph_weights import load_graph_weights
 from gpu_sections.place import ROWS, Place, Row, adapters
-from loraport.base_model import load_model, resolve_base
+from loraport.base.finding import resolve_base
+from loraport.base.loading import load_model
 from loraport.bundle.manifest import MODEL_FILE, read_manifest
 from loraport.parity import tolerance_for, verify_bundle
 from loraport.parity.changes import changes_of

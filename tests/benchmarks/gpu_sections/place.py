@@ -15,7 +15,7 @@ from converters.onnx import ExportOptions, add_adapters, export_base, exporting
 from converters.onnx.exporters.genai_builder import build_with_genai
 from converters.onnx.slots.inserting import SlotOptions
 from loraport.adapter import Adapter, LoraModule, ModuleKind
-from loraport.base_model import resolve_base
+from loraport.base.finding import resolve_base
 from loraport.bundle.manifest import Manifest, read_manifest
 
 RANK, ROWS, PROMPT = 16, 8, 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from loraport.computed_weights import computed_weights
+from loraport.base.computed_weights import computed_weights
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
-from loraport.checkpoint import Checkpoint, read_header
+from loraport.base.checkpoint import Checkpoint, read_header
 from loraport.errors import LoraportError
 
 TENSORS = {

@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from loraport.base_model import load_model_as_it_is, read_model_config, resolve_base
-from loraport.checkpoint import Checkpoint
+from loraport.base.checkpoint import Checkpoint
+from loraport.base.config import read_model_config
+from loraport.base.finding import resolve_base
+from loraport.base.loading import load_model_as_it_is
 from loraport.errors import LoraportError
 from loraport.naming import NameIndex, weight_name
 
@@ -56,7 +58,7 @@ class StoredWeights:
         from torch import Tensor
         from torch.nn import Parameter
 
-        from loraport.stored_tensors import stored_tensor
+        from loraport.base.stored_tensors import stored_tensor
 
         model, missing = self._model
         try:

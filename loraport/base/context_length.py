@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraport.base_model import read_model_config
+from loraport.base.config import read_model_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_llm import save_base
 
 from converters.onnx.exporters.loading import load_exported
-from loraport.base_model import load_causal_lm, load_model
-from loraport.base_weights import StoredWeights
+from loraport.base.loading import load_causal_lm, load_model
+from loraport.base.weights import StoredWeights
 from loraport.errors import LoraportError
 
 BLOCK = 16

@@ -16,9 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraport.base.gguf.reader import bounded_reader
+from loraport.base.gguf.settings import (
+    FREQUENCY_FACTORS,
+    LONG_FACTORS,
+    SHORT_FACTORS,
+    unread_settings,
+)
 from loraport.errors import LoraportError, Problems
-from loraport.gguf_reader import bounded_reader
-from loraport.gguf_settings import FREQUENCY_FACTORS, LONG_FACTORS, SHORT_FACTORS, unread_settings
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,8 @@ from tiny_llm import tokenizer
 
 from converters.formats.base_facts import _with_defaults
 from converters.merge.layout import _model_without_weights
-from loraport.base_model import load_model, load_tokenizer, model_without_weights
-from loraport.context_length import context_length
+from loraport.base.context_length import context_length
+from loraport.base.loading import load_model, load_tokenizer, model_without_weights
 from loraport.errors import LoraportError
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from llama_gguf import tiny_decoder, write_gguf_base
 
-from loraport.base_model import load_model
+from loraport.base.gguf.settings import unread_settings
+from loraport.base.loading import load_model
 from loraport.errors import LoraportError
-from loraport.gguf_settings import unread_settings
 
 _THETA = 10000.0
 _CONTEXT = 128  # tiny_decoder's
