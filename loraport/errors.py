@@ -88,17 +88,19 @@ class Problems:
         raise LoraportError("\n".join(lines))
 
 
-def first_names(names: Iterable[str]) -> str:
-    """Return names as a list, of many the first and how many more there are.
+def first_names(names: Iterable[str], most: int = _NAMES_SHOWN) -> str:
+    """Return names as a list, of more than ``most`` the first and how many more there are.
 
     >>> first_names(["a", "b"]), first_names([])
     ('a, b', 'none')
     >>> first_names(str(number) for number in range(15))
     '0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 3 more'
+    >>> first_names("abc", 1)
+    'a and 2 more'
     """
     known = list(names)
-    more = f" and {len(known) - _NAMES_SHOWN} more" if len(known) > _NAMES_SHOWN else ""
-    return (", ".join(known[:_NAMES_SHOWN]) or "none") + more
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return (", ".join(known[:most]) or "none") + more
 
 
 def first_line(error: BaseException) -> str:

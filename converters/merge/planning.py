@@ -10,7 +10,7 @@ from converters.merge.config_changes import config_after
 from converters.merge.layout import BaseLayout
 from converters.merge.plan import MergePlan
 from converters.merge.targets import NamedAdapter, resolve, settle_ties
-from loraport.errors import Problems
+from loraport.errors import Problems, first_names
 
 _DEQUANTIZED = "the output is its dequantized weights, merged, as a float checkpoint"
 
@@ -52,8 +52,7 @@ def plan_merge(
 
 
 def _lacking(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return (
-        f"the base's files lack {', '.join(names[:_NAMED])}{more}, and so does the output: "
+        f"the base's files lack {first_names(names, _NAMED)}, and so does the output: "
         "transformers draws them at random"
     )

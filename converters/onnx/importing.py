@@ -51,7 +51,7 @@ from loraport.bundle.manifest import (
     Manifest,
     write_manifest,
 )
-from loraport.errors import LoraportError, Problems
+from loraport.errors import LoraportError, Problems, first_names
 from loraport.fingerprint import BaseFingerprint
 from loraport.option_checks import (
     as_path,
@@ -164,10 +164,9 @@ def import_model(
         gains = added_to_gains(model, file.parent)
         imported = slot_graph(model, options, base, exact, gains)
         if base is None and (names := imported.computed):
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             progress(
                 f"computed by the exporter, maybe with a normalization folded in: "
-                f"{', '.join(names[:_NAMED])}{more}; an adapter that was trained before that does "
+                f"{first_names(names, _NAMED)}; an adapter that was trained before that does "
                 "not fit there, and --base tells, here or where it is added"
             )
         record_provenance(model, file.name, file_sha256(file))

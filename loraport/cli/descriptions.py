@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraport.cli.sizes import size_text
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, first_names
 
 if TYPE_CHECKING:
     from loraport.bundle.slots import SlotTable
@@ -256,9 +256,8 @@ def _variants(table: SlotTable) -> str:
     named = ", ".join((*kinds, *extras))
     if not table.replacements:
         return named
-    names = [slot.parameter for slot in table.replacements]
-    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    return f"{named}; as a whole {', '.join(names[:_SHOWN_NAMES])}{more}"
+    names = (slot.parameter for slot in table.replacements)
+    return f"{named}; as a whole {first_names(names, _SHOWN_NAMES)}"
 
 
 def _names(values: Iterable[Any]) -> list[str]:
@@ -268,8 +267,7 @@ def _names(values: Iterable[Any]) -> list[str]:
 def _listed(values: Iterable[Any]) -> str:
     """Return the distinct values with how often each occurs, the commonest first."""
     counts = Counter(values).most_common()
-    shown = [f"{_plain(value)} ×{count}" for value, count in counts[:12]]
-    return ", ".join(shown) + (f", and {len(counts) - 12} more" if len(counts) > 12 else "")
+    return first_names(f"{_plain(value)} ×{count}" for value, count in counts) if counts else ""
 
 
 def _plain(value: Any) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loraport.parity.metrics import Comparison
+
+_SHOWN = 5  # of what is wrong
 
 
 @dataclass(frozen=True)
@@ -24,3 +27,9 @@ class Check:
     detail: str = ""
     comparison: Comparison | None = None
     calibrated: bool = False
+
+
+def first_reasons(wrong: Sequence[str]) -> str:
+    """Return what is wrong as one text: the first reasons, and how many more there are."""
+    more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+    return "; ".join(wrong[:_SHOWN]) + more

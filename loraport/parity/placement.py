@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from loraport.errors import first_names
 from loraport.parity.check import Check
 from loraport.runtime import Runtime, Selection
 from loraport.runtime.placement import node_runs, strays
@@ -20,8 +21,7 @@ def placement(runtime: Runtime, inputs: Mapping[str, np.ndarray], selection: Sel
     elsewhere = strays(runs, runtime.provider)
     title = f"every node on {runtime.provider}"
     if elsewhere:
-        listed = ", ".join(f"{run.name} ({run.op_type})" for run in elsewhere[:_SHOWN])
-        more = f" and {len(elsewhere) - _SHOWN} more" if len(elsewhere) > _SHOWN else ""
-        return Check(title, False, f"{listed}{more} on {elsewhere[0].provider}")
+        listed = first_names((f"{run.name} ({run.op_type})" for run in elsewhere), _SHOWN)
+        return Check(title, False, f"{listed} on {elsewhere[0].provider}")
     counts = Counter(run.provider.removesuffix("ExecutionProvider") for run in runs)
     return Check(title, bool(runs), ", ".join(f"{n} on {name}" for name, n in counts.items()))

@@ -32,7 +32,7 @@ from loraport.counts import counted
 from loraport.errors import LoraportError
 from loraport.parity.calibration import Calibration
 from loraport.parity.changes import Changes, Original, changes_of
-from loraport.parity.check import Check
+from loraport.parity.check import Check, first_reasons
 from loraport.parity.metrics import Comparison, compare, worst
 from loraport.parity.packed import differences
 from loraport.parity.placement import placement
@@ -47,7 +47,6 @@ from loraport.runtime.values import torch_of
 _GREEDY_TOKENS = 12
 _GREEDY_PROMPTS = 3
 _MERGED_SAMPLES = 4
-_SHOWN = 5
 
 Inputs = Mapping[str, np.ndarray]
 
@@ -194,12 +193,10 @@ class Protocol:
         tensors = {key: torch_of(array) for key, array in packed.items()}
         computed = partial(stored_tensor, self._model)
         wrong = differences(tensors, manifest.slots, changes, self._original, computed)
-        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         count = counted(len(changes.terms), "module")
         if changes.replaced:
             count += f", {counted(len(changes.replaced), 'replaced parameter')}"
-        detail = "; ".join(wrong[:_SHOWN]) + more
-        return Check(f"adapter {name}: packed = source", not wrong, detail or count)
+        return Check(f"adapter {name}: packed = source", not wrong, first_reasons(wrong) or count)
 
     def _torch_merged(self, name: str, changes: Changes) -> Check:
         samples = self._samples[:_MERGED_SAMPLES]

@@ -16,7 +16,7 @@ from loraport.bundle.golden import golden_reason
 from loraport.bundle.manifest import REQUIRED_MODEL_FILE
 from loraport.counts import counted
 from loraport.errors import LoraportError
-from loraport.parity.check import Check
+from loraport.parity.check import Check, first_reasons
 from loraport.parity.metrics import compare, worst
 from loraport.parity.tolerances import Tolerance
 from loraport.runtime import Lane, Runtime
@@ -24,8 +24,6 @@ from loraport.runtime.replay import replay
 from loraport.runtime.resident import read_packed
 from loraport.runtime.session import open_session
 from loraport.runtime.values import FLOATS, as_numpy
-
-_SHOWN = 5
 
 
 def same_in_both_files(runtime: Runtime, name: str) -> Check:
@@ -44,7 +42,7 @@ def same_in_both_files(runtime: Runtime, name: str) -> Check:
     wrong = [f"{key} is missing" for key in expected if key not in got]
     wrong += [f"{key} is not in the .safetensors" for key in got if key not in expected]
     wrong += [f"{key} differs" for key in expected if key in got and not _same(expected, got, key)]
-    return Check(title, not wrong, _listed(wrong) or counted(len(got), "tensor"))
+    return Check(title, not wrong, first_reasons(wrong) or counted(len(got), "tensor"))
 
 
 def required_graph(
@@ -70,7 +68,7 @@ def required_graph(
     neutral: dict[str, Any] = {control.input: control.default() for control in slots.controls}
     strange = entries.keys() ^ (inputs.keys() | set(slots.inputs()) | neutral.keys())
     if strange:
-        detail = f"its inputs are not the model's and the slots': {_listed(sorted(strange))}"
+        detail = f"its inputs are not the model's and the slots': {first_reasons(sorted(strange))}"
         return Check(title, False, detail)
     base_values = BaseValues(runtime.directory)
     neutral |= {slot.input: base_values[slot.input] for slot in slots.replacements}
@@ -106,15 +104,10 @@ def golden_cases(runtime: Runtime) -> Check:
         listed = reason and f"none: {reason}"
         return Check("golden cases", bool(reason), listed or "the manifest lists none")
     seen = f"{counted(len(results), 'case')} within {runtime.manifest.tolerance:g}"
-    return Check("golden cases", not wrong, _listed(wrong) or seen)
+    return Check("golden cases", not wrong, first_reasons(wrong) or seen)
 
 
 def _same(expected: Mapping[str, np.ndarray], got: Mapping[str, Any], key: str) -> bool:
     ours, theirs = expected[key], as_numpy(got[key])
     alike = ours.dtype == theirs.dtype and ours.shape == theirs.shape
     return bool(alike and ours.tobytes() == theirs.tobytes())
-
-
-def _listed(wrong: list[str]) -> str:
-    more = len(wrong) - _SHOWN
-    return "; ".join(wrong[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")

@@ -10,7 +10,7 @@ from converters.merge.layout import BaseLayout, base_layout
 from loraport.base.checkpoint import Checkpoint
 from loraport.base.config import architecture, is_causal_lm
 from loraport.base.loading import load_causal_lm, load_model_as_it_is
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, first_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,9 +39,8 @@ def load_exported(directory: Path, progress: Callable[[str], None]) -> PreTraine
             f"{type(model).__name__}, without a head"
         )
     if missing:
-        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         progress(
-            f"the base's files lack {', '.join(missing[:_NAMED])}{more}: drawn at random, so "
+            f"the base's files lack {first_names(missing, _NAMED)}: drawn at random, so "
             "outputs that depend on them mean nothing unless an adapter stores them (--replace)"
         )
     return model

@@ -14,7 +14,7 @@ from converters.onnx.graph.source_graph import read_graph
 from converters.onnx.modules.graph_names import name_sites
 from converters.onnx.operators import find_site
 from loraport.bundle.manifest import MODEL_FILE
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, first_names
 
 _BITS = 8  # of quantized weights whose operator does not say
 # Operators whose numbers are of 4 bits where they do not say how wide they are.
@@ -79,8 +79,7 @@ def store_as(file: Path, out: Path, precision: str, progress: Callable[[str], No
     if precision == "fp16" and (halves := _sequences_of_halves(model)):
         progress(f"sequences of float16 now, where arrays stay float32: {', '.join(halves)}")
     if left := _left(sites, precision):
-        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-        progress(f"not stored as {precision}: {', '.join(left[:_NAMED])}{more}")
+        progress(f"not stored as {precision}: {first_names(left, _NAMED)}")
     return model
 
 

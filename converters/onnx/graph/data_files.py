@@ -19,7 +19,7 @@ from converters.onnx.graph.source_graph import MappedTensor, data_locations
 from loraport.bundle.base_values import BASE_VALUES_FILE
 from loraport.bundle.golden import GOLDEN_DIRECTORY
 from loraport.bundle.manifest import MANIFEST_FILE, MODEL_FILE, REQUIRED_MODEL_FILE
-from loraport.errors import Problems
+from loraport.errors import Problems, first_names
 
 _OWN_DATA = "model.onnx.data"
 _OWN_NAMES = (MODEL_FILE, REQUIRED_MODEL_FILE, MANIFEST_FILE, BASE_VALUES_FILE, "sources.json")
@@ -85,9 +85,8 @@ def share_data(
         else:
             shared.append(location)
     if shared:
-        more = f" and {len(shared) - _NAMED} more" if len(shared) > _NAMED else ""
         progress(
-            f"shared with the model, by hard links: {', '.join(shared[:_NAMED])}{more}; onnx.load "
+            f"shared with the model, by hard links: {first_names(shared, _NAMED)}; onnx.load "
             "refuses to read such files for either, --copy-data copies them"
         )
     return locations

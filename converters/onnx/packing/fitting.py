@@ -17,7 +17,7 @@ from converters.onnx.packing.token_rows import rows_misfit, token_update
 from converters.onnx.slots.slot_tensors import require_finite
 from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.bundle.slots import Slot, SlotMember, SlotTable
-from loraport.errors import LoraportError, Problems
+from loraport.errors import LoraportError, Problems, first_names
 from loraport.naming import slot_gain, weight_name
 from loraport.update import LowRankUpdate, weighted_sum
 from loraport.variants import lower
@@ -304,10 +304,9 @@ class _Fitter:
                     "--base, which tells that"
                 )
             return ""
-        others = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
         return (
-            f" by this name, and the adapter none for {alike[0]}{others}, which would take it; "
-            "where a tool lost the names, export again with --base, which tells them"
+            f" by this name, and the adapter none for {first_names(alike, 1)}, which would take "
+            "it; where a tool lost the names, export again with --base, which tells them"
         )
 
     def _base_weight(

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from loraport.errors import LoraportError, Problems
+from loraport.errors import LoraportError, Problems, first_names
 from loraport.training.lora.layers import LoraConv, LoraEmbedding, lora_layer_for
 from loraport.training.lora.lora_layer import LoraLayer
 from loraport.training.options import ALL_LINEAR, LoraOptions
@@ -180,9 +180,7 @@ def names_of(paths: Iterable[str]) -> str:
     >>> names_of(["layers.0.q_proj", "layers.1.q_proj", "blocks.0"])
     'q_proj, blocks.0'
     """
-    names = list(dict.fromkeys(_without_number(path) for path in paths))
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return (", ".join(names[:_NAMES_SHOWN]) or "none") + more
+    return first_names(dict.fromkeys(_without_number(path) for path in paths), _NAMES_SHOWN)
 
 
 def _without_number(path: str) -> str:

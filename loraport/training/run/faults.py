@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from loraport.errors import LoraportError
+from loraport.errors import LoraportError, first_names
 from loraport.training.run.checkpoints import last_checkpoint
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -135,5 +135,4 @@ def data_lines(group: Sequence[Any]) -> str:
     lines = sorted(line for batch in group for line in getattr(batch, "lines", ()))
     if not lines:
         return ""
-    more = f" and {len(lines) - _LINES_SHOWN} more" if len(lines) > _LINES_SHOWN else ""
-    return f" in the batch of data lines {', '.join(map(str, lines[:_LINES_SHOWN]))}{more}"
+    return f" in the batch of data lines {first_names(map(str, lines), _LINES_SHOWN)}"
