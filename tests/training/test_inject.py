@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 
+from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement
 from loraport.errors import LoraportError
 from loraport.peft_layout import read_peft, write_peft
 from loraport.training import LoopOptions, LoraOptions, adapter_of, attach, detach, load_into
@@ -245,6 +246,53 @@ def test_parameters_that_an_adapter_does_not_fit_are_told(tmp_path):
         load_into(
             nn.ModuleDict({"mlp": nn.Identity(), "gate": nn.Linear(5, 3)}), read_peft(tmp_path)
         )
+
+
+def low_rank(out_features, in_features):
+    return LoraModule(
+        ModuleKind.EXPERTS, torch.randn(2, in_features), torch.randn(out_features, 2), alpha=4.0
+    )
+
+
+@pytest.mark.parametrize("what", ["modules", "replacements"])
+def test_what_was_loaded_without_lora_layers_is_an_adapter(what):
+    given = {
+        "modules": Adapter({"0.weight": low_rank(6, 4)}),
+        "replacements": Adapter({}, replacements={"0.weight": Replacement(torch.randn(6, 4))}),
+    }[what]
+    model = nn.Sequential(nn.Linear(4, 6))
+    assert load_into(model, given) == {}
+    got = adapter_of(model)
+    assert dict(got.modules) == dict(given.modules)
+    assert dict(got.replacements) == dict(given.replacements)
+
+
+def test_a_parameter_that_is_replaced_twice_comes_back():
+    """Rows of a tied embedding and of its head, or LoRA on what was replaced."""
+    model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["embed"].weight
+    parameter, values = model["head"].weight, model["head"].weight.detach().clone()
+    rows = Replacement(torch.randn(2, 4), rows=(1, 3))
+    for adapter in (
+        Adapter({}, replacements={"embed.weight": rows, "head.weight": rows}),
+        Adapter({"head.weight": low_rank(6, 4)}, replacements={"embed.weight": rows}),
+    ):
+        load_into(model, adapter)
+        assert not torch.equal(model["head"].weight, values)
+        detach(model)
+        assert model["embed"].weight is parameter
+        assert model["head"].weight is parameter
+        assert torch.equal(parameter, values)
+
+
+def test_quantized_parameters_are_refused_and_stay_as_they_are():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, bias=False)).to("cpu")
+    x = torch.randn(2, 64)
+    before = model(x)
+    with pytest.raises(LoraportError, match=r"0\.weight: expected a parameter of floats"):
+        load_into(model, Adapter({"0.weight": low_rank(64, 64)}))
+    assert torch.equal(model(x), before)
 
 
 def test_an_adapter_for_another_base_is_refused(llama):

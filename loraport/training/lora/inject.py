@@ -177,19 +177,22 @@ def adapter_of(
 ) -> Adapter:
     """Return the adapter that a model's LoRA layers hold, as copies on the CPU.
 
-    What `load_into` fixed beside them (LoRA on parameters, replacements) is part of it.
+    What `load_into` fixed beside them (LoRA on parameters, replacements) is part of it, and may be
+    all there is.
 
     Args:
-        model: A model with LoRA layers.
+        model: A model with LoRA layers, or with an adapter that was loaded into it.
         base_model: Name or path of the base, to be written down.
         base_fingerprint: The base's fingerprint where it is known; computed if not.
         training: Facts that do not change the maths, such as ``{"task_type": "CAUSAL_LM"}``.
 
     Raises:
-        LoraportError: If there are no LoRA layers, or they are not plain LoRA.
+        LoraportError: If there is no adapter, or its LoRA layers are not plain LoRA.
     """
     layers = lora_layers(model)
-    if not layers:
+    before: BeforeAttach | None = getattr(model, _MARK, None)
+    loaded = Adapter({}) if before is None else before.loaded
+    if not (layers or loaded.modules or loaded.replacements):
         raise LoraportError("the model: expected LoRA layers, got none; call attach(model) first")
     for path, layer in layers.items():
         if layer.gain is not None or layer.extra_bias is not None:
@@ -199,8 +202,6 @@ def adapter_of(
             )
     if base_fingerprint is None:
         base_fingerprint = fingerprint_model(model, list(layers))
-    before: BeforeAttach | None = getattr(model, _MARK, None)
-    loaded = Adapter({}) if before is None else before.loaded
     trained = {path: lora_module(layer) for path, layer in layers.items()}
     return Adapter(
         modules={**trained, **loaded.modules},

@@ -101,10 +101,12 @@ def _check_parameter(model: nn.Module, name: str, module: LoraModule, problems: 
         remedy = "the adapter is for another architecture, or the path has a prefix too many"
         problems.add(name, "a parameter of the model", "no such parameter", remedy)
         return
-    expected = list(_parameter_update(model, name, module, parameter.to("meta")).shape)
     if not parameter.is_floating_point():
         problems.add(name, "a parameter of floats", str(parameter.dtype), "load it unquantized")
-    elif list(parameter.shape) != expected:
+        return
+    without_numbers = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    expected = list(_parameter_update(model, name, module, without_numbers).shape)
+    if list(parameter.shape) != expected:
         problems.add(name, str(expected), str(list(parameter.shape)))
 
 
@@ -178,5 +180,5 @@ def _replace(model: nn.Module, name: str, replacement: Replacement, before: Befo
     new = nn.Parameter(whole, requires_grad=False) if isinstance(old, nn.Parameter) else whole
     for holder in holders:
         path, _, leaf = holder.rpartition(".")
-        before.replaced[path, leaf] = old
+        before.replaced.setdefault((path, leaf), old)  # what came first, of several
         setattr(model.get_submodule(path), leaf, new)
