@@ -76,7 +76,7 @@ def changes_of(
         LoraportError: Naming everything that does not fit the base.
     """
     original = original or partial(stored_tensor, model)
-    ties = _ties_of_inputs(model)
+    ties = ties_of_inputs(model)
     known = set(stored_tensors(model))
     problems = Problems()
     terms: dict[str, list[Term]] = {}
@@ -133,12 +133,12 @@ def untie(model: nn.Module, path: str) -> None:
         model: Changed in place.
         path: The module, whose weight others share: what is computed with has one rounded for it.
     """
-    _known_ties[model] = _ties_of_inputs(model)
+    _known_ties[model] = ties_of_inputs(model)
     module = model.get_submodule(path)
     module.weight = nn.Parameter(module.get_parameter("weight").detach().clone())
 
 
-def _ties_of_inputs(model: nn.Module) -> dict[str, tuple[str, ...]]:
+def ties_of_inputs(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return the path of the model's input embedding → those that share its weight.
 
     Trained rows of it act in all of them; those of a head, or of an encoder's own embedding,

@@ -383,6 +383,24 @@ def test_trained_tokens_hold_for_a_tied_head_too(llama, fresh, tmp_path):
     assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize(
+    "name", ["tied_tokens_of_the_head", "tokens_of_both_stacks", "tied_tokens_and_head"]
+)
+def test_trained_tokens_hold_where_peft_has_them(name, tmp_path):
+    """PEFT follows ties from the input embedding alone; a head's tokens are its own."""
+    made = peft_cases.make(name, tmp_path / "adapter")
+    theirs = peft_cases.logits(peft_cases.load_with_peft(made.fresh_base(), made.path))
+    base = peft_cases.logits(made.base)
+    load_into(made.base, read_peft(made.path))
+    torch.testing.assert_close(peft_cases.logits(made.base), theirs, rtol=1e-5, atol=1e-5)
+    assert (theirs - base).abs().max() > 0.1
+    again = adapter_of(made.base)
+    detach(made.base)
+    assert torch.equal(peft_cases.logits(made.base), base)
+    load_into(made.base, again)  # of this base, though tokens of its head were replaced
+    torch.testing.assert_close(peft_cases.logits(made.base), theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_statistics_of_saved_normalizations_are_put_in_and_taken_out(tmp_path):
     made = peft_cases.make("batch_norms", tmp_path / "adapter")
     before = {name: tensor.clone() for name, tensor in made.base.state_dict().items()}

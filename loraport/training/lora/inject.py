@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from torch import nn
 
 from loraport.adapter import Adapter, LoraModule
-from loraport.base.loading import fingerprint_model
+from loraport.base.bitsandbytes_weights import dequantized_weight
 from loraport.errors import LoraportError
-from loraport.fingerprint import BaseFingerprint
+from loraport.fingerprint import BaseFingerprint, fingerprint
 from loraport.option_checks import given_or_default
 from loraport.scaling import RankAndAlpha
 from loraport.training.lora.lora_layer import LoraLayer
@@ -201,7 +202,7 @@ def adapter_of(
                 "bias of its own (DoRA, lora_bias); keep the adapter it was loaded from"
             )
     if base_fingerprint is None:
-        base_fingerprint = fingerprint_model(model, list(layers))
+        base_fingerprint = fingerprint(layers, partial(_weight_of_base, model))
     trained = {path: lora_module(layer) for path, layer in layers.items()}
     return Adapter(
         modules={**trained, **loaded.modules},
@@ -211,6 +212,13 @@ def adapter_of(
         base_fingerprint=base_fingerprint,
         training=dict(training or {}),
     )
+
+
+def _weight_of_base(model: nn.Module, path: str) -> torch.Tensor:
+    """Return a module's weight, as it was before an adapter was loaded that stores it anew."""
+    before: BeforeAttach | None = getattr(model, _MARK, None)
+    replaced = None if before is None else before.replaced.get((path, "weight"))
+    return dequantized_weight(model.get_submodule(path)) if replaced is None else replaced
 
 
 def lora_module(layer: LoraLayer) -> LoraModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,7 @@ from loraport.adapter import Adapter, LoraModule, ModuleKind, Replacement, requi
 from loraport.base.loading import fingerprint_model
 from loraport.base.stored_tensors import stored_tensor
 from loraport.errors import Problems
+from loraport.parity.changes import ties_of_inputs
 from loraport.training.lora.inject import BeforeAttach, freeze, insert, refuse_attached
 from loraport.training.lora.layers import lora_layer_for
 from loraport.training.lora.lora_layer import LoraLayer
@@ -59,14 +61,17 @@ def load_into(model: nn.Module, adapter: Adapter) -> dict[str, LoraLayer]:
         )
     before = freeze(model)
     before.loaded = replace(adapter, modules=bare)
+    ties = ties_of_inputs(model)
     for parameter, replacement in adapter.replacements.items():
-        _replace(model, parameter, replacement, before)
+        # PEFT lets trained tokens act wherever the input embedding's weight is used.
+        others = () if replacement.rows is None else ties.get(parameter, ())
+        _replace(model, (parameter, *others), replacement, before)
     # After the replacements, since a variant may look at the weight it refines.
     for path, layer in layers.items():
         _refine(layer, adapter.modules[path])
     for parameter, module in bare.items():
         adapted = Replacement(_adapted(model, parameter, module))
-        _replace(model, parameter, adapted, before)
+        _replace(model, (parameter,), adapted, before)
     insert(model, layers.values())
     return layers
 
@@ -165,18 +170,15 @@ def _check_replacement(
         problems.add(name, str(list(expected)), str(list(replacement.tensor.shape)))
 
 
-def _replace(model: nn.Module, name: str, replacement: Replacement, before: BeforeAttach) -> None:
-    old = stored_tensor(model, name)
+def _replace(
+    model: nn.Module, holders: Sequence[str], replacement: Replacement, before: BeforeAttach
+) -> None:
+    """Put one new tensor in the place of the one that stands under several paths."""
+    old = stored_tensor(model, holders[0])
     tensor = replacement.tensor.to(old.device, old.dtype)
-    holders = [name]
+    whole = tensor.clone() if replacement.rows is None else old.detach().clone()
     if replacement.rows is not None:
-        whole = old.detach().clone()
         whole[list(replacement.rows)] = tensor
-        tensor = whole
-        # Trained tokens hold for the output head too, where it is tied to the embedding.
-        named = model.named_parameters(remove_duplicate=False)
-        holders = [other for other, parameter in named if parameter is old]
-    whole = tensor.clone()
     new = nn.Parameter(whole, requires_grad=False) if isinstance(old, nn.Parameter) else whole
     for holder in holders:
         path, _, leaf = holder.rpartition(".")
