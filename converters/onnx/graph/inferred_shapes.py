@@ -39,6 +39,9 @@ _ALIKE = (
     "BiasGelu",
     "FastGelu",
     "Gelu",
+    "QLinearLeakyRelu",
+    "QLinearSigmoid",
+    "QLinearSoftmax",
     "QuickGelu",
     "RotaryEmbedding",
     "SimplifiedLayerNormalization",
@@ -55,7 +58,10 @@ _PRODUCTS = (
     "MatMulBnb4",
     "MatMulNBits",
     "MultiHeadAttention",
+    "QGemm",
 )
+_OF_TWO = {"QLinearAdd": "Add", "QLinearMul": "Mul"}  # their second number is the fourth input
+_ZERO_OF_OUTPUT = 8  # among QGemm's inputs
 _TURNED = ("transA", "transBatchA", "transBatchB")
 
 
@@ -97,6 +103,10 @@ def _stand_in(node: ir.Node, matrices: dict[int, ir.Value]) -> None:
     if node.op_type in _ALIKE:
         operator = "Identity"
         node.resize_inputs(1)
+    elif node.op_type in _OF_TWO:
+        operator = _OF_TWO[node.op_type]
+        node.replace_input_with(1, node.inputs[3])
+        node.resize_inputs(2)
     elif node.op_type in _PRODUCTS and not _is_turned(node):
         operator = "MatMul"
         node.resize_inputs(2)
@@ -113,7 +123,9 @@ def _stand_in(node: ir.Node, matrices: dict[int, ir.Value]) -> None:
 
 
 def _is_turned(node: ir.Node) -> bool:
-    """Tell whether an operator does not read its first input as it lies."""
+    """Tell whether an operator does not read its first input as it lies, or gives another type."""
+    if node.op_type == "QGemm" and not _gives_what_it_reads(node):
+        return True
     if node.op_type == "MultiHeadAttention":  # queries, keys and values may be packed
         return len(node.inputs) == 1 or node.inputs[1] is None
     if any(node.attributes.get_int(name, 0) for name in _TURNED):
@@ -122,6 +134,13 @@ def _is_turned(node: ir.Node) -> bool:
         return False
     matrix = constant(node.inputs[1])
     return matrix is None or len(matrix.shape) != 2
+
+
+def _gives_what_it_reads(node: ir.Node) -> bool:
+    """Tell whether the zero points of a ``QGemm``'s first input and of its output are alike."""
+    zeros = [node.inputs[i] if i < len(node.inputs) else None for i in (2, _ZERO_OF_OUTPUT)]
+    given, made = (None if zero is None else zero.dtype for zero in zeros)
+    return given is not None and given is made
 
 
 def _is_product_of_any(node: ir.Node) -> bool:

@@ -234,3 +234,41 @@ def test_rows_are_told_behind_products_that_were_in_4_bits_before(slotted, adapt
     alone = slotted(made.original, "lora").run(x=x, **lanes)[0]
     np.testing.assert_allclose(got[[0, 2]], alone[[0, 2]], atol=1e-4)
     assert np.abs(got[0] - plain[0]).max() > 1
+
+
+@pytest.mark.parametrize("between", ["QLinearAdd", "QLinearMul", "QLinearSigmoid"])
+def test_rows_are_told_behind_operators_of_integers(slotted, adapter, between):
+    """As ONNX Runtime's static quantizer leaves them: it notes no shapes of integers."""
+    microsoft = {"domain": "com.microsoft"}
+    quantized = ["scale", "zero"]
+    two = ["x.q", *quantized] if between != "QLinearSigmoid" else []
+    weight = ["weight", "scale", "weight.zero"]
+    last = {"name": "/other/QGemm", "transB": 1, **microsoft}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", *quantized], ["x.q"]),
+        helper.make_node(
+            *("QGemm", ["x.q", *quantized, *weight, "", *quantized], ["h"], "/fc/QGemm"),
+            **microsoft,
+        ),
+        helper.make_node(between, ["h", *quantized, *two, *quantized], ["r"], **microsoft),
+        helper.make_node("QGemm", ["r", *quantized, *weight, "", *quantized], ["y.q"], **last),
+        helper.make_node("DequantizeLinear", ["y.q", *quantized], ["y"]),
+    ]
+    random = np.random.default_rng(0)
+    constants = {
+        "scale": np.float32(0.05),
+        "zero": np.uint8(128),
+        "weight": random.integers(-20, 20, (IN, IN), np.int8),
+        "weight.zero": np.int8(0),
+    }
+    made = slotted(graph(nodes, {"x": ["batch", IN]}, constants, 2), "lora", per_row=True)
+    assert [slot.name for slot in made.slots] == ["fc", "other"]
+    assert not made.unslotted
+    x = random.standard_normal((3, IN)).astype(np.float32)
+    lanes = adapter(made.slots[0]) | adapter(made.slots[1], seed=6)
+    plain = made.run_original(x=x)[0]
+    got = made.run(x=x, adapter_ids=np.array([0, -1, 0]), **lanes)[0]
+    np.testing.assert_allclose(got[1], plain[1], atol=1e-6)
+    alone = slotted(made.original, "lora").run(x=x, **lanes)[0]
+    np.testing.assert_allclose(got[[0, 2]], alone[[0, 2]], atol=1e-5)
+    assert np.abs(got[0] - plain[0]).max() > 0.5
