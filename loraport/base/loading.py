@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from loraport.base.bitsandbytes_weights import dequantized_weight
 from loraport.base.config import architecture, decoder_class, is_causal_lm, read_model_config
 from loraport.base.finding import resolve_base
-from loraport.base.loading_faults import own_code, require_shapes
+from loraport.base.loading_faults import own_code, require_shapes, tied_shapes
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint, fingerprint
 
@@ -63,7 +63,7 @@ def load_model_as_it_is(
             )
     # A torn file, a quantization whose package is not here: each raises in a way of its own.
     except Exception as error:
-        reason = own_code(error) or str(error)
+        reason = own_code(error) or tied_shapes(error) or str(error)
         raise LoraportError(f"base {base}: cannot be loaded: {reason}") from error
     require_shapes(base, loading["mismatched_keys"])
     return model.to(device).eval(), tuple(sorted(loading["missing_keys"]))

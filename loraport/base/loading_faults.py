@@ -7,6 +7,22 @@ from collections.abc import Iterable
 from loraport.errors import Problems
 
 
+def tied_shapes(error: Exception) -> str | None:
+    """Say that tensors which a configuration ties are of two shapes.
+
+    transformers compares them, and of one whose shape is not the model's it has no numbers.
+
+    Returns:
+        ``None`` where the error is another.
+    """
+    if not isinstance(error, NotImplementedError) or "aten::equal" not in str(error):
+        return None
+    return (
+        "expected one shape of the tensors that config.json ties (tie_word_embeddings), got "
+        "several, such as a head of another vocabulary; fetch all files again, config.json too"
+    )
+
+
 def own_code(error: Exception) -> str | None:
     """Say that code which a base brings is not run, where transformers asks for leave to run it.
 

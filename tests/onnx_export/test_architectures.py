@@ -122,6 +122,7 @@ def test_a_decoder_that_the_builder_does_not_know_is_torchs(name, tmp_path, monk
         ("lm_head.weight", False, "got none for 1, lm_head.weight among them"),
         ("lm_head.weight", True, "built"),
         ("shape", False, "model.norm.weight: expected shape [32], as config.json says, got [5]"),
+        ("head", True, "expected one shape of the tensors that config.json ties"),
         ("shard", False, "model-00002-of-00003.safetensors: expected the shard in"),
         ("torn", False, "torn.safetensors: expected a readable safetensors header"),
         ("tokenizer", False, "its tokenizer cannot be loaded"),
@@ -140,6 +141,8 @@ def test_what_a_decoder_lacks_is_told_before_it_is_built(lost, tied, told, tmp_p
     tensors.pop(lost, None)
     if lost == "shape":
         tensors["model.norm.weight"] = torch.ones(5)
+    if lost == "head":
+        tensors["lm_head.weight"] = torch.ones(5, SIZES["hidden_size"])
     save_file(tensors, file, {"format": "pt"})
     if lost in ("shard", "torn", "index"):
         shard = "model-00002-of-00003.safetensors" if lost == "shard" else "torn.safetensors"
