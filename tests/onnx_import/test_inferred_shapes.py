@@ -68,3 +68,28 @@ def test_rows_of_merged_branches_have_adapters_of_their_own(tmp_path):
         np.testing.assert_allclose(got[0], x[0] @ weight, atol=1e-5)
         np.testing.assert_allclose(got[1], x[1] @ (weight + a @ b), atol=1e-5)
         assert np.abs(x[1] @ (a @ b)).max() > 0.1
+
+
+def test_pools_of_integers_have_the_shape_of_those_of_floats():
+    found = {}
+    for last in (0, 1):
+        pool = helper.make_node(
+            "QLinearGlobalAveragePool",
+            ["x", "scale", "zero", "scale", "zero"],
+            ["y"],
+            domain="com.microsoft",
+            channels_last=last,
+        )
+        constants = {"scale": np.float32(0.1), "zero": np.uint8(128)}
+        graph = helper.make_graph(
+            [pool, helper.make_node("Flatten", ["y"], ["z"])],
+            "g",
+            [info("x", TensorProto.UINT8, ["batch", 3, 5, 5])],
+            [info("z", TensorProto.UINT8, ["batch", None])],
+            [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()],
+        )
+        model = ir.from_proto(helper.make_model(graph, opset_imports=DOMAINS, ir_version=10))
+        infer_shapes(model)
+        found[last] = model.graph[0].outputs[0].shape
+    assert [str(size) for size in found[0]] == ["batch", "3", "1", "1"]
+    assert found[1] is None  # no standard operator reads channels last

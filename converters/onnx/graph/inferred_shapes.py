@@ -62,7 +62,7 @@ _PRODUCTS = (
 )
 _OF_TWO = {"QLinearAdd": "Add", "QLinearMul": "Mul"}  # their second number is the fourth input
 _ZERO_OF_OUTPUT = 8  # among QGemm's inputs
-_TURNED = ("transA", "transBatchA", "transBatchB")
+_TURNED = ("channels_last", "transA", "transBatchA", "transBatchB")
 
 
 def infer_shapes(model: ir.Model) -> None:
@@ -102,6 +102,9 @@ def _stand_in(node: ir.Node, matrices: dict[int, ir.Value]) -> None:
         return
     if node.op_type in _ALIKE:
         operator = "Identity"
+        node.resize_inputs(1)
+    elif node.op_type == "QLinearGlobalAveragePool" and not _is_turned(node):
+        operator = "GlobalAveragePool"
         node.resize_inputs(1)
     elif node.op_type in _OF_TWO:
         operator = _OF_TWO[node.op_type]
