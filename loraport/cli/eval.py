@@ -168,7 +168,7 @@ def _write_rows(path: Path, report: Evaluation, *, force: bool) -> None:
                 answer = answers.get(place)
                 if answer is not None:
                     line |= {"expected": answer.expected, "answer": answer.got}
-                    line["exact"] = answer.exact
+                    line |= {"exact": answer.exact, "ended": answer.ended}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -192,5 +192,5 @@ def _show(report: Evaluation, rows: int, examples: int) -> None:
         click.echo(f"\nline {first.line}, expected: {visible(first.expected)}")
         for s in report.scores:
             answer = s.answers[index]
-            exact = " (exact)" if answer.exact else ""
+            exact = " (exact)" if answer.exact else "" if answer.ended else " (goes on)"
             click.echo(f"  {s.name}{exact}: {visible(answer.got)}")

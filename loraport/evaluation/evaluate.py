@@ -36,17 +36,19 @@ class Answer:
         expected: What the row says.
         got: What the model says.
         row: The row's place among all, from 0: a line can be several rows.
+        ended: Whether the model ends it where the row does, rather than going on.
     """
 
     line: int
     expected: str
     got: str
     row: int
+    ended: bool = True
 
     @property
     def exact(self) -> bool:
-        """Whether both are the same text, but for blanks around it."""
-        return self.expected.strip() == self.got.strip()
+        """Whether both are the same text, but for blanks around it, and end there."""
+        return self.ended and self.expected.strip() == self.got.strip()
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,9 @@ def _score(
             said, wanted = (
                 str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (got, expected)
             )
-            answers.append(Answer(row.line, wanted, said, place))
+            # A row that was cut has no end, nor does an answer that is as long.
+            ended = expected[-1] not in ends or got[-1] in ends
+            answers.append(Answer(row.line, wanted, said, place, ended))
         tell(1)
     loss = _mean_loss(scores)
     return Scores(

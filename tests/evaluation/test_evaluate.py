@@ -163,6 +163,23 @@ def test_a_right_answer_is_an_exact_match(tiny_base, tokenizer):
     assert scores.exact_match == 0.5
 
 
+@pytest.mark.parametrize("more", [" ", "<s>"])
+def test_an_answer_that_goes_on_is_no_exact_match(tiny_base, tokenizer, monkeypatch, more):
+    """With a blank, or a special token that is not shown, where the expected one ends."""
+    tea, end = tokenizer("tea")["input_ids"], tokenizer.eos_token_id
+    found = {}
+    for last in (*tokenizer(more)["input_ids"], end):
+        said = [*tea, last]
+        monkeypatch.setitem(evaluate.__globals__, "greedy_answer", lambda *_, s=said: s)
+        for expected in ([*tea, end], [*tea, last]):  # the latter of a row that was cut
+            row = Row((40, *expected), (IGNORED, *expected))
+            (answer,) = evaluate(load(tiny_base), tokenizer, {}, [row]).scores[0].answers
+            assert answer.got.strip() == answer.expected.strip() == "tea"
+            found[last == end, expected[-1] == end] = (answer.ended, answer.exact)
+    goes_on, ends = (False, False), (True, True)
+    assert found == {(False, True): goes_on, (False, False): ends, (True, True): ends}
+
+
 def test_answers_end_where_the_model_says_that_they_do(tiny_base, tokenizer):
     """A model can have more ends than its tokenizer (Gemma, Phi). Control: the tokenizer's only."""
     said = greedy_answer(load(tiny_base), [40, 41], 6, (), torch.device("cpu"))
