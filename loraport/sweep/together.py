@@ -231,17 +231,17 @@ class _GroupRun:
         for member, total, norm in zip(self.running, totals, read_norms, strict=True):
             value = total / weight
             for what, number in (("loss", value), ("gradient norm", norm)):
-                if not math.isfinite(number) and not member.failed:
-                    member.failed = True
-                    member.ended = f"step {step}: its {what} was {number}{data_lines(group)}"
-            if member.failed:
-                ended.append(member)
+                if not math.isfinite(number) and member not in ended:
+                    self._break_off(
+                        member, f"step {step}: its {what} was {number}{data_lines(group)}"
+                    )
+                    ended.append(member)
         for member, total, norm_tensor in zip(self.running, totals, norms, strict=True):
-            if not member.failed:
+            if member not in ended:
                 self._update(member, step, norm_tensor)
                 member.losses.append((step, total / weight))
         self.step = step
-        losses = {m.name: m.losses[-1][1] for m in self.running if not m.failed}
+        losses = {m.name: m.losses[-1][1] for m in self.running if m not in ended}
         self.observer.stepped(step=step, losses=losses, tokens=tokens * count)
         self._end(ended)
 
@@ -274,10 +274,7 @@ class _GroupRun:
         for member, rows in zip(self.running, totals, strict=True):
             value = sum(rows) / count
             if not math.isfinite(value):
-                # As in `loraport.training.run.loop`, early stopping keeps a best there was.
-                best = member.early.best_step if self.options.early_stopping else None
-                member.failed = best is None
-                member.ended = f"step {self.step}: its validation loss was {value}"
+                self._break_off(member, f"step {self.step}: its validation loss was {value}")
                 ended.append(member)
                 continue
             member.validations.append((self.step, value))
@@ -287,9 +284,15 @@ class _GroupRun:
             if self.options.early_stopping and member.early.exhausted:
                 member.ended = f"step {self.step}: its validation loss fell no more"
                 ended.append(member)
-        losses = {m.name: m.validations[-1][1] for m in self.running if not m.failed}
+        last = {m.name: m.validations[-1] for m in self.running}
+        losses = {name: loss for name, (step, loss) in last.items() if step == self.step}
         self.observer.validated(step=self.step, losses=losses)
         self._end(ended)
+
+    def _break_off(self, member: Member, reason: str) -> None:
+        """End one that cannot go on; as in `train`, early stopping keeps a best there was."""
+        member.failed = not self.options.early_stopping or member.early.best_step is None
+        member.ended = reason
 
     def _validate_base(self, validation: Batches | None) -> None:
         """Measure the base once: at the start every candidate is the base."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from loraport.errors import LoraportError
+from loraport.sweep.choose import choose
 from loraport.sweep.loss import RowLosses, grouped_language_model_loss
 from loraport.sweep.observer import SilentSweep
 from loraport.sweep.together import train_together
@@ -232,6 +233,21 @@ def test_a_candidate_that_fails_is_dropped_and_harms_no_other(make_llama, rows, 
         for path, module in whole[name].modules.items():
             other = got[name].modules[path]
             torch.testing.assert_close(other.lora_B, module.lora_B, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("patience", "failed"), [(2, False), (0, True)])
+def test_a_training_loss_that_is_not_finite_ends_one_as_train_would(
+    make_llama, rows, patience, failed
+):
+    """Early stopping keeps the best there was, and the candidate can be taken."""
+    options = replace(OPTIONS, early_stopping=patience, validate_every=2)
+    got = together(make_llama().double(), TRIALS, rows, options, loss=spoiled(1, 6))
+    assert got["b"].ended == "step 6: its loss was nan"
+    assert got["b"].failed == failed
+    assert got["b"].best[0] in (2, 4)
+    assert [outcome.failed for name, outcome in got.items() if name != "b"] == [False] * 4
+    sizes = dict.fromkeys(got, 1)
+    assert ("b" in choose(list(got.values()), sizes).differences) is not failed
 
 
 def test_a_candidate_that_fails_names_its_rows(make_llama, rows):
