@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -76,9 +77,7 @@ def run_sweep(
     observer = observer or SilentSweep()
     with only_process(out), ExitStack() as during:
         try:
-            with faults_explained(
-                lambda: f"writing {out}", lambda: f"{_work(out)} keeps what was trained"
-            ):
+            with faults_explained(lambda: f"writing {out}", lambda: _kept(_work(out))):
                 return _run(base, data, out, options, validation, resume, force, observer, during)
         except KeyboardInterrupt:
             if (work := _work(out)).exists():
@@ -128,8 +127,10 @@ def _run(
         asked_to_record(choose_placement(loop.device, loop.dtype).device, options.train)
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
-    store = Store(work, identity)
     with ExitStack() as stack:
+        if not work.exists():
+            stack.enter_context(_removed_where_empty(work))
+        store = Store(work, identity)
         cluster = None
         if options.spread and not store.complete(trials):
             cluster = stack.enter_context(connect(options.spread, options.train.loop.device))
@@ -173,6 +174,21 @@ def _pass(rows: TextData, options: SweepOptions, cluster: Cluster | None) -> tup
 
 def _work(out: Path) -> Path:
     return out.with_name(f"{out.name}.sweep")
+
+
+def _kept(work: Path) -> str:
+    return f"{work} keeps what was trained" if keeps_any(work) else "nothing is trained yet"
+
+
+@contextmanager
+def _removed_where_empty(work: Path) -> Iterator[None]:
+    """Leave no unfinished sweep of which there is nothing: it would have to be discarded."""
+    try:
+        yield
+    except BaseException:
+        if not keeps_any(work):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def _identity(base: str, rows: TextData, options: SweepOptions) -> dict[str, Any]:

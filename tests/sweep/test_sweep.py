@@ -94,6 +94,27 @@ def test_bad_values(tiny_base, data, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_a_sweep_that_failed_before_its_first_step_leaves_nothing_to_resume(
+    tiny_base, data, tmp_path, monkeypatch
+):
+    """With the name put right, the same command trains. Control: what was kept stays kept."""
+    few = (tiny_base, data, "-o", tmp_path / "out", "--rank", 2, "--steps", 1, "--device", "cpu")
+    for _ in range(2):
+        with pytest.raises(LoraportError, match="targets 'q_prj'"):
+            run(*few, "--targets", "q_prj")
+        assert list(tmp_path.iterdir()) == [data]
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("loraport.sweep.run.write_result", full)
+    with pytest.raises(LoraportError, match="keeps what was trained"):
+        run(*few, "--targets", "q_proj")
+    with pytest.raises(LoraportError, match="targets 'q_prj'"):
+        run(*few, "--targets", "q_prj", "--resume")
+    assert len(list(tmp_path.glob("out.sweep/candidates/*/outcome.json"))) == 2
+
+
 def test_what_cannot_be_recorded_is_refused_before_an_unfinished_sweep_is_discarded(
     tiny_base, data, tmp_path
 ):
