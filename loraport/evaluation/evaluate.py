@@ -124,6 +124,12 @@ def evaluate(
             "predicted, got none; give more text"
         )
 
+    for name, adapter in adapters.items():  # or minutes of scores are lost with a later one
+        try:
+            load_into(model, adapter)
+        except LoraportError as error:
+            raise LoraportError(f"adapter {name!r}: {error}") from error
+        detach(model)
     each = len(rows) + len(held_out) + len(rows[:generations])
     total, done = each * (1 + len(adapters)), 0
 

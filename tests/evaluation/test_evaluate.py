@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -244,6 +245,23 @@ def test_no_rows_and_a_bad_name_are_refused(tiny_base, adapter_a, tokenizer):
     row = Row((3, 4), (3, 4))
     with pytest.raises(LoraportError, match="expected another name"):
         evaluate(model, tokenizer, {"base": read_peft(adapter_a)}, [row])
+
+
+def test_an_adapter_that_does_not_fit_is_named_before_anything_is_scored(
+    tiny_base, adapter_a, data, tokenizer
+):
+    rows, fits = read_rows(data, tokenizer, 256).rows, read_peft(adapter_a)
+    modules = {f"no.{path}": module for path, module in fits.modules.items()}
+    told = []
+    with pytest.raises(LoraportError, match="adapter 'other': the adapter does not fit the model"):
+        evaluate(
+            load(tiny_base),
+            tokenizer,
+            {"fits": fits, "other": replace(fits, modules=modules, base_fingerprint=None)},
+            rows,
+            progress=lambda *news: told.append(news),
+        )
+    assert not told
 
 
 @pytest.mark.parametrize("context", [16, 512])
