@@ -88,6 +88,23 @@ def refuse_existing(path: Path, *, force: bool, inputs: Iterable[Path | str | No
             )
 
 
+def refuse_other_kind(path: Path, *, directory: bool) -> None:
+    """Refuse an output that is a file where a directory is to be written, or the reverse.
+
+    Not even ``--force`` replaces one by the other, so long work asks before it begins.
+
+    Args:
+        path: The output.
+        directory: Whether a directory is to be written.
+
+    Raises:
+        LoraportError: If the other kind is there.
+    """
+    if path.exists() and path.is_dir() is not directory:
+        there, wanted = ("file", "directory") if directory else ("directory", "file")
+        raise LoraportError(f"{path} is a {there}; a {wanted} is to be written there")
+
+
 @contextlib.contextmanager
 def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary path that becomes ``path`` when the block succeeds.
@@ -97,8 +114,7 @@ def new_file(path: Path, *, force: bool = False) -> Iterator[Path]:
         OSError: If the disk is full; it names a file, ``path`` where the system names none.
     """
     refuse_existing(path, force=force)
-    if path.is_dir():
-        raise LoraportError(f"{path} is a directory; a file is to be written there")
+    refuse_other_kind(path, directory=False)
     partial = _partial_name(path)
     try:
         with naming(path):
@@ -124,8 +140,7 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
         OSError: If the disk is full; it names a file, ``path`` where the system names none.
     """
     refuse_existing(path, force=force)
-    if path.exists() and not path.is_dir():
-        raise LoraportError(f"{path} is a file; a directory is to be written there")
+    refuse_other_kind(path, directory=True)
     partial = _partial_name(path)
     partial.mkdir(parents=True)
     try:

@@ -65,7 +65,7 @@ def eval(  # the command's name
     from loraport.base.loading import load_causal_lm, load_tokenizer
     from loraport.evaluation import evaluate
     from loraport.evaluation.evaluate import text_rows
-    from loraport.output import refuse_existing
+    from loraport.output import refuse_existing, refuse_other_kind
     from loraport.training.data.text_data import row_length
     from loraport.training.data.tokens import read_rows
     from loraport.training.devices import choose_placement
@@ -74,6 +74,7 @@ def eval(  # the command's name
     if per_example is not None:
         inputs = (base, data, held_out, *paths.values())
         refuse_existing(per_example, force=force, inputs=inputs)
+        refuse_other_kind(per_example, directory=False)
     loaded = {name: read_adapter(path, base=base) for name, path in paths.items()}
     tokenizer = load_tokenizer(base)
     max_length = row_length(resolve_base(base), max_length)

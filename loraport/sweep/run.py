@@ -16,7 +16,7 @@ from loraport.base.finding import resolve_base
 from loraport.base.loading import load_tokenizer
 from loraport.errors import LoraportError
 from loraport.option_checks import given_or_default
-from loraport.output import refuse_existing
+from loraport.output import refuse_existing, refuse_other_kind
 from loraport.process_lock import only_process
 from loraport.sweep.choose import choose
 from loraport.sweep.finished import finished_before
@@ -102,6 +102,7 @@ def _run(
     work = _work(out)
     for directory, replaced in ((out, force or resume), (work, True)):
         refuse_existing(directory, force=replaced, inputs=(base, data, validation))
+        refuse_other_kind(directory, directory=True)
     if work.exists() and not (resume or force):
         raise LoraportError(
             f"{work} holds a sweep that was not finished; continue it with --resume, or discard "

@@ -19,7 +19,7 @@ from loraport.base.loading import fingerprint_model, load_tokenizer
 from loraport.errors import LoraportError
 from loraport.fingerprint import BaseFingerprint
 from loraport.option_checks import given_or_default
-from loraport.output import new_directory, refuse_existing
+from loraport.output import new_directory, refuse_existing, refuse_other_kind
 from loraport.peft_layout.misread import misread_by_peft
 from loraport.peft_layout.write import peft_contents, save_contents
 from loraport.process_lock import only_process
@@ -174,6 +174,8 @@ def _train(
         inputs = (base, data, validation)
         refuse_existing(out, force=force or resume, inputs=inputs)
         refuse_existing(work, force=True, inputs=inputs)
+        for directory in (out, work):
+            refuse_other_kind(directory, directory=True)
         if not (resume or force):
             _refuse_unfinished(work)
         resolve_base(base)  # a download or conversion that the others then find

@@ -63,6 +63,10 @@ def places(bundle, tiny_base, adapter_a, adapter_b, tmp_path):
 CASES = [
     ("", "Usage:"),
     ("sail", "No such command 'sail'"),
+    # before the base is looked for, not after hours of training
+    ("train nothing x -o HERE/notes.txt --force", "is a file; a directory is to be written there"),
+    ("sweep nothing x -o HERE/notes.txt --force", "is a file; a directory is to be written there"),
+    ("eval nothing x --force --per-example HERE/empty", "is a directory; a file is to be written"),
     # export
     ("export", "Missing argument 'BASE'"),
     ("export BASE", "Missing option '-o'"),
