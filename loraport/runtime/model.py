@@ -14,7 +14,7 @@ from loraport.bundle.base_values import BaseValues
 from loraport.bundle.content_hash import ContentHash
 from loraport.bundle.manifest import MODEL_FILE, Manifest, check_files, read_manifest
 from loraport.errors import LoraportError
-from loraport.option_checks import as_path, is_finite
+from loraport.option_checks import as_path, is_finite, shown
 from loraport.runtime.lane import Lane
 from loraport.runtime.resident import (
     ResidentAdapter,
@@ -242,7 +242,8 @@ def _key(selection: Selection) -> tuple[tuple[str, float], ...]:
         )
     for name, strength in selection.items():
         if not is_finite(strength):
-            raise LoraportError(f"strength of {name!r}: expected a finite number, got {strength}")
+            got = shown(strength)
+            raise LoraportError(f"strength of {name!r}: expected a finite number, got {got}")
     return tuple((name, float(strength)) for name, strength in selection.items())
 
 

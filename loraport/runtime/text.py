@@ -35,8 +35,10 @@ class TextGenerator:
             chat: Wrap it in the model's chat template, if it has one.
 
         Raises:
-            LoraportError: If it is no text: it came from bytes that are not UTF-8.
+            LoraportError: If it is no text, or came from bytes that are not UTF-8.
         """
+        if not isinstance(prompt, str):
+            raise LoraportError(f"prompt: expected a text, got {prompt!r}")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:

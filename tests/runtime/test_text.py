@@ -62,6 +62,18 @@ def test_bytes_that_are_no_text_are_refused(generator):
             generator.generate(prompt, chat=chat)
 
 
+@pytest.mark.parametrize("prompt", [[{"role": "user", "content": "hi"}], b"hi", 3, None])
+def test_what_is_no_text_is_refused(generator, prompt):
+    with pytest.raises(LoraportError, match="prompt: expected a text, got ") as refused:
+        generator.generate(prompt)
+    assert str(refused.value).endswith(repr(prompt))
+
+
+def test_a_strength_that_is_a_text_is_told_from_a_number(generator):
+    with pytest.raises(LoraportError, match=r"'a': expected a finite number, got '0\.5'$"):
+        generator.generate("hi", {"a": "0.5"})
+
+
 def test_a_bundle_without_a_tokenizer_is_refused(own_bundle):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (own_bundle / file).unlink()
