@@ -1,12 +1,19 @@
 """Experts that a router chooses are exported by torch."""
 
+import copy
+
 import numpy as np
+import onnx
 import onnxruntime
+import pytest
 import torch
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+from converters.onnx.exporters.storing import store_as
 from converters.onnx.exporters.torch_exporter import export_module
+from converters.onnx.modules.graph_weights import load_graph_weights
+from loraport.runtime.full_precision import ask_for_float32
 
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_local_experts": 4}
 
@@ -34,3 +41,43 @@ def test_experts_are_those_of_the_model(tmp_path):
     scale = np.abs(expected).max()
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * scale)
     assert np.abs(other - expected).max() > 0.1 * scale
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory):
+    """A block of experts, its inputs and its int4 graph."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("rounded")
+    block = MixtralSparseMoeBlock(
+        MixtralConfig(**SIZES, experts_implementation="grouped_mm")
+    ).eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    states = torch.randn(2, 5, 8)
+    export_module(block, {"hidden_states": states}, folder, dynamic={})
+    (folder / "int4").mkdir()
+    store_as(folder / "model.onnx", folder / "int4", "int4", lambda _: None)
+    return block, states, folder / "int4" / "model.onnx"
+
+
+def test_rounded_routers_are_those_that_verify_compares_with(rounded):
+    """Other routers choose other experts, so ``verify`` failed. Control: the router as it was."""
+    block, states, graph = rounded
+    block = copy.deepcopy(block)
+    model = onnx.load(graph)
+    assert ask_for_float32(model)  # as verify does
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (got,) = session.run(None, {"hidden_states": states.numpy()})
+    with torch.no_grad():
+        before = block(states).numpy()
+        assert load_graph_weights(graph, block) == ["gate"]
+        expected = block(states).numpy()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(before - expected).max() > 1e-2 * np.abs(expected).max()
+
+
+def test_the_rounded_router_of_another_model_is_not_taken(rounded):
+    """``verify`` would call the graph of another model right."""
+    block = copy.deepcopy(rounded[0])
+    torch.nn.init.normal_(block.gate.weight)
+    assert load_graph_weights(rounded[2], block) == []

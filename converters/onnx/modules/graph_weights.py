@@ -16,7 +16,7 @@ from torch import nn
 from converters.onnx.graph.site import Site
 from converters.onnx.graph.source_graph import read_graph
 from converters.onnx.modules.matching import Matcher, Unmatched
-from converters.onnx.modules.slottable import slottable_modules, tied_modules
+from converters.onnx.modules.slottable import other_matrices, slottable_modules, tied_modules
 from converters.onnx.operators import find_site
 from loraport.adapter import ModuleKind
 from loraport.base.storage import stores_in_out
@@ -25,6 +25,8 @@ from loraport.parity.changes import untie
 
 def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:
     """Copy every linear weight and rounded embedding of an exported graph into the model, in place.
+
+    Routers of experts, which have no slots, are copied where the graph has them rounded.
 
     An embedding that is tied to the output head gets the graph's own rows: quantizers round both
     where they are one tensor of the graph, and else the head alone. A module that the graph
@@ -62,6 +64,12 @@ def load_graph_weights(graph: Path, model: nn.Module) -> list[str]:
         weight = torch.cat([_rows(site) for site in split.sites])
         _store(weight, model.get_submodule(split.module.path))
         replaced[split.module.path] = None
+    others = Matcher(other_matrices(model))
+    for site in left:
+        router = others.match(site) if site.quantized else Unmatched("stored as it was")
+        if isinstance(router, tuple) and len(router) == 1:
+            _store(_rows(site), model.get_submodule(router[0].path))
+            replaced[router[0].path] = None
     return list(replaced)
 
 

@@ -15,6 +15,8 @@ from loraport.base.storage import stores_in_out
 if TYPE_CHECKING:
     from loraport.base.checkpoint import Checkpoint
 
+_MATRIX = 2  # dimensions
+
 
 @dataclass(frozen=True, eq=False)
 class SlottableModule:
@@ -118,6 +120,21 @@ def linear_modules(model: nn.Module) -> dict[str, SlottableModule]:
         path: module
         for path, module in slottable_modules(model).items()
         if module.kind is ModuleKind.LINEAR
+    }
+
+
+def other_matrices(model: nn.Module) -> dict[str, SlottableModule]:
+    """Return, by path, the modules of other kinds whose weight is a matrix ``[out, in]``: routers.
+
+    No slot serves them, and quantizers round the products with them all the same.
+    """
+    served = {path for path, _, _ in _weighted(model)}
+    return {
+        path: _loaded(path, module, ModuleKind.LINEAR)
+        for path, module in model.named_modules()
+        if path not in served
+        and (weight := module._parameters.get("weight")) is not None
+        and weight.dim() == _MATRIX
     }
 
 
