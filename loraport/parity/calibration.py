@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loraport.bundle.manifest import MODEL_FILE
-from loraport.runtime import Lane, Runtime, Selection
-from loraport.runtime.session import open_session
+from loraport.parity.changed_graph import ChangedGraph
+from loraport.runtime import Runtime, Selection
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -111,8 +111,8 @@ class Calibration:
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
         self._file = runtime.directory / MODEL_FILE
+        self._without = ChangedGraph(runtime, without_calibrated_ranges)
 
     @cached_property
     def in_integers(self) -> list[str]:
@@ -125,24 +125,10 @@ class Calibration:
     @property
     def removable(self) -> bool:
         """Whether the graph has calibrated ranges and runs without them."""
-        return not self.in_integers and self._session is not None
+        return not self.in_integers and self._without.changes
 
     def run(
         self, inputs: Mapping[str, np.ndarray], selection: Selection, outputs: Sequence[str]
     ) -> list[np.ndarray]:
         """Run the graph without its calibrated ranges, where they are `removable`."""
-        runtime = self._runtime
-        controls = runtime.manifest.slots.controls
-        lane = Lane(self._session, runtime.load(selection), runtime.provider, controls)
-        found = lane.run(inputs, outputs)
-        return [found[name] for name in outputs]
-
-    @cached_property
-    def _session(self) -> Any:
-        graph = without_calibrated_ranges(self._file)
-        if graph is None:
-            return None
-        precision = self._runtime.manifest.precision
-        return open_session(
-            self._file, graph=graph, provider=self._runtime.provider, precision=precision
-        )
+        return self._without.run(inputs, selection, outputs)

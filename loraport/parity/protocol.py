@@ -13,7 +13,8 @@
 8. as deployed: where a quantized kernel rounds its activations, how far that takes the outputs.
 
 Where outputs are too far from PyTorch's and the graph has calibrated ranges, it is run without
-them, too, to tell whether they are the cause; see `loraport.parity.calibration`.
+them, too, to tell whether they are the cause; see `loraport.parity.calibration`. Where its kernels
+round to 8 bits in every run, it is judged without; see `loraport.parity.dynamic_rounding`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from loraport.bundle.manifest import check_files
 from loraport.counts import counted
 from loraport.errors import LoraportError
 from loraport.parity.calibration import Calibration
+from loraport.parity.changed_graph import ChangedGraph
 from loraport.parity.changes import Changes, Original, changes_of
 from loraport.parity.check import Check, first_reasons
+from loraport.parity.dynamic_rounding import judged_unrounded, without_rounded_activations
 from loraport.parity.metrics import Comparison, compare, worst
 from loraport.parity.packed import differences
 from loraport.parity.placement import placement
@@ -98,6 +101,7 @@ class Protocol:
         self._runtime = runtime
         self._deployed = deployed
         self._calibration = Calibration(runtime)
+        self._unrounded = ChangedGraph(runtime, without_rounded_activations)
         self._model = model
         self._original = original or partial(stored_tensor, model)
         self._adapters = adapters
@@ -268,19 +272,22 @@ class Protocol:
         return comparisons
 
     def _with_cause(self, failed: Check, selection: Selection, changes: Changes) -> Check:
-        """Say of a difference whether it is the graph's calibrated quantization, if it has one."""
+        """Say of a difference whether it is what the graph rounds in its runs."""
         calibration = self._calibration
         if calibration.in_integers:
             operators = ", ".join(calibration.in_integers)
             detail = f"calibrated ranges may be the cause: {operators} cannot be run without theirs"
             return replace(failed, detail=detail)
-        if not calibration.removable:
+        other = calibration if calibration.removable else self._unrounded
+        if other is self._unrounded and not self._unrounded.changes:
             return failed
         found = self._compared(
-            changes, lambda sample: calibration.run(sample.session, selection, self._outputs)
+            changes, lambda sample: other.run(sample.session, selection, self._outputs)
         )
         assert not isinstance(found, str)  # there are as many outputs as before
         without = worst(found)
+        if other is self._unrounded:
+            return judged_unrounded(failed, without)
         own = without.within(self._tolerance)
         says = "the cause" if own else "not the only cause"
         detail = (
