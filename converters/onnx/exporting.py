@@ -31,11 +31,11 @@ from converters.onnx.exporters.olmo_norms import set_olmo_norms
 from converters.onnx.exporters.quantizing import PRECISION_TEXT
 from converters.onnx.exporters.quantizing import PRECISIONS as QUANTIZED
 from converters.onnx.exporters.rotations import require_rotations
-from converters.onnx.exporters.storing import store_as
+from converters.onnx.exporters.storing import rounded_modules, sites_of, store_as
 from converters.onnx.exporters.torch_exporter import export_module
 from converters.onnx.graph.provenance import MADE_BY, record_provenance
 from converters.onnx.modules.holders import BaseHolders
-from converters.onnx.modules.slottable import slottable_modules, tied_modules
+from converters.onnx.modules.slottable import other_matrices, slottable_modules, tied_modules
 from converters.onnx.slots.inserting import (
     SlotOptions,
     SlottedModel,
@@ -268,7 +268,12 @@ def _export_encoder(
         return
     with tempfile.TemporaryDirectory(dir=out) as exact:
         _export_attention(model, inputs, Path(exact), dynamic)
-        store_as(Path(exact) / MODEL_FILE, out, precision, progress)
+        graph = store_as(Path(exact) / MODEL_FILE, out, precision, progress)
+    if rounded := rounded_modules(sites_of(graph), other_matrices(model)):
+        progress(
+            f"stored as {precision} too, by which other experts may be chosen: {rounded[0]}"
+            + (f" and {len(rounded) - 1} more" if rounded[1:] else "")
+        )
 
 
 def _export_attention(

@@ -10,9 +10,11 @@ import torch
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from converters.onnx.exporters.storing import store_as
+from converters.onnx.exporters.storing import rounded_modules, sites_of, store_as
 from converters.onnx.exporters.torch_exporter import export_module
+from converters.onnx.graph.source_graph import read_graph
 from converters.onnx.modules.graph_weights import load_graph_weights
+from converters.onnx.modules.slottable import other_matrices
 from loraport.runtime.full_precision import ask_for_float32
 
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_local_experts": 4}
@@ -74,6 +76,16 @@ def test_rounded_routers_are_those_that_verify_compares_with(rounded):
         expected = block(states).numpy()
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert np.abs(before - expected).max() > 1e-2 * np.abs(expected).max()
+
+
+def test_rounded_routers_are_told(rounded):
+    """Control: the experts, and modules that the graph has in floats."""
+    block, _, graph = rounded
+    sites = sites_of(read_graph(graph))
+    assert list(other_matrices(block)) == ["gate"]
+    assert rounded_modules(sites, ["gate", "experts"]) == ["gate"]
+    exact = sites_of(read_graph(graph.parents[1] / "model.onnx"))
+    assert rounded_modules(exact, ["gate"]) == []
 
 
 def test_the_rounded_router_of_another_model_is_not_taken(rounded):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -101,6 +101,12 @@ def _require_floats(file: Path, sites: Iterable[Site], precision: str) -> None:
 def sites_of(model: ir.Model) -> list[Site]:
     """Return every operator of a graph that can have a slot."""
     return [site for node in model.graph.all_nodes() if (site := find_site(node)) is not None]
+
+
+def rounded_modules(sites: Sequence[Site], paths: Collection[str]) -> list[str]:
+    """Return which of the modules have weights of integers in a graph, in its order."""
+    found = (entry.path for entry in name_sites(sites) if entry.site.quantized)
+    return [path for path in dict.fromkeys(found) if path in paths]
 
 
 def stored_precision(sites: Iterable[Site]) -> str:
