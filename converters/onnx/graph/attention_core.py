@@ -23,6 +23,7 @@ _KEPT = ("num_heads", "unidirectional", "mask_filter_value", "scale")
 _MASK_RANKS = (1, 2, 3)
 _GIVE_LENGTHS = ("EmbedLayerNormalization", "QEmbedLayerNormalization")
 _SAME_RANK = ("Cast", "Identity")
+_LAST = ([1], [-1])  # axis of a mask [batch, total]
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,34 @@ def _mask_is_read_alike(mask: ir.Value) -> bool:
         if rank is not None:
             joined = rank == 1 and (producer is None or producer.op_type == "Concat")
             return rank in _MASK_RANKS and not joined
-        if producer is not None and producer.op_type in _GIVE_LENGTHS:
+        if producer is not None and (producer.op_type in _GIVE_LENGTHS or _counts(producer)):
             return True
         if producer is None or producer.op_type not in _SAME_RANK:
             return False
         source = producer.inputs[0]
     return False
+
+
+def _counts(node: ir.Node) -> bool:
+    """Tell whether an operator sums up ``[batch, total]`` to lengths ``[batch]``.
+
+    So ONNX Runtime's optimizer makes them of a mask, where no embedding is fused that gives them.
+    """
+    if node.op_type != "ReduceSum" or node.attributes.get_int("keepdims", 1):
+        return False
+    mask = node.inputs[0]
+    while mask is not None and _rank(mask) is None:
+        maker = mask.producer()
+        mask = maker.inputs[0] if maker is not None and maker.op_type in _SAME_RANK else None
+    return mask is not None and _rank(mask) == 2 and _axes(node) in _LAST
+
+
+def _axes(node: ir.Node) -> list[int] | None:
+    """Return the axes that are summed over, an input since opset 13."""
+    if (given := node.attributes.get("axes")) is not None:
+        return list(given.as_ints())
+    known = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    return None if known is None else [int(axis) for axis in known.array().ravel()]
 
 
 def _rank(value: ir.Value) -> int | None:

@@ -116,6 +116,33 @@ def test_attention(slotted, adapter, kind, past, causal, opset):
     assert np.abs(wanted[0] - expected[0]).max() > 0.1
 
 
+@pytest.mark.parametrize("opset", [11, 17])
+def test_lengths_may_be_summed_of_a_mask(slotted, adapter, opset):
+    """As onnxruntime's optimizer makes them where it fuses no embedding, as in RoBERTa's."""
+    inputs, weight, bias = data(np.tril(np.ones((LENGTH, LENGTH), np.int32))[2:], False)
+    summed = helper.make_node("ReduceSum", ["mask"], ["lengths"], keepdims=0)
+    constants = {"W": weight, "b": bias}
+    if opset < 13:
+        summed.attribute.append(helper.make_attribute("axes", [1]))
+    else:
+        summed.input.append("axes")
+        constants["axes"] = np.array([1])
+    node = helper.make_node(
+        "Attention", ["x", "W", "b", "lengths"], ["y"], domain="com.microsoft", num_heads=HEADS
+    )
+    model = graph(node, constants, inputs["given"], None, opset)
+    model.graph.node.insert(1, summed)
+    made = slotted(model)
+    (slot,) = made.slots
+    (expected,) = made.run_original(**inputs)
+    np.testing.assert_array_equal(made.run(**inputs)[0], expected)
+    tensors = adapter(slot)
+    a, b = (tensors[f"{slot.name}.{role}"].astype(np.float64) for role in ("lora_A", "lora_B"))
+    wanted, _ = attention(inputs["x"] @ (weight + a @ b) + bias, inputs["given"])
+    np.testing.assert_allclose(made.run(**inputs, **tensors)[0], wanted, atol=2e-5)
+    assert np.abs(wanted - expected).max() > 0.1
+
+
 def test_a_gain_and_a_bias_reach_the_product_alone(slotted, adapter):
     inputs, weight, bias = data(MASKS["keys"], False)
     node = helper.make_node(
