@@ -132,7 +132,7 @@ def _counts(node: ir.Node) -> bool:
 
     So ONNX Runtime's optimizer makes them of a mask, where no embedding is fused that gives them.
     """
-    if node.op_type != "ReduceSum" or node.attributes.get_int("keepdims", 1):
+    if node.op_type != "ReduceSum" or node.attributes.get_int("keepdims", 1) != 0:
         return False
     mask = node.inputs[0]
     while mask is not None and _rank(mask) is None:

@@ -12,6 +12,8 @@ import onnx_ir as ir
 from converters.onnx.graph.constants import vector
 from loraport.adapter import ModuleKind
 
+_MEASURING = frozenset(("Shape", "Size"))
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -74,6 +76,16 @@ class Site:
     def exposed(self) -> Site:
         """Return the site with its product in the graph; changes the graph where it was not."""
         return self.expose() if self.expose is not None else self
+
+
+def gives_only_its_shape(value: ir.Value) -> bool:
+    """Tell whether a value is read, but not its numbers.
+
+    ONNX Runtime's optimizer leaves a lookup of which only the shape is read beside the operator
+    that it fused the lookup into: an adapter there would change nothing.
+    """
+    readers = {node.op_type for node in value.consumers()}
+    return bool(readers) and readers <= _MEASURING and not value.is_graph_output()
 
 
 def inputs_of(node: ir.Node, count: int) -> list[ir.Value | None]:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from converters.onnx.graph.constants import constant
 from converters.onnx.graph.product_in_floats import cuts_its_product_off
+from converters.onnx.graph.site import gives_only_its_shape
 from converters.onnx.modules.weight_origins import MULTIPLYING, WeightOrigins, only_multiplies
 from converters.onnx.operators import einsum, gather
 
@@ -191,6 +192,8 @@ def _reason(node: ir.Node, shapes: list[tuple[int, ...]]) -> str:
     empty = next((shape for shape in shapes if len(shape) > 1 and 0 in shape), None)
     if empty is not None:
         return f"{operator}: its constant of shape {empty} is empty"
+    if gives_only_its_shape(node.outputs[0]):
+        return f"{operator}: nothing but the shape of what it computes is read"
     if node.domain == _BLOCKED:
         why = "its kernel lies in blocks made for one kind of processor"
         return f"{operator}: {why}; save the model at ONNX Runtime's level ORT_ENABLE_EXTENDED"

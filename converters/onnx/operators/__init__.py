@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
-from converters.onnx.graph.site import Site
+from converters.onnx.graph.site import Site, gives_only_its_shape
 from converters.onnx.operators import (
     attention,
     conv,
@@ -59,8 +59,10 @@ OPERATORS: Mapping[tuple[str, str], Callable[[ir.Node], Site | None]] = {
 
 
 def find_site(node: ir.Node) -> Site | None:
-    """Return the site a node offers, or ``None`` if a slot cannot go there or would be empty."""
+    """Return the site a node offers, or ``None`` if a slot cannot be there or would do nothing."""
     domain = "" if node.domain == "ai.onnx" else node.domain
     operator = OPERATORS.get((domain, node.op_type))
     site = operator(node) if operator else None
-    return None if site is None or 0 in (site.fan_in, site.out_features) else site
+    if site is None or 0 in (site.fan_in, site.out_features):
+        return None
+    return None if gives_only_its_shape(node.outputs[0]) else site

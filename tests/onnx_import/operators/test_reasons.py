@@ -81,6 +81,31 @@ def test_experts_that_the_run_picks_are_listed(slotted):
     assert found == {"/experts/up": picked, "/experts/down": picked}
 
 
+def test_what_only_gives_its_shape_has_no_slot(slotted):
+    """As onnxruntime's optimizer leaves a lookup of DistilBERT's that it fused elsewhere."""
+    nodes = [
+        helper.make_node("Gather", ["table", "tokens"], ["rows"], name="lookup"),
+        helper.make_node("Shape", ["rows"], ["shape"]),
+        helper.make_node("MatMul", ["x", "table"], ["product"], name="live"),
+        helper.make_node("Expand", ["one", "shape"], ["ones"]),
+        helper.make_node("ReduceMax", ["ones"], ["most"], keepdims=0),
+        helper.make_node("Mul", ["product", "most"], ["y"]),
+    ]
+    inputs = [
+        ("x", TensorProto.FLOAT, ["n", 4]),
+        ("tokens", TensorProto.INT64, ["n", "length"]),
+    ]
+    table = np.ones((4, 3), np.float32)
+    made = slotted(
+        graph_of(nodes, inputs, {"table": table, "one": np.ones(1, np.float32)}),
+        "lora",
+        "embedding",
+    )
+    assert [member.module_path for slot in made.slots for member in slot.members] == ["table"]
+    why = "nothing but the shape of what it computes is read"
+    assert made.unslotted == {"lookup": f"Gather: {why}"}
+
+
 def test_a_transposed_input_is_told(slotted):
     node = helper.make_node("Gemm", ["x", "w"], ["y"], name="/layer/Gemm", transA=1)
     weight = np.ones((4, 3), np.float32)
