@@ -144,3 +144,23 @@ def test_the_distance_is_the_relative_frobenius_norm(monkeypatch):
     assert weight_distance(module, other) == pytest.approx(expected, rel=1e-6)
     assert weight_distance(module, own.T.astype(np.float32)) == 0
     assert weight_distance(module, other[:, :7]) == float("inf")
+
+
+@pytest.mark.parametrize("steps", [127, 7, 1])
+@pytest.mark.parametrize("axis", ["", "outputs", "inputs"])
+def test_a_rounded_weight_with_factors_is_another(steps, axis):
+    """A normalization folded in before quantizing, or smoothing: the update lacks the factors."""
+    torch.manual_seed(0)
+    (module,) = slottable_modules(nn.ModuleDict({"fc": nn.Linear(64, 48)})).values()
+    weight = module.weight.float().numpy().T
+    factors = np.random.default_rng(0).uniform(0.4, 1.2, weight.shape).astype(np.float32)
+    factor = {"": 1.0, "outputs": factors[:1], "inputs": factors[:, :1]}[axis]
+    scale = np.abs(weight * factor).max(0) / steps
+    rounded = (np.round(weight * factor / scale) * scale).astype(np.float32)
+    apart = np.linalg.norm(rounded - weight) / np.linalg.norm(weight)
+    distance = weight_distance(module, rounded)
+    if axis and steps > 1:  # to two bits, factors are lost in the rounding
+        assert apart < 0.5
+        assert distance == float("inf")
+    elif not axis:
+        assert distance == pytest.approx(apart, rel=1e-5)

@@ -24,6 +24,12 @@ _TWO_BITS = 0.9
 _HALF = 5e-3
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FEW_BITS = 2
+# Rounding moves a row of n numbers along itself by 1/n of what it moves it by, a factor by all of
+# it: that of a normalization that was folded in, or of smoothing.
+_ALONG = 0.9
+_FEWEST = 8  # numbers of a row that tell
+_TINY = 1e-30  # the square of a row of zeros, which no factor changes
+_NEAR_ONE = 0.02  # factors that move less than rounding to 8 bits
 
 
 def allowed_distance(site: Site) -> float:
@@ -37,7 +43,8 @@ def weight_distance(module: SlottableModule, weight: np.ndarray) -> float:
     """Return the distance of a graph's weight from a module's.
 
     Values that are equal in the coarser of the two precisions count as equal: a graph may hold
-    what was rounded to half precision, a checkpoint too.
+    what was rounded to half precision, a checkpoint too. One whose outputs or inputs have factors
+    is another weight, however near: an adapter's update would lack them.
 
     Args:
         module: Of the base.
@@ -46,7 +53,8 @@ def weight_distance(module: SlottableModule, weight: np.ndarray) -> float:
     if weight.shape != (module.in_features, module.out_features):
         return math.inf
     step = max(_PIECE_ELEMENTS // max(module.in_features, 1), 1)
-    apart = size = 0.0
+    apart = size = outputs_scaled = 0.0
+    of_inputs, moved = torch.zeros(2, module.in_features)
     coarse_alike = [True, True]
     for start in range(0, module.out_features, step):
         ours = module.rows(start, min(start + step, module.out_features)).float()
@@ -54,15 +62,35 @@ def weight_distance(module: SlottableModule, weight: np.ndarray) -> float:
             np.ascontiguousarray(weight[:, start : start + step].T).astype(np.float32)
         )
         if not torch.equal(ours, theirs):
-            apart += _squares(ours - theirs)
+            change = theirs - ours
+            apart += _squares(change)
+            outputs_scaled += _along((ours * change).sum(1), ours.square().sum(1))
+            moved += (ours * change).sum(0)
             coarse_alike = [
                 alike and _equal_as(dtype, ours, theirs)
                 for alike, dtype in zip(coarse_alike, (torch.float16, torch.bfloat16), strict=True)
             ]
+        of_inputs += ours.square().sum(0)
         size += _squares(ours)
     if apart == 0 or any(coarse_alike):
         return 0.0
-    return math.sqrt(apart / size) if size else math.inf
+    scaled = max(
+        outputs_scaled if module.in_features >= _FEWEST else 0.0,
+        _along(moved, of_inputs) if module.out_features >= _FEWEST else 0.0,
+    )
+    if not size or scaled > max(_ALONG * apart, _NEAR_ONE**2 * size):
+        return math.inf
+    return math.sqrt(apart / size)
+
+
+def _along(moved: torch.Tensor, squares: torch.Tensor) -> float:
+    """Return how much of squared changes is a factor on each row.
+
+    Args:
+        moved: ``row . change`` ``[n]``.
+        squares: ``row . row`` ``[n]``.
+    """
+    return float((moved.double().square() / squares.double().clamp_min(_TINY)).sum())
 
 
 def _equal_as(dtype: torch.dtype, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
