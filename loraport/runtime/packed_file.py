@@ -2,7 +2,7 @@
 
 A packed adapter is hundreds of small tensors that are all wanted at once. Opening the file for each
 of them takes ten times as long as reading it. Where its content is to be compared with a hash, that
-is of the bytes that are used, and taken of each part while the next is read.
+is of the bytes that are used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from loraport.errors import LoraportError, Problems
 
 _ALIGNMENT = 64  # what vector instructions like, and ONNX Runtime's own allocator gives
 _LEAST_PART = 8 << 20  # less is not worth a thread
-_HASHED_PART = 1 << 20  # stays in a core's cache until it is hashed
 
 
 def read_whole(file: Path, expected: ContentHash | None = None) -> dict[str, np.ndarray]:
@@ -74,7 +73,7 @@ def _read(
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     first = -(memory.ctypes.data + start) % _ALIGNMENT
     memory = memory[first : first + size]
-    part = _HASHED_PART if digest else max(-(-size // (os.cpu_count() or 1)), _LEAST_PART)
+    part = max(-(-size // (os.cpu_count() or 1)), _LEAST_PART)
     moving = Lock()
 
     def read_part(begin: int) -> int:
@@ -93,7 +92,7 @@ def _read(
 
     begins = range(0, size, part)
     reached = 0
-    with ThreadPoolExecutor(1 if digest else len(begins) or 1) as threads:
+    with ThreadPoolExecutor(len(begins) or 1) as threads:
         for begin, count in zip(begins, threads.map(read_part, begins), strict=True):
             if digest:
                 digest.update(memory.data[begin : begin + count])
