@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from bundle_faults import resealed
 from tiny_llm import LONG_PHI3, peft_model
 
 from converters.formats.registry import read_adapter
@@ -87,7 +88,8 @@ def test_the_bundle_says_where_as_the_model_does(long_phi3, models, bundle):
     none = replace(manifest, long_rotations_after=None)
     assert Manifest.from_json(none.to_json()) == none
     assert "long_rotations_after" not in (bundle / "manifest.json").read_text()
-    wrong = replace(manifest, long_rotations_after="20").to_json()
+    said = '"long_rotations_after": '
+    wrong = resealed(manifest.to_json().replace(f"{said}20", f'{said}"20"'))
     with pytest.raises(LoraportError, match="expected a manifest"):
         Manifest.from_json(wrong)
 
