@@ -1,5 +1,6 @@
 """Verification must be able to fail: each kind of damage is caught by the check that names it."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -317,6 +318,24 @@ def test_a_source_of_another_shape_is_named(own_bundle, model, sources):
     modules = {**sources["a"].modules, DOWN: smaller}
     found = failed(own_bundle, model, {"a": replace(sources["a"], modules=modules)})
     assert any(DOWN in detail for detail in found.values())
+
+
+def test_the_logits_are_compared_where_a_graph_gives_hidden_states_too(own_bundle, model, sources):
+    for file in ("model.onnx", "model.required.onnx"):
+        graph = onnx.load(own_bundle / file, load_external_data=False)
+        [last] = [node for node in graph.graph.node if "logits" in node.output]
+        hidden = helper.make_tensor_value_info(
+            "hidden_states", onnx.TensorProto.FLOAT, ["batch", "sequence", "hidden"]
+        )
+        graph.graph.node.append(helper.make_node("Identity", [last.input[0]], ["hidden_states"]))
+        graph.graph.output.insert(0, hidden)  # as GenAI's builder orders them
+        onnx.save(graph, own_bundle / file)
+    update_hashes(own_bundle)
+    assert failed(own_bundle, model, sources) == {}
+    with torch.no_grad():
+        other = copy.deepcopy(model)
+        other.lm_head.weight[7] += 0.5  # of the logits alone
+    assert "base: onnxruntime = torch" in failed(own_bundle, other, sources)
 
 
 def test_a_required_graph_that_computes_something_else(own_bundle, model, sources):
