@@ -35,7 +35,12 @@ from converters.onnx.exporters.storing import rounded_modules, sites_of, store_a
 from converters.onnx.exporters.torch_exporter import export_module
 from converters.onnx.graph.provenance import MADE_BY, record_provenance
 from converters.onnx.modules.holders import BaseHolders
-from converters.onnx.modules.slottable import other_matrices, slottable_modules, tied_modules
+from converters.onnx.modules.slottable import (
+    other_matrices,
+    slottable_modules,
+    tied_modules,
+    unfit_modules,
+)
 from converters.onnx.slots.inserting import (
     SlotOptions,
     SlottedModel,
@@ -344,7 +349,7 @@ def _slot_and_describe(
         fingerprint=fingerprint(covered, lambda path: _stored_weight(model, path)),
         precision=options.precision,
         slots=replace(slotted.slots, tied=tied_modules(modules)),
-        unslotted=slotted.unslotted,
+        unslotted={**slotted.unslotted, **unfit_modules(model)},
         tolerance=golden_tolerance(options.precision),
         tolerances=golden_tolerances(options.precision),
         made_by=MADE_BY,

@@ -7,14 +7,18 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from transformers import MixtralConfig
+from torch import nn
+from transformers import MixtralConfig, PhimoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.phimoe.modeling_phimoe import PhimoeSparseMoeBlock
 
+from converters.onnx import export_torch_module
 from converters.onnx.exporters.storing import rounded_modules, sites_of, store_as
 from converters.onnx.exporters.torch_exporter import export_module
 from converters.onnx.graph.source_graph import read_graph
 from converters.onnx.modules.graph_weights import load_graph_weights
 from converters.onnx.modules.slottable import other_matrices
+from loraport.bundle.manifest import read_manifest
 from loraport.runtime.full_precision import ask_for_float32
 
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_local_experts": 4}
@@ -93,3 +97,30 @@ def test_the_rounded_router_of_another_model_is_not_taken(rounded):
     block = copy.deepcopy(rounded[0])
     torch.nn.init.normal_(block.gate.weight)
     assert load_graph_weights(rounded[2], block) == []
+
+
+class Routed(nn.Module):
+    """Phi-MoE's experts, whose router is a linear layer by name alone, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        config = PhimoeConfig(**SIZES, experts_implementation="grouped_mm")
+        self.block = PhimoeSparseMoeBlock(config)
+        self.wide = nn.Linear(SIZES["hidden_size"], 5)
+
+    def forward(self, states):
+        return self.wide(self.block(states))
+
+
+def test_routers_that_are_linear_layers_by_name_alone_have_no_slot(tmp_path):
+    """It had one, and ``verify`` of an adapter with it ended in TypeError: it gives a tuple."""
+    torch.manual_seed(0)
+    model = Routed().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    export_torch_module(model, {"states": torch.randn(2, 5, 8)}, tmp_path / "bundle")
+    manifest = read_manifest(tmp_path / "bundle")
+    assert set(manifest.slots.modules()) == {"wide"}
+    assert list(manifest.unslotted) == ["block.router"]
+    assert "a PhimoeTopKRouter, which does not give" in manifest.unslotted["block.router"]
+    assert "block.router" in other_matrices(model)  # quantizers round it all the same

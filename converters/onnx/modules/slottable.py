@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from loraport.adapter import ModuleKind
+from loraport.base.own_outputs import gives_outputs
 from loraport.base.storage import stores_in_out
 
 if TYPE_CHECKING:
@@ -51,9 +52,21 @@ def slottable_modules(model: nn.Module) -> dict[str, SlottableModule]:
     """Return every module that a slot can serve by path, in the model's order.
 
     These are ``nn.Linear``, transformers' ``Conv1D``, ``nn.Embedding``, ``nn.Conv1d``,
-    ``nn.Conv2d`` and ``nn.Conv3d``.
+    ``nn.Conv2d`` and ``nn.Conv3d``, without those of `unfit_modules`.
     """
     return {path: _loaded(path, module, kind) for path, module, kind in _weighted(model)}
+
+
+def unfit_modules(model: nn.Module) -> dict[str, str]:
+    """Return, by path, why linear layers by name alone have no slot: they give no ``[..., out]``.
+
+    Phi-MoE's routers give what experts take: an adapter beside one has no output to act on.
+    """
+    return {
+        path: f"a {type(module).__name__}, which does not give what a linear layer gives"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not gives_outputs(module)
+    }
 
 
 def stored_modules(
@@ -76,7 +89,10 @@ def stored_modules(
 def _weighted(model: nn.Module) -> Iterator[tuple[str, nn.Module, ModuleKind]]:
     from transformers.pytorch_utils import Conv1D
 
+    unfit = unfit_modules(model)
     for path, module in model.named_modules():
+        if path in unfit:
+            continue
         if isinstance(module, nn.Linear | Conv1D):
             yield path, module, ModuleKind.LINEAR
         elif isinstance(module, nn.Embedding):

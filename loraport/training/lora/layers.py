@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from loraport.adapter import ModuleKind
+from loraport.base.own_outputs import gives_outputs
 from loraport.errors import LoraportError
 from loraport.training.lora.lora_function import add_low_rank, lora_linear, product_dtype
 from loraport.training.lora.lora_layer import LoraLayer
@@ -153,25 +154,10 @@ class LoraConv(LoraLayer):
         return vector.reshape(-1, *(1,) * (self.lora_B.dim() - 2))
 
 
-def _gives_outputs(module: nn.Linear) -> bool:
-    """Tell whether a kind of linear layer gives ``[..., out]`` for ``[..., in]``; routers do not.
-
-    Quantized weights, which may not compute where they are, are taken as they come.
-    """
-    if type(module).forward is nn.Linear.forward or not module.weight.is_floating_point():
-        return True
-    with torch.no_grad():
-        try:
-            output = module(module.weight.new_zeros(1, module.in_features))
-        except (TypeError, ValueError, RuntimeError, IndexError):
-            return False
-    return isinstance(output, torch.Tensor) and output.shape == (1, module.out_features)
-
-
 def lora_layer_for(module: nn.Module) -> type[LoraLayer] | str:
     """Return the LoRA layer that fits a module, or why there is none."""
     if isinstance(module, nn.Linear):
-        return LoraLinear if _gives_outputs(module) else f"a {type(module).__name__}"
+        return LoraLinear if gives_outputs(module) else f"a {type(module).__name__}"
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
             return "an Embedding with max_norm, which rewrites its own weight"
