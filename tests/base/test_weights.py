@@ -9,6 +9,7 @@ from peft_cases import bert
 from safetensors.torch import load_file, save_file
 from tiny_llm import save_base
 
+from converters.onnx import export_base
 from converters.onnx.exporters.loading import load_exported
 from loraport.base.loading import load_causal_lm, load_model
 from loraport.base.weights import StoredWeights
@@ -152,3 +153,24 @@ def test_what_a_base_lacks_is_the_same_each_time(tmp_path):
     assert not torch.equal(first, whole)
     torch.manual_seed(1)
     assert torch.equal(torch.rand(4), drawn)
+
+
+def test_a_decoder_without_a_kind_is_refused_before_its_graph_is_built(tmp_path):
+    """It was told after the build began, in transformers' words. Control: loading needs none."""
+    base = save_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    del config["model_type"]
+    told = []
+    for found, remedy in (
+        ("LlamaForCausalLM", 'write "model_type": "llama" into it'),
+        ("InternLM2ForCausalLM", "fetch it again"),
+    ):
+        (base / "config.json").write_text(json.dumps(config | {"architectures": [found]}))
+        with pytest.raises(LoraportError) as raised:
+            export_base(base, tmp_path / "bundle", progress=told.append)
+        assert "config.json: model_type: expected the kind of model" in str(raised.value)
+        assert remedy in str(raised.value)
+        if found == "LlamaForCausalLM":
+            load_causal_lm(str(base))
+    assert told == []
+    assert not (tmp_path / "bundle").exists()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from converters.merge.layout import BaseLayout, base_layout
 from loraport.base.checkpoint import Checkpoint
-from loraport.base.config import architecture, is_causal_lm
+from loraport.base.config import architecture, is_causal_lm, read_model_config
 from loraport.base.loading import load_causal_lm, load_model_as_it_is
 from loraport.errors import LoraportError, first_names
 
@@ -56,8 +56,10 @@ def require_weights(directory: Path) -> None:
         directory: Model directory in the Hugging Face layout.
 
     Raises:
-        LoraportError: If weights are missing, have another shape, or lie in damaged files.
+        LoraportError: If weights are missing, have another shape, or lie in damaged files, or
+            ``config.json`` has no ``model_type``, which the builder needs.
     """
+    _require_model_type(directory)
     if not any(directory.glob("*.safetensors*")):
         return  # pickled ones, which have no headers
     named = None
@@ -70,6 +72,20 @@ def require_weights(directory: Path) -> None:
         load_causal_lm(str(directory))
     except LoraportError as error:
         raise named or error from error
+
+
+def _require_model_type(directory: Path) -> None:
+    if read_model_config(directory).get("model_type"):
+        return
+    import transformers
+
+    model_class = getattr(transformers, architecture(directory), None)
+    kind = getattr(getattr(model_class, "config_class", None), "model_type", None)
+    remedy = f'write "model_type": "{kind}" into it' if kind else "fetch it again"
+    raise LoraportError(
+        f"{directory / 'config.json'}: model_type: expected the kind of model, by which it is "
+        f"built, got none; {remedy}"
+    )
 
 
 def _whole(directory: Path) -> bool:
