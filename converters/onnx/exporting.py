@@ -139,7 +139,7 @@ def export_base(
     options = given_or_default(options, ExportOptions)
     base, out = str(base), as_path("the output", out)
     directory = resolve_base(base)
-    decoder = builds(architecture(directory), read_model_config(directory))
+    decoder = builds(architecture(directory), read_model_config(directory), options.precision)
     allowed = PRECISIONS[options.provider] if decoder else (_AS_IT_IS, *QUANTIZED)
     if options.precision not in allowed:
         reason = ""
@@ -160,7 +160,10 @@ def export_base(
             )
             model = load_exported(directory, progress)
         else:
-            progress("exporting the graph with torch.onnx.export" + _without_cache(directory))
+            progress(
+                "exporting the graph with torch.onnx.export"
+                + _without_cache(directory, options.precision)
+            )
             model = load_exported(directory, progress)
             # The graph has one step; a cache is no tensor. What also sees has a part for text.
             for config in (model.config, model.config.get_text_config()):
@@ -305,14 +308,14 @@ def _export_attention(
                 choose(own)
 
 
-def _without_cache(directory: Path) -> str:
+def _without_cache(directory: Path, precision: str) -> str:
     """Say what a decoder goes without that torch exports, and why."""
     name = architecture(directory)
     if not name.endswith("ForCausalLM"):
         return ""
+    reason = why_not_built(name, read_model_config(directory), precision)
     return (
-        f": ONNX Runtime GenAI's builder {why_not_built(name, read_model_config(directory))}, so "
-        "the graph takes whole texts, without a cache"
+        f": ONNX Runtime GenAI's builder {reason}, so the graph takes whole texts, without a cache"
     )
 
 

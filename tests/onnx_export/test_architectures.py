@@ -45,6 +45,10 @@ def test_the_builder_is_given_no_decoder_that_it_does_not_know():
     assert builds("LlamaForCausalLM", {})
     assert builds("LlamaForCausalLM", {"rope_scaling": 2, "head_dim": "64"})  # transformers refuses
     assert not builds("FalconForCausalLM", {})
+    floats, mxfp4 = {"hidden_size": 64}, {"quantization_config": {"quant_method": "mxfp4"}}
+    assert builds("GptOssForCausalLM", floats)
+    assert not builds("GptOssForCausalLM", floats, "int4")  # "tensor ... was not found"
+    assert builds("GptOssForCausalLM", floats | mxfp4, "int4")
     assert not builds("Lfm2ForCausalLM", {})  # its convolutions' caches are fed by no runner
 
 

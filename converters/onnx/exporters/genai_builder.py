@@ -52,28 +52,39 @@ _ROTATED_PARTS = {"NemotronForCausalLM": 0.5, "PhiForCausalLM": 0.5}
 _ATTENTION_STEP = 16  # what GroupQueryAttention takes heads and rotations in multiples of
 
 
-def builds(architecture: str, config: Mapping[str, Any]) -> bool:
+def builds(architecture: str, config: Mapping[str, Any], precision: str = "fp32") -> bool:
     """Tell whether a model is the builder's.
 
     Args:
         architecture: A class of transformers.
         config: The model's ``config.json``.
+        precision: What the graph stores.
     """
-    return why_not_built(architecture, config) is None
+    return why_not_built(architecture, config, precision) is None
 
 
-def why_not_built(architecture: str, config: Mapping[str, Any]) -> str | None:
+def why_not_built(
+    architecture: str, config: Mapping[str, Any], precision: str = "fp32"
+) -> str | None:
     """Say why a decoder is not the builder's: what it refuses or leaves out without a word.
 
     Args:
         architecture: A class of transformers.
         config: The model's ``config.json``.
+        precision: What the graph stores.
 
     Returns:
         What the builder does not do, after its name; ``None`` where it makes the model as it is.
     """
     if architecture not in _BUILT:
         return f"does not know {architecture}"
+    # It takes the codes of the experts from the files themselves.
+    if (
+        architecture == "GptOssForCausalLM"
+        and precision == "int4"
+        and not config.get("quantization_config")
+    ):
+        return f"makes {precision} experts of GPT-OSS from MXFP4 alone, and these are in floats"
     if config.get("clip_qkv") is not None:
         return "leaves out the bounds of queries, keys and values (clip_qkv)"
     rotation = config.get("rope_parameters") or config.get("rope_scaling")
