@@ -24,6 +24,8 @@ from converters.onnx.graph.provenance import recorded_slot
 from converters.onnx.graph.site import Site
 from converters.onnx.graph.source_graph import read_graph
 from converters.onnx.modules.graph_names import name_sites
+from converters.onnx.modules.slottable import SlottableModule
+from converters.onnx.modules.weight_distance import allowed_distance, weight_distance
 from converters.onnx.operators import find_site
 from loraport.adapter import ModuleKind
 from loraport.base.weights import StoredWeights
@@ -65,6 +67,18 @@ class _Place:
         own = np.ascontiguousarray(self._own([site.weight() for site in self.sites]), np.float32)
         return torch.from_numpy(own.copy())
 
+    def rounds(self, weight: torch.Tensor) -> bool:
+        """Tell whether the graph has a weight of the base, as far as its precision tells.
+
+        Args:
+            weight: As a checkpoint has it: a matrix may be stored either way around.
+        """
+        own, matrix = self.columns().numpy(), weight.flatten(1)
+        allowed = max(allowed_distance(site) for site in self.sites)
+        return any(
+            weight_distance(_module(self.kind, rows), own) <= allowed for rows in (matrix, matrix.T)
+        )
+
     def bias(self) -> torch.Tensor | None:
         """Return the module's part of what the operators add, if all add a constant."""
         added = [
@@ -77,6 +91,14 @@ class _Place:
     def _own(self, parts: list[np.ndarray]) -> np.ndarray:
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
         return whole[..., self.member.start : self.member.stop]
+
+
+def _module(kind: ModuleKind, rows: torch.Tensor) -> SlottableModule:
+    """Return a weight ``[out, in]`` as a module without a name."""
+    out_features, in_features = rows.shape
+    return SlottableModule(
+        "", out_features, in_features, kind, lambda start, stop: rows[start:stop], None
+    )
 
 
 class BaseParameters:
@@ -127,7 +149,17 @@ class BaseParameters:
                 f"computed, maybe with a normalization folded in; {_REMEDY}, which tells, or "
                 "--ignore-fingerprint if the adapter belongs to this weight"
             )
-        self._checked(path, self._checkpoint(path)(path), source)
+        weight = self._checked(path, self._checkpoint(path)(path), source)
+        place = self._places.get(path)
+        if path in self._manifest.fingerprint.modules or place is None:
+            return
+        if not place.rounds(weight):
+            raise LoraportError(
+                f"{path}: expected the weight of {source}, rounded, got another in the graph: most "
+                "often a normalization was folded in before it was rounded, and an adapter of the "
+                "base does not fit there; export the model without folding, or pass "
+                "--ignore-fingerprint if the adapter belongs to this weight"
+            )
 
     def rounded(self, path: str) -> torch.Tensor | None:
         """Return a module's weight as the graph computes with it, if that is a rounding.
