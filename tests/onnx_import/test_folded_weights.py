@@ -90,3 +90,28 @@ def test_a_base_that_is_named_later_tells_rounded_kernels_too(kind, folded, tmp_
         with pytest.raises(LoraportError, match="conv: expected the module's own weight"):
             add_adapters(bundle, adapter, force=True)
     assert list(read_manifest(bundle).adapters) == ["a"]
+
+
+@pytest.mark.parametrize("bias", ["conv.weight_bias", "conv.bias"])
+def test_what_a_quantizer_wrote_of_a_fused_kernel_is_told(bias, tmp_path):
+    """`QLinearConv` has nothing recorded: only the name of the bias tells of the fusion."""
+    make, random = onnx.helper, np.random.default_rng(0)
+    kernel = random.normal(size=(12, 3, 3, 3)).astype(np.float32)
+    stored = [
+        onnx.numpy_helper.from_array(kernel, "conv.weight"),
+        onnx.numpy_helper.from_array(kernel[:, 0, 0, 0], bias),
+    ]
+    node = make.make_node("Conv", ["x", "conv.weight", bias], ["y"], name="node_Conv_3")
+    ends = [
+        make.make_tensor_value_info("x", 1, ["n", 3, 6, 6]),
+        make.make_tensor_value_info("y", 1, ["n", 12, 4, 4]),
+    ]
+    graph = make.make_graph([node], "g", ends[:1], ends[1:], stored)
+    file = tmp_path / "m.onnx"
+    opsets = [make.make_opsetid("", 15)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=8), file)
+    options = ImportOptions(slots=SlotOptions(("conv",)))
+    import_model(rounded(file, "QOperator"), tmp_path / "out", options)
+    manifest = read_manifest(tmp_path / "out")
+    assert list(manifest.slots.modules()) == ["conv"]
+    assert manifest.computed == (("conv",) if bias == "conv.weight_bias" else ())

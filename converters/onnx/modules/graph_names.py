@@ -129,10 +129,16 @@ def _has_folded_name(site: Site) -> bool:
 
 
 def _has_made_bias(site: Site) -> bool:
-    """Tell whether a product's bias has the name that onnxscript's fusion gives a new one."""
+    """Tell whether a product's bias has the name that onnxscript's fusion gives a new one.
+
+    Quantizers keep both names, and put what they round the bias with before it.
+    """
     weight = weight_of(site)
-    bias = constant(site.node.inputs[2]) if len(site.node.inputs) > 2 else None
-    return weight is not None and bias is not None and bias.name == f"{weight.name}_bias"
+    if weight is None:
+        return False
+    made = f"{_ENDINGS.sub('', weight.name)}_bias"
+    constants = (constant(value) for value in site.node.inputs)
+    return any(known and _ENDINGS.sub("", known.name) == made for known in constants)
 
 
 def keep_names(before: Sequence[NamedSite], after: Iterable[Site]) -> None:
