@@ -18,7 +18,7 @@ from converters.onnx.graph.example_inputs import example_inputs
 from converters.onnx.graph.inferred_shapes import infer_shapes
 from converters.onnx.graph.provenance import MADE_BY, record_provenance
 from converters.onnx.graph.site import Site
-from converters.onnx.graph.source_graph import external_tensors, read_graph
+from converters.onnx.graph.source_graph import data_locations, external_tensors, read_graph
 from converters.onnx.modules.graph_modules import GraphModules, fingerprint_graph
 from converters.onnx.modules.graph_names import (
     NamedSite,
@@ -60,7 +60,7 @@ from loraport.option_checks import (
     check_text,
     given_or_default,
 )
-from loraport.output import new_directory
+from loraport.output import new_directory, refuse_existing
 from loraport.parity.tolerances import golden_tolerance, golden_tolerances
 
 if TYPE_CHECKING:
@@ -144,6 +144,9 @@ def import_model(
     progress(f"reading {file.name}")
     model = read_graph(file)
     require_no_slots(model, file)
+    data = [file.parent / location for location in data_locations(model)]
+    # The directory of a link, too: what it leads to may be elsewhere.
+    refuse_existing(out, force=force, inputs=(*data, *(part.parent for part in data)))
     if options.precision is not None:
         require_quantizer(options.precision)
     base = _open_base(options.base, progress)

@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper
 from onnx_graphs import session
@@ -107,3 +108,30 @@ def test_a_way_back_in_a_name_is_left_out_of_weights_that_are_stored_anew(tmp_pa
     x = np.random.default_rng(1).standard_normal((4, SIZES[0]), np.float32)
     want = x.astype(np.float64) @ weights[0] @ weights[1]
     np.testing.assert_allclose(Runtime(tmp_path / "out").run({"x": x})["y"], want, atol=2e-2)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_output_that_holds_the_models_data_is_refused(linked, tmp_path):
+    """With `force` it was replaced, and the model lost its weights."""
+    make = onnx.helper
+    weight = onnx.numpy_helper.from_array(np.ones((16, 8), np.float32), "fc.weight")
+    ends = [make.make_tensor_value_info(n, 1, ["n", w]) for n, w in (("x", 16), ("y", 8))]
+    node = make.make_node("MatMul", ["x", "fc.weight"], ["y"])
+    model = make.make_model(make.make_graph([node], "g", ends[:1], ends[1:], [weight]))
+    model.ir_version = 8
+    (tmp_path / "data").mkdir()
+    onnx.save(
+        model,
+        tmp_path / "m.onnx",
+        save_as_external_data=True,
+        location="data/w.bin",
+        size_threshold=0,
+    )
+    data = tmp_path / "data" / "w.bin"
+    if linked:
+        data.rename(tmp_path / "blob")
+        data.symlink_to(tmp_path / "blob")
+    with pytest.raises(LoraportError, match="expected an output that is no input and holds none"):
+        import_model(tmp_path / "m.onnx", tmp_path / "data", force=True)
+    assert data.stat().st_size == 16 * 8 * 4
+    import_model(tmp_path / "m.onnx", tmp_path / "out", force=True)
